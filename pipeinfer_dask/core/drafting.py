@@ -1,0 +1,88 @@
+"""How a draft grows: which tokens the draft model evaluates next, and when it stops.
+
+The drafter runs this next to the model, pass by pass, so that a draft of k tokens
+costs one message and not k. The simulator runs the very same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeinfer_dask.core.messages import Batch, Proposal, StartDraft
+
+Candidate = tuple[int, float]
+"""(token, probability under the draft model)."""
+
+
+@dataclass(slots=True)
+class Expansion:
+    """One draft on its way: alternate `next_batch` and `grow` until `next_batch` gives None.
+
+    Attributes
+    ----------
+    proposals : list of Proposal
+        All tokens proposed so far, parents first.
+    evaluated : list of int
+        Slots that the draft model's cache holds because of this draft.
+    """
+
+    draft: StartDraft
+    proposals: list[Proposal] = field(default_factory=list)
+    evaluated: list[int] = field(default_factory=list)
+    _batch: Batch | None = None
+    _frontier: list[int] = field(default_factory=list)
+    _position: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        batch = self.draft.batch
+        self._batch = batch
+        self._frontier = list(self.draft.frontier)
+        self._position = dict(zip(batch.slots, batch.positions, strict=True))
+
+    @property
+    def width(self) -> int:
+        """Candidates to report for each frontier token, best first."""
+        return 2 if self.draft.plan.branches > 1 else 1
+
+    def next_batch(self) -> tuple[Batch, tuple[int, ...]] | None:
+        """Return what to evaluate next and which of its slots need candidates, or None at the end."""
+        if self._batch is None:
+            return None
+        return self._batch, tuple(self._frontier)
+
+    def grow(self, candidates: Sequence[Sequence[Candidate]]) -> None:
+        """Take the candidates [frontier][width] after the tokens of the last batch."""
+        assert self._batch is not None
+        self.evaluated.extend(self._batch.slots)
+        plan = self.draft.plan
+        grown: list[Proposal] = []
+        room = plan.size - len(self.proposals)
+        branches = len(self._frontier)
+        # First choices before second ones: when room is short, depth comes before breadth.
+        for parent, choices in zip(self._frontier, candidates, strict=True):
+            token, confidence = choices[0]
+            if len(grown) < room and confidence >= plan.cutoff:
+                grown.append(self._propose(token, parent, confidence, len(grown)))
+        for parent, choices in zip(self._frontier, candidates, strict=True):
+            for token, confidence in choices[1:]:
+                if len(grown) < room and branches < plan.branches and confidence >= plan.split:
+                    grown.append(self._propose(token, parent, confidence, len(grown)))
+                    branches += 1
+        self.proposals.extend(grown)
+        self._frontier = [p.slot for p in grown]
+        if not grown or len(self.proposals) >= plan.size:
+            # The newest tokens are evaluated by the draft that extends them.
+            self._batch = None
+            return
+        self._batch = Batch(
+            tuple(p.token for p in grown),
+            tuple(self._position[p.slot] for p in grown),
+            tuple(p.slot for p in grown),
+            tuple(p.parent for p in grown),
+        )
+
+    def _propose(self, token: int, parent: int, confidence: float, offset: int) -> Proposal:
+        slot = self.draft.slots[len(self.proposals) + offset]
+        self._position[slot] = self._position[parent] + 1
+        return Proposal(token, parent, slot, confidence)

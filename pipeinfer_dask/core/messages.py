@@ -1,0 +1,234 @@
+"""What the machine is told (events) and what it asks for (commands).
+
+All are frozen and hold plain numbers only, so that they can be logged, replayed,
+compared and sent. Each names its request and its generation: the generation
+counts rebuilt pipelines, so a message from before a rebuild is recognised and
+dropped, never guessed at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+NO_PARENT = -1
+"""The parent slot of the first token of a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens to evaluate in one pass, every parent before its children.
+
+    Attributes
+    ----------
+    tokens, positions, slots : tuple of int, [n]
+        Token id, place in the text, and place in the KV cache.
+    parents : tuple of int, [n]
+        Slot of the token before it in its own branch, or `NO_PARENT`. A token
+        attends to its parent, to all that its parent attends to, and to itself.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    slots: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __add__(self, other: Batch) -> Batch:
+        return Batch(
+            self.tokens + other.tokens,
+            self.positions + other.positions,
+            self.slots + other.slots,
+            self.parents + other.parents,
+        )
+
+
+class Kind(StrEnum):
+    """Why a run was started."""
+
+    PREFILL = "prefill"
+    SINGLE = "single"
+    SPECULATIVE = "speculative"
+
+
+class Origin(StrEnum):
+    """Where a committed token came from."""
+
+    ACCEPTED = "accepted"
+    """The draft proposed it, and the target agreed."""
+    CORRECTED = "corrected"
+    """The target's own, against what the draft had proposed there."""
+    PLAIN = "plain"
+    """The target's own, where the draft had proposed nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One stage's (or the drafter's) work on one run, in seconds on the driver's clock.
+
+    ``layers`` counts the decoder layers that were computed: fewer than the stage
+    has where a cancellation cut the run short.
+    """
+
+    began: float
+    ended: float
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A token that the draft model proposes to follow the token in slot ``parent``."""
+
+    token: int
+    parent: int
+    slot: int
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """How far and how wide one draft may go.
+
+    Attributes
+    ----------
+    size : int
+        Most tokens to propose; 0 only fills the draft model's cache.
+    cutoff : float
+        A branch ends where the draft's first choice is less probable than this.
+    split : float
+        A second choice at least this probable opens a branch of its own ...
+    branches : int
+        ... while there are fewer branches than this.
+    """
+
+    size: int
+    cutoff: float = 0.0
+    split: float = 1.0
+    branches: int = 1
+
+
+# --- commands -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartRun:
+    """Send a run down the pipeline. The last stage picks a token after each of the last ``picks``."""
+
+    request: int
+    generation: int
+    run: int
+    kind: Kind
+    batch: Batch
+    picks: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRuns:
+    """Tell every stage to skip what is left of these runs."""
+
+    request: int
+    generation: int
+    runs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartDraft:
+    """Ask the drafter to evaluate ``batch`` and to extend the tokens in ``frontier``.
+
+    ``slots`` are reserved for the proposals, used in order.
+    """
+
+    request: int
+    generation: int
+    draft: int
+    batch: Batch
+    frontier: tuple[int, ...]
+    slots: tuple[int, ...]
+    plan: DraftPlan
+
+
+@dataclass(frozen=True, slots=True)
+class CancelDraft:
+    """Tell the drafter to answer with what it has: nobody waits for the rest."""
+
+    request: int
+    generation: int
+    draft: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """These tokens are final, in order."""
+
+    request: int
+    tokens: tuple[int, ...]
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The request is over and nothing of it is in flight any more."""
+
+    request: int
+    reason: str
+
+
+Command = StartRun | CancelRuns | StartDraft | CancelDraft | Commit | Finish
+
+# --- events -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Start the request."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunTaken:
+    """The first stage has begun this run: its queue has room again."""
+
+    request: int
+    generation: int
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunDone:
+    """A run has left the pipeline.
+
+    ``tokens`` holds the target's pick after each of the run's last ``picks``
+    tokens, or is None for a run that a stage skipped. ``spans`` has one entry for
+    each stage.
+    """
+
+    request: int
+    generation: int
+    run: int
+    tokens: tuple[int, ...] | None
+    spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """The drafter's answer: what it proposes, and the slots that its own cache now holds."""
+
+    request: int
+    generation: int
+    draft: int
+    proposals: tuple[Proposal, ...]
+    evaluated: tuple[int, ...]
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The user wants no more of this request."""
+
+    request: int
+
+
+Event = Begin | RunTaken | RunDone | Drafted | Stop

@@ -1,0 +1,66 @@
+"""What a pipeline stage computes: the one interface between runtime and models.
+
+`pipeinfer_dask.models.shard.Shard` is the real one. Whatever else fits (a stage
+that computes nothing, to time the links) runs through the same pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeinfer_dask.core.messages import Batch
+
+HiddenStates = npt.NDArray[np.floating[Any]]
+"""[n, hidden_size], C-contiguous: what travels from stage to stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What one stage made of one run.
+
+    Attributes
+    ----------
+    hidden : ndarray, [n, hidden_size], or None
+        For the next stage; None on the last stage.
+    tokens : tuple of int, [picks], or None
+        The target's picks; None on all but the last stage.
+    layers : int
+        Decoder layers computed.
+
+    Both `hidden` and `tokens` are None when the run was cancelled on the way.
+    """
+
+    hidden: HiddenStates | None
+    tokens: tuple[int, ...] | None
+    layers: int
+
+
+class Stage(Protocol):
+    """A contiguous share of a model's layers, with its own KV cache."""
+
+    def run(
+        self,
+        batch: Batch,
+        hidden: HiddenStates | None,
+        *,
+        picks: int,
+        stopped: Callable[[], bool],
+    ) -> StageOutput:
+        """Evaluate one run.
+
+        Parameters
+        ----------
+        batch : Batch, n tokens
+        hidden : ndarray, [n, hidden_size], or None
+            From the stage before; None on the first stage.
+        picks : int
+            On the last stage, pick a token after each of the last ``picks`` tokens.
+        stopped : callable
+            Looked at before each layer; true means that nobody wants the rest.
+        """
+        ...
