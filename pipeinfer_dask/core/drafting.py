@@ -30,14 +30,14 @@ class Expansion:
     draft: StartDraft
     proposals: list[Proposal] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
-    _batch: Batch | None = None
-    _frontier: list[int] = field(default_factory=list)
-    _position: dict[int, int] = field(default_factory=dict)
+    _batch: Batch | None = field(init=False)
+    _frontier: list[int] = field(init=False)
+    _position: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         batch = self.draft.batch
         self._batch = batch
-        self._frontier = list(self.draft.frontier)
+        self._frontier = list(batch.slots[len(batch) - self.draft.frontier :])
         self._position = dict(zip(batch.slots, batch.positions, strict=True))
 
     @property
@@ -45,11 +45,9 @@ class Expansion:
         """Candidates to report for each frontier token, best first."""
         return 2 if self.draft.plan.branches > 1 else 1
 
-    def next_batch(self) -> tuple[Batch, tuple[int, ...]] | None:
-        """Return what to evaluate next and which of its slots need candidates, or None at the end."""
-        if self._batch is None:
-            return None
-        return self._batch, tuple(self._frontier)
+    def next_batch(self) -> tuple[Batch, int] | None:
+        """Return what to evaluate next, and after how many of its last tokens to look; None at the end."""
+        return None if self._batch is None else (self._batch, len(self._frontier))
 
     def grow(self, candidates: Sequence[Sequence[Candidate]]) -> None:
         """Take the candidates [frontier][width] after the tokens of the last batch."""

@@ -135,7 +135,7 @@ class CancelRuns:
 
 @dataclass(frozen=True, slots=True)
 class StartDraft:
-    """Ask the drafter to evaluate ``batch`` and to extend the tokens in ``frontier``.
+    """Ask the drafter to evaluate ``batch`` and to extend the last ``frontier`` tokens of it.
 
     ``slots`` are reserved for the proposals, used in order.
     """
@@ -144,7 +144,7 @@ class StartDraft:
     generation: int
     draft: int
     batch: Batch
-    frontier: tuple[int, ...]
+    frontier: int
     slots: tuple[int, ...]
     plan: DraftPlan
 

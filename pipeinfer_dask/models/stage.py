@@ -64,3 +64,29 @@ class Stage(Protocol):
             Looked at before each layer; true means that nobody wants the rest.
         """
         ...
+
+
+class DraftModel(Protocol):
+    """A whole draft model with its own KV cache."""
+
+    def candidates(
+        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+    ) -> list[list[tuple[int, float]]] | None:
+        """Evaluate a batch and say what may come next.
+
+        Parameters
+        ----------
+        batch : Batch, n tokens
+        frontier : int
+            Look for candidates after each of the last ``frontier`` tokens.
+        width : int
+            Candidates for each of them.
+        stopped : callable
+            Looked at before each layer; true means that nobody wants the rest.
+
+        Returns
+        -------
+        list of list of (token, probability), [frontier][width], best first
+            None when it was stopped on the way.
+        """
+        ...

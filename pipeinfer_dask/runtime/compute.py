@@ -1,0 +1,240 @@
+"""The threads that compute: one for each stage, one for the draft model.
+
+Runs and drafts are computed in a thread of their own, in the order in which they
+came, and never on an event loop: a loop that is busy computing could not hear a
+cancellation. The threads are the same for every driver; drivers differ only in
+where results are delivered.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Generic, TypeVar
+
+from pipeinfer_dask.core.drafting import Expansion
+from pipeinfer_dask.core.messages import CancelDraft, CancelRuns, Drafted, Span, StartDraft, StartRun
+from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage
+
+ModelT = TypeVar("ModelT")
+JobT = TypeVar("JobT")
+
+
+@dataclass(frozen=True, slots=True)
+class RunPass:
+    """A run on its way through the pipeline: what travels from stage to stage.
+
+    Attributes
+    ----------
+    run : StartRun
+    hidden : ndarray, [n, hidden_size], or None
+        None before the first stage, behind the last, and once the run is skipped.
+    tokens : tuple of int or None
+        The target's picks; only behind the last stage.
+    spans : tuple of Span
+        One for each stage passed so far.
+    skipped : bool
+        A stage saw the run cancelled. It still travels to the end, without its
+        payload, so that every stage and the driver see each run go by in order.
+    """
+
+    run: StartRun
+    hidden: HiddenStates | None = None
+    tokens: tuple[int, ...] | None = None
+    spans: tuple[Span, ...] = ()
+    skipped: bool = False
+
+
+class Cancellations:
+    """Numbers of runs (or drafts) that nobody waits for any more.
+
+    Written by whoever hears the control link, read by the compute thread before
+    each layer. Keys are (generation, request, number): they only grow, so that an
+    entry which can't be met any more is recognised and dropped.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._keys: set[tuple[int, int, int]] = set()
+        self._passed = (-1, -1, -1)
+
+    def add(self, generation: int, request: int, numbers: tuple[int, ...]) -> None:
+        with self._lock:
+            keys = ((generation, request, number) for number in numbers)
+            self._keys.update(key for key in keys if key > self._passed)
+
+    def passed(self, key: tuple[int, int, int]) -> None:
+        with self._lock:
+            self._passed = key
+            self._keys = {other for other in self._keys if other > key}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class ComputeThread(ABC, Generic[ModelT, JobT]):
+    """A thread that loads a model, then works off jobs in order.
+
+    Parameters
+    ----------
+    load : callable
+        Makes the model. Called in the thread itself, so that settings which belong
+        to a thread, such as torch's thread count, are those of the one that computes.
+    failed : callable
+        Called in the thread with the exception that ended it.
+    name : str
+        The thread's name.
+    """
+
+    def __init__(
+        self, load: Callable[[], ModelT], *, failed: Callable[[Exception], None], name: str
+    ) -> None:
+        self.loaded: Future[ModelT] = Future()
+        """Done when the model stands, or with what kept it from it."""
+        self.cancelled = Cancellations()
+        self._load = load
+        self._failed = failed
+        self._jobs: SimpleQueue[JobT | None] = SimpleQueue()
+        self._closing = False
+        self._thread = Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: JobT) -> None:
+        self._jobs.put(job)
+
+    def close(self, timeout: float | None = 10.0) -> None:
+        """End the thread at its next layer, and wait for it."""
+        self._closing = True
+        self._jobs.put(None)
+        self._thread.join(timeout)
+
+    def _work(self) -> None:
+        try:
+            model = self._load()
+        except Exception as error:
+            self.loaded.set_exception(error)
+            return
+        self.loaded.set_result(model)
+        while (job := self._jobs.get()) is not None and not self._closing:
+            try:
+                self._compute(model, job)
+            except Exception as error:
+                self._failed(error)
+                return
+
+    @abstractmethod
+    def _compute(self, model: ModelT, job: JobT) -> None: ...
+
+
+class StageThread(ComputeThread[Stage, RunPass]):
+    """Computes runs on one stage.
+
+    Parameters
+    ----------
+    deliver : callable
+        Called in the thread with each run, computed or skipped, in order.
+    taken : callable, optional
+        Called in the thread when it turns to a run.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Stage],
+        *,
+        deliver: Callable[[RunPass], None],
+        taken: Callable[[StartRun], None] | None = None,
+        failed: Callable[[Exception], None],
+        name: str,
+    ) -> None:
+        self._deliver = deliver
+        self._taken = taken
+        super().__init__(load, failed=failed, name=name)
+
+    def cancel(self, command: CancelRuns) -> None:
+        self.cancelled.add(command.generation, command.request, command.runs)
+
+    def _compute(self, model: Stage, job: RunPass) -> None:
+        run = job.run
+        key = (run.generation, run.request, run.run)
+        if self._taken is not None:
+            self._taken(run)
+
+        def stopped() -> bool:
+            return self._closing or key in self.cancelled
+
+        began = time.monotonic()
+        hidden, tokens, layers = None, None, 0
+        if not job.skipped and not stopped():
+            output = model.run(run.batch, job.hidden, picks=run.picks, stopped=stopped)
+            hidden, tokens, layers = output.hidden, output.tokens, output.layers
+        self.cancelled.passed(key)
+        span = Span(began, time.monotonic(), layers)
+        self._deliver(
+            replace(
+                job,
+                hidden=hidden,
+                tokens=tokens,
+                spans=(*job.spans, span),
+                skipped=hidden is None and tokens is None,
+            )
+        )
+
+
+class DrafterThread(ComputeThread[DraftModel, StartDraft]):
+    """Grows drafts on the draft model.
+
+    Parameters
+    ----------
+    deliver : callable
+        Called in the thread with the answer to each draft.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], DraftModel],
+        *,
+        deliver: Callable[[Drafted], None],
+        failed: Callable[[Exception], None],
+        name: str,
+    ) -> None:
+        self._deliver = deliver
+        super().__init__(load, failed=failed, name=name)
+
+    def cancel(self, command: CancelDraft) -> None:
+        self.cancelled.add(command.generation, command.request, (command.draft,))
+
+    def _compute(self, model: DraftModel, job: StartDraft) -> None:
+        key = (job.generation, job.request, job.draft)
+
+        def stopped() -> bool:
+            return self._closing or key in self.cancelled
+
+        began = time.monotonic()
+        expansion = Expansion(job)
+        passes = 0
+        while (step := expansion.next_batch()) is not None:
+            batch, frontier = step
+            candidates = model.candidates(batch, frontier, width=expansion.width, stopped=stopped)
+            if candidates is None:
+                break
+            passes += 1
+            expansion.grow(candidates)
+        self.cancelled.passed(key)
+        self._deliver(
+            Drafted(
+                job.request,
+                job.generation,
+                job.draft,
+                tuple(expansion.proposals),
+                tuple(expansion.evaluated),
+                Span(began, time.monotonic(), passes),
+            )
+        )

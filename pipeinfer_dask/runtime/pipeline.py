@@ -1,0 +1,34 @@
+"""The interface between the driver's loop and the pipeline that carries its commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from pipeinfer_dask.core.messages import CancelDraft, CancelRuns, Event, StartDraft, StartRun
+
+PipelineCommand = StartRun | CancelRuns | StartDraft | CancelDraft
+
+
+class Pipeline(Protocol):
+    """Stages in a row and, beside them, a drafter.
+
+    `send` and both callbacks belong to one event loop; everything else that a
+    pipeline does happens elsewhere.
+    """
+
+    stages: int
+
+    def listen(
+        self, report: Callable[[Event], None], lost: Callable[[Exception], None]
+    ) -> None:
+        """Set who is told, on the loop, of each event, and of the pipeline's end."""
+        ...
+
+    def send(self, command: PipelineCommand) -> None:
+        """Carry out a command. Never blocks; commands of a kind stay in order."""
+        ...
+
+    async def close(self) -> None:
+        """Release every stage, thread and link. Can be called twice."""
+        ...
