@@ -1,0 +1,33 @@
+"""Pipelined speculative decoding of language models on Dask workers.
+
+The public names below are loaded when they are first used (PEP 562): importing
+the package, or one of its pure parts, loads neither torch nor Dask.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = ["Engine", "Generation", "Result", "demo_pair"]
+
+if TYPE_CHECKING:
+    from pipeinfer_dask.engine import Engine, Generation, Result
+    from pipeinfer_dask.models.demo_pair import demo_pair
+else:
+    _HOMES = {
+        "Engine": "pipeinfer_dask.engine",
+        "Generation": "pipeinfer_dask.engine",
+        "Result": "pipeinfer_dask.engine",
+        "demo_pair": "pipeinfer_dask.models.demo_pair",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
