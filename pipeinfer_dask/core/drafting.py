@@ -55,17 +55,27 @@ class Expansion:
         self.evaluated.extend(self._batch.slots)
         plan = self.draft.plan
         grown: list[Proposal] = []
-        room = plan.size - len(self.proposals)
         branches = len(self._frontier)
-        # First choices before second ones: when room is short, depth comes before breadth.
+
+        def propose(parent: int, token: int, confidence: float, threshold: float) -> bool:
+            position = self._position[parent] + 1
+            if (
+                confidence < threshold
+                or len(self.proposals) + len(grown) >= plan.size
+                or (plan.last_position is not None and position > plan.last_position)
+            ):
+                return False
+            slot = self.draft.slots[len(self.proposals) + len(grown)]
+            self._position[slot] = position
+            grown.append(Proposal(token, parent, slot, confidence))
+            return True
+
+        # All first choices before any second one: when room is short, depth pays more than breadth.
         for parent, choices in zip(self._frontier, candidates, strict=True):
-            token, confidence = choices[0]
-            if len(grown) < room and confidence >= plan.cutoff:
-                grown.append(self._propose(token, parent, confidence, len(grown)))
+            propose(parent, *choices[0], plan.cutoff)
         for parent, choices in zip(self._frontier, candidates, strict=True):
             for token, confidence in choices[1:]:
-                if len(grown) < room and branches < plan.branches and confidence >= plan.split:
-                    grown.append(self._propose(token, parent, confidence, len(grown)))
+                if branches < plan.branches and propose(parent, token, confidence, plan.split):
                     branches += 1
         self.proposals.extend(grown)
         self._frontier = [p.slot for p in grown]
@@ -80,7 +90,3 @@ class Expansion:
             tuple(p.parent for p in grown),
         )
 
-    def _propose(self, token: int, parent: int, confidence: float, offset: int) -> Proposal:
-        slot = self.draft.slots[len(self.proposals) + offset]
-        self._position[slot] = self._position[parent] + 1
-        return Proposal(token, parent, slot, confidence)

@@ -53,6 +53,15 @@ class Kind(StrEnum):
     SPECULATIVE = "speculative"
 
 
+class CancelReason(StrEnum):
+    """Why a run was cancelled (the paper's two kinds)."""
+
+    INVALID = "invalid"
+    """No token of it can be reached any more: the target chose another one before it."""
+    SUPERFLUOUS = "superfluous"
+    """The text has ended."""
+
+
 class Origin(StrEnum):
     """Where a committed token came from."""
 
@@ -101,12 +110,15 @@ class DraftPlan:
         A second choice at least this probable opens a branch of its own ...
     branches : int
         ... while there are fewer branches than this.
+    last_position : int, optional
+        No proposal lies behind this place in the text.
     """
 
     size: int
     cutoff: float = 0.0
     split: float = 1.0
     branches: int = 1
+    last_position: int | None = None
 
 
 # --- commands -----------------------------------------------------------------
@@ -131,6 +143,7 @@ class CancelRuns:
     request: int
     generation: int
     runs: tuple[int, ...]
+    reason: CancelReason
 
 
 @dataclass(frozen=True, slots=True)

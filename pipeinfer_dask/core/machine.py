@@ -1,0 +1,488 @@
+"""The machine: one request from prompt to end, as events in and commands out.
+
+It keeps the token tree, the runs in flight and the draft under way. A policy says
+what to run and what to draft next; the machine sees to it that whatever the
+policy chooses, the committed text is the target's own:
+
+- only a token that the target picked is ever committed;
+- a run is cancelled when none of its tokens can become part of the text, and
+  never before, because later runs attend to the K/V that it writes;
+- a slot is given out again only when its token is pruned, and every run that
+  attended to it is ahead of the new one on every stage.
+
+No clock, no thread, no socket: a driver carries out the commands and reports
+events, and may be the real cluster or virtual time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pipeinfer_dask.core.messages import (
+    Begin,
+    CancelDraft,
+    CancelReason,
+    CancelRuns,
+    Command,
+    Commit,
+    Drafted,
+    DraftPlan,
+    Event,
+    Finish,
+    Kind,
+    Origin,
+    RunDone,
+    RunTaken,
+    StartDraft,
+    StartRun,
+    Stop,
+)
+from pipeinfer_dask.core.runs import RunFuture
+from pipeinfer_dask.core.tree import Node, Tree, batch_of
+
+if TYPE_CHECKING:
+    from pipeinfer_dask.core.policies import Policy
+
+
+class ProtocolError(RuntimeError):
+    """A driver reported something that can't have happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate.
+
+    Attributes
+    ----------
+    id : int
+    prompt : tuple of int
+        At least one token id.
+    max_new_tokens : int
+    capacity : int
+        Slots in each KV cache, at least prompt and new tokens together. What is
+        above that is room for speculation.
+    end_tokens : frozenset of int
+        The text ends after any of these.
+    prefill_chunk : int
+        Most prompt tokens in one run: several let the stages overlap.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    capacity: int
+    end_tokens: frozenset[int] = frozenset()
+    prefill_chunk: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt is empty: give at least one token")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}")
+        if self.capacity < (needed := len(self.prompt) + self.max_new_tokens):
+            raise ValueError(
+                f"prompt and new tokens need {needed} slots, but there are {self.capacity}"
+            )
+
+
+@dataclass(slots=True)
+class _DraftInFlight:
+    id: int
+    frontier: tuple[Node, ...]
+    nodes: dict[int, Node]
+    """By slot, as they were when the draft started: a slot may change hands meanwhile."""
+    slots: tuple[int, ...]
+    """Reserved for what it proposes."""
+    cancelled: bool = False
+
+
+class Machine:
+    """Drives one request.
+
+    Parameters
+    ----------
+    request : Request
+    policy : Policy
+        Fresh: a policy counts what it sees.
+    generation : int
+        Of the pipeline. Events of another generation are stale: dropped and counted.
+
+    Attributes
+    ----------
+    tree : Tree
+    runs : dict of int to RunFuture
+        In flight, the cancelled ones too, until they have left the pipeline.
+    generated : int
+        Tokens committed so far.
+    finished : str or None
+        Why the text ended: "length", "end_token" or "stopped".
+    stale : int
+        Events dropped because they belong to another request or generation.
+    """
+
+    def __init__(self, request: Request, policy: Policy, *, generation: int = 0) -> None:
+        self.request = request
+        self.policy = policy
+        self.generation = generation
+        self.tree = Tree(request.prompt, request.capacity)
+        self.runs: dict[int, RunFuture] = {}
+        self.generated = 0
+        self.finished: str | None = None
+        self.stale = 0
+        self.now = 0.0
+        self._draft: _DraftInFlight | None = None
+        self._prefill: deque[list[Node]] = deque()
+        self._fresh: list[Node] = []
+        self._waiting: set[int] = set()
+        self._run_ids = 0
+        self._draft_ids = 0
+        self._begun = self._over = False
+        self._commands: list[Command] = []
+
+    # --- what a policy looks at ---------------------------------------------
+
+    @property
+    def root(self) -> Node:
+        return self.tree.root
+
+    @property
+    def root_waits(self) -> bool:
+        """Whether no run in flight will tell the token after the root."""
+        return self.root.run is None and not self._prefill
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the first token is still to come."""
+        return self.generated == 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the first stage's queue can take a run: one computes, one waits."""
+        return not self._waiting
+
+    @property
+    def drafting(self) -> bool:
+        return self._draft is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the target's pipeline is empty."""
+        return not self.runs
+
+    @property
+    def fresh(self) -> list[Node]:
+        """Drafted tokens that are in no run yet, parents first."""
+        return self._fresh
+
+    @property
+    def last_position(self) -> int:
+        """The last place in the text where a drafted token could be of use."""
+        return len(self.request.prompt) + self.request.max_new_tokens - 2
+
+    @property
+    def spare_slots(self) -> int:
+        """Slots that speculation may take without starving the text itself."""
+        return self.tree.slots.free - (self.request.max_new_tokens - self.generated)
+
+    # --- the one door ---------------------------------------------------------
+
+    def handle(self, event: Event, now: float = 0.0) -> list[Command]:
+        """Take an event; return what is to be done, in order.
+
+        Parameters
+        ----------
+        event : Event
+        now : float
+            Seconds, on any clock that does not go back.
+
+        Raises
+        ------
+        ProtocolError
+            If the event can't have happened.
+        """
+        self.now = now
+        self._commands = commands = []
+        if event.request != self.request.id or self._over:
+            self.stale += 1
+            return commands
+        match event:
+            case Begin():
+                self._begin()
+            case Stop():
+                if self.finished is None:
+                    self._end("stopped")
+            case RunTaken() | RunDone() | Drafted() if event.generation != self.generation:
+                self.stale += 1
+            case RunTaken():
+                self._waiting.discard(event.run)
+            case RunDone():
+                self._run_done(event)
+            case Drafted():
+                self._drafted(event)
+        if self.finished is None:
+            self._plan()
+        elif not self.runs and self._draft is None:
+            self._over = True
+            commands.append(Finish(self.request.id, self.finished))
+        return commands
+
+    # --- events -----------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._begun:
+            raise ProtocolError("the request has begun already")
+        self._begun = True
+        prompt, chunk = self.tree.prompt, self.request.prefill_chunk
+        self._prefill.extend(prompt[i : i + chunk] for i in range(0, len(prompt), chunk))
+
+    def _run_done(self, event: RunDone) -> None:
+        run = self.runs.pop(event.run, None)
+        if run is None:
+            raise ProtocolError(f"run {event.run} is not in flight")
+        self._waiting.discard(run.id)
+        if run.cancelled():
+            return
+        if event.tokens is None:
+            raise ProtocolError(f"run {run.id} was skipped, but nobody had cancelled it")
+        if len(event.tokens) != run.picks:
+            raise ProtocolError(
+                f"run {run.id} was asked for {run.picks} tokens and came with {len(event.tokens)}"
+            )
+        run.finish(event.tokens)
+        for node, token in zip(run.nodes[len(run.nodes) - run.picks :], event.tokens, strict=True):
+            node.next = token
+        if self.finished is None:
+            self._commit()
+
+    def _drafted(self, event: Drafted) -> None:
+        draft = self._draft
+        if draft is None or draft.id != event.draft:
+            raise ProtocolError(f"draft {event.draft} is not in flight")
+        self._draft = None
+        unused = set(draft.slots)
+        nodes: dict[int, Node | None] = dict(draft.nodes)
+        in_place = set(draft.nodes)  # slots whose whole path is in the tree as the drafter knows it
+        added = 0
+        for proposal in event.proposals:
+            if proposal.slot not in unused or proposal.parent not in nodes:
+                raise ProtocolError(f"draft {draft.id} had no right to propose {proposal}")
+            parent = nodes[proposal.parent]
+            node = None
+            if parent is not None and parent.alive and self.finished is None:
+                node = next((c for c in parent.children if c.token == proposal.token), None)
+                if node is None and parent.next is None:
+                    node = self.tree.add(
+                        parent, proposal.token, proposal.slot, proposal.confidence
+                    )
+                    unused.discard(proposal.slot)
+                    if proposal.parent in in_place:
+                        in_place.add(proposal.slot)
+                    self._fresh.append(node)
+                    added += 1
+            # Where the target was faster, its own node takes the proposal's place. It has
+            # another slot, so the draft model evaluates what hangs below it anew.
+            nodes[proposal.slot] = node
+        for slot in unused:
+            self.tree.slots.give_back(slot)
+        for slot in event.evaluated:
+            node = nodes.get(slot)
+            if node is not None and slot in in_place:
+                node.drafted = True
+        if draft.slots and not draft.cancelled:
+            self.policy.drafted(added)
+
+    # --- what follows from them ---------------------------------------------------
+
+    def _commit(self) -> None:
+        """Move the root along what the target has picked, and cancel what that rules out."""
+        tokens: list[int] = []
+        origins: list[Origin] = []
+        dead: list[RunFuture] = []
+        while self.root.next is not None and self.finished is None:
+            origin, pruned = self.tree.advance()
+            tokens.append(self.root.token)
+            origins.append(origin)
+            self.generated += 1
+            for node in pruned:
+                if node.run is not None and (run := self.runs.get(node.run)) is not None:
+                    run.live -= 1
+                    if run.live == 0:
+                        dead.append(run)
+            if self.root.token in self.request.end_tokens:
+                self.finished = "end_token"
+            elif self.generated == self.request.max_new_tokens:
+                self.finished = "length"
+        if not tokens:
+            return
+        self._fresh = [
+            node for node in self._fresh if node.alive and node.run is None and node is not self.root
+        ]
+        self._cancel(dead, CancelReason.INVALID)
+        draft = self._draft
+        if draft is not None and draft.frontier and not any(n.alive for n in draft.frontier):
+            self._cancel_draft()
+        self._commands.append(Commit(self.request.id, tuple(tokens), tuple(origins)))
+        self.policy.committed(origins)
+        if self.finished is not None:
+            self._end(self.finished)
+
+    def _end(self, reason: str) -> None:
+        self.finished = reason
+        self._prefill.clear()
+        self._cancel(list(self.runs.values()), CancelReason.SUPERFLUOUS)
+        self._cancel_draft()
+
+    def _cancel(self, runs: Sequence[RunFuture], reason: CancelReason) -> None:
+        """Cancel runs and, with each, the chain that builds on it."""
+        if not self.policy.cancellation:
+            return
+        pending = [run for run in self.runs.values() if not run.done()]
+        for run in runs:
+            run.cancel(reason)
+        cancelled = tuple(run.id for run in pending if run.cancelled())
+        if cancelled:
+            self._waiting.difference_update(cancelled)
+            self._commands.append(
+                CancelRuns(self.request.id, self.generation, cancelled, reason)
+            )
+
+    def _cancel_draft(self) -> None:
+        draft = self._draft
+        if draft is not None and not draft.cancelled and self.policy.cancellation:
+            draft.cancelled = True
+            self._commands.append(CancelDraft(self.request.id, self.generation, draft.id))
+
+    # --- what to do next --------------------------------------------------------
+
+    def _plan(self) -> None:
+        while self._prefill and self.has_room:
+            self._start_run(self._prefill.popleft(), Kind.PREFILL)
+        self._plan_runs()
+        if self._draft is None and (choice := self.policy.choose_draft(self)) is not None:
+            self._start_draft(*choice)
+            if self._draft is None:
+                self._plan_runs()  # nothing to draft, or no slot for it: a policy must not wait for it
+
+    def _plan_runs(self) -> None:
+        while nodes := self.policy.choose_run(self):
+            speculative = len(nodes) > 1 or nodes[0] is not self.root
+            self._start_run(nodes, Kind.SPECULATIVE if speculative else Kind.SINGLE)
+
+    def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
+        run_id = self._run_ids
+        self._run_ids += 1
+        # What holds the prefix, unless it lies (in part) in finished runs: then no
+        # cancellation of others can make this run invalid.
+        prefix: dict[int, RunFuture] = {}
+        chained = True
+        for node in nodes:
+            node.run = run_id
+            if node.parent is None:
+                continue
+            holder = node.parent.run
+            if holder is None:
+                raise ProtocolError(
+                    f"{type(self.policy).__name__} chose token {node.token} at position "
+                    f"{node.position}, but no run evaluates the token before it"
+                )
+            if holder in self.runs:
+                prefix[holder] = self.runs[holder]
+            elif holder != run_id:
+                chained = False
+        last = kind is not Kind.PREFILL or nodes[-1] is self.root
+        run = RunFuture(
+            run_id,
+            kind,
+            tuple(nodes),
+            parents=tuple(prefix.values()) if chained else (),
+            picks=(1 if kind is Kind.PREFILL else len(nodes)) if last else 0,
+        )
+        self.runs[run_id] = run
+        self._waiting.add(run_id)
+        self._fresh = [node for node in self._fresh if node.run is None]
+        self._commands.append(
+            StartRun(
+                self.request.id, self.generation, run_id, kind, batch_of(run.nodes), run.picks
+            )
+        )
+
+    def _start_draft(self, plan: DraftPlan, frontier: Sequence[Node]) -> None:
+        size = min(plan.size, max(0, self.spare_slots))
+        if size == 0 and plan.size > 0:
+            return
+        # The draft model must hold all that comes before: a tree's nodes by position
+        # have their parents first, and no frontier node is before another.
+        before: dict[int, Node] = {}
+        for leaf in frontier or [self.root]:
+            node = leaf.parent if frontier else leaf
+            while node is not None and not node.drafted and node.slot not in before:
+                before[node.slot] = node
+                node = node.parent
+        nodes = [*sorted(before.values(), key=lambda node: node.position), *frontier]
+        if not nodes:
+            return
+        slots = tuple(self.tree.slots.take() for _ in range(size))
+        draft = _DraftInFlight(
+            self._draft_ids, tuple(frontier), {node.slot: node for node in nodes}, slots
+        )
+        self._draft_ids += 1
+        self._draft = draft
+        self._commands.append(
+            StartDraft(
+                self.request.id,
+                self.generation,
+                draft.id,
+                batch_of(nodes),
+                len(frontier),
+                slots,
+                replace(plan, size=size, last_position=self.last_position),
+            )
+        )
+
+    # --- for tests ------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check the invariants.
+
+        Raises
+        ------
+        AssertionError
+            Which one does not hold.
+        """
+        live = [*self._committed(), *self.tree.speculation()]
+        held = [node.slot for node in live]
+        if self._draft is not None:
+            held.extend(self._draft.slots)
+        assert len(held) == len(set(held)), "a slot is held twice"
+        assert set(held) == self.tree.slots.taken(), "a slot is lost, or given back too early"
+        assert all(node.alive for node in live), "a pruned node is still in the tree"
+        assert self._waiting <= self.runs.keys(), "a run waits that is not in flight"
+        assert self.generated <= self.request.max_new_tokens, "more tokens than asked for"
+        for node in live:
+            if node.parent is None:
+                continue
+            assert node in node.parent.children, "parent and child don't know each other"
+            assert not node.drafted or node.parent.drafted, "drafted without its prefix"
+            if node.run is not None:
+                assert node.parent.run is not None, "a run attends to what no run evaluates"
+                assert node.parent.run <= node.run, "a run attends to what comes after it"
+        for run in self.runs.values():
+            alive = sum(node.alive for node in run.nodes)
+            assert run.live == alive, "a run miscounts its live nodes"
+            if self.finished is None and self.policy.cancellation:
+                assert run.cancelled() == (alive == 0), "cancelled too early, or too late"
+        for node in self._fresh:
+            assert node.alive and node.run is None and node is not self.root, "not fresh"
+
+    def _committed(self) -> list[Node]:
+        nodes: list[Node] = []
+        node: Node | None = self.root
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes

@@ -1,0 +1,168 @@
+"""The token tree: what is committed, what is hoped for, and the slot of each token.
+
+The root is the last committed token; what hangs below it is speculation. A slot
+is a token's place in every KV cache, the same on all stages and in the drafter.
+A committed token stays where it is, so nothing is ever copied; a pruned one gives
+its slot back, and the lowest free slot is used first, so the caches stay dense.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipeinfer_dask.core.messages import NO_PARENT, Batch, Origin
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A token at a place in the text.
+
+    Attributes
+    ----------
+    confidence : float
+        Probability that the draft model gave it after its parent; 1 for a committed token.
+    run : int or None
+        The run that evaluates it on the target, once started.
+    next : int or None
+        The token that the target puts after it, once known.
+    drafted : bool
+        Whether the draft model's cache holds it.
+    alive : bool
+        False once pruned: it can't become part of the text any more.
+    """
+
+    token: int
+    position: int
+    slot: int
+    parent: Node | None
+    confidence: float = 1.0
+    run: int | None = None
+    next: int | None = None
+    drafted: bool = False
+    alive: bool = True
+    children: list[Node] = field(default_factory=list)
+
+    def subtree(self) -> Iterator[Node]:
+        """Yield this node and all below it, parents first."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(reversed(node.children))
+
+
+def batch_of(nodes: Sequence[Node]) -> Batch:
+    """Return the nodes, parents first, as a batch."""
+    return Batch(
+        tuple(node.token for node in nodes),
+        tuple(node.position for node in nodes),
+        tuple(node.slot for node in nodes),
+        tuple(NO_PARENT if node.parent is None else node.parent.slot for node in nodes),
+    )
+
+
+class Slots:
+    """Gives out slot numbers below ``capacity``, the lowest free one first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._returned: list[int] = []
+        self._fresh = 0
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self._fresh + len(self._returned)
+
+    def take(self) -> int:
+        """Return a slot.
+
+        Raises
+        ------
+        OverflowError
+            If none is free. The machine counts before it asks, so this is a bug.
+        """
+        if self._returned:
+            return heapq.heappop(self._returned)
+        if self._fresh == self.capacity:
+            raise OverflowError(f"all {self.capacity} slots are in use")
+        self._fresh += 1
+        return self._fresh - 1
+
+    def give_back(self, slot: int) -> None:
+        heapq.heappush(self._returned, slot)
+
+    def taken(self) -> set[int]:
+        """Return the slots in use."""
+        return set(range(self._fresh)) - set(self._returned)
+
+
+class Tree:
+    """The committed text as a chain, and below its last token a tree of drafts.
+
+    Parameters
+    ----------
+    prompt : sequence of int
+        At least one token id.
+    capacity : int
+        Slots in all: for the prompt, all new tokens and the speculation at any one time.
+    """
+
+    def __init__(self, prompt: Sequence[int], capacity: int) -> None:
+        self.slots = Slots(capacity)
+        self.prompt: list[Node] = []
+        parent: Node | None = None
+        for position, token in enumerate(prompt):
+            node = Node(token, position, self.slots.take(), parent)
+            if parent is not None:
+                parent.children.append(node)
+            self.prompt.append(node)
+            parent = node
+        self.root = self.prompt[-1]
+
+    def add(self, parent: Node, token: int, slot: int, confidence: float) -> Node:
+        """Hang a drafted token below ``parent``; ``slot`` has been taken for it."""
+        node = Node(token, parent.position + 1, slot, parent, confidence)
+        parent.children.append(node)
+        return node
+
+    def advance(self) -> tuple[Origin, list[Node]]:
+        """Commit the token that the target put after the root; it becomes the new root.
+
+        Returns
+        -------
+        origin : Origin
+        pruned : list of Node
+            What can't be reached any more. Their slots are free again.
+        """
+        old = self.root
+        token = old.next
+        assert token is not None
+        kept = next((child for child in old.children if child.token == token), None)
+        pruned = [
+            node for child in old.children if child is not kept for node in child.subtree()
+        ]
+        if kept is not None:
+            origin = Origin.ACCEPTED
+        else:
+            origin = Origin.CORRECTED if old.children else Origin.PLAIN
+        for node in pruned:
+            node.alive = False
+            self.slots.give_back(node.slot)
+        if kept is None:
+            kept = Node(token, old.position + 1, self.slots.take(), old)
+        kept.confidence = 1.0
+        old.children = [kept]
+        self.root = kept
+        return origin, pruned
+
+    def speculation(self) -> Iterator[Node]:
+        """Yield the nodes below the root, parents first."""
+        nodes = self.root.subtree()
+        next(nodes)
+        return nodes
+
+    def leaves(self) -> Iterator[Node]:
+        """Yield the nodes that nothing hangs below; the root, when there is no speculation."""
+        return (node for node in self.root.subtree() if not node.children)

@@ -1,0 +1,133 @@
+"""The machine, driven through results, drafts, cancellations and stops in any legal order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from pipeinfer_dask.core.machine import Machine, ProtocolError, Request
+from pipeinfer_dask.core.messages import (
+    Begin,
+    CancelReason,
+    CancelRuns,
+    Commit,
+    Drafted,
+    Kind,
+    Origin,
+    RunDone,
+    RunTaken,
+    StartDraft,
+    StartRun,
+    Stop,
+)
+from pipeinfer_dask.core.policies import Iterative, PipeInfer, Policy, Speculative
+from tests.core.world import World, plain_text
+
+POLICIES: dict[str, Policy] = {
+    "iterative": Iterative(),
+    "speculative": Speculative(k=3),
+    "pipeinfer": PipeInfer(),
+    "pipeinfer with branches": PipeInfer(sequences=3, split=0.1, micro_batch=5),
+    "pipeinfer with micro-batches of one": PipeInfer(micro_batch=1, cutoff=0.0),
+    "pipeinfer with no decay": PipeInfer(cutoff=0.8, decay=0.0),
+    "not asynchronous": PipeInfer(asynchronous=False),
+    "not continuous": PipeInfer(continuous=False),
+    "not cancelling": PipeInfer(cancellation=False),
+    "nothing but speculation": PipeInfer(asynchronous=False, continuous=False, cancellation=False),
+}
+
+
+def fresh(name: str) -> Policy:
+    from dataclasses import replace
+
+    return replace(POLICIES[name])  # type: ignore[type-var]
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Hypothesis chooses the policy, the world's shape, and what happens when."""
+
+    @initialize(
+        name=st.sampled_from(sorted(POLICIES)),
+        prompt=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+        max_new_tokens=st.integers(1, 14),
+        stages=st.integers(1, 4),
+        quality=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+        spare=st.sampled_from([0, 1, 3, 8, 40]),
+        chunk=st.integers(1, 6),
+        end_tokens=st.frozensets(st.integers(0, 6), max_size=1),
+    )
+    def begin(
+        self,
+        name: str,
+        prompt: list[int],
+        max_new_tokens: int,
+        stages: int,
+        quality: float,
+        spare: int,
+        chunk: int,
+        end_tokens: frozenset[int],
+    ) -> None:
+        self.world = World(
+            fresh(name),
+            prompt=tuple(prompt),
+            max_new_tokens=max_new_tokens,
+            stages=stages,
+            quality=quality,
+            spare=spare,
+            prefill_chunk=chunk,
+            end_tokens=end_tokens,
+        )
+
+    @rule(data=st.data())
+    def anything_happens(self, data: st.DataObject) -> None:
+        moves = self.world.moves()
+        if moves:
+            moves[data.draw(st.integers(0, len(moves) - 1))]()
+
+    @rule(seed=st.integers(0, 2**32), steps=st.integers(1, 60))
+    def much_happens(self, seed: int, steps: int) -> None:
+        order = random.Random(seed)
+        for _ in range(steps):
+            if moves := self.world.moves():
+                order.choice(moves)()
+
+    @precondition(lambda self: self.world.finished is None)
+    @rule(sure=st.integers(0, 9))
+    def the_user_stops(self, sure: int) -> None:
+        if sure == 0:
+            self.world.stop()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.run()
+            self.world.check_end()
+
+
+def test_the_text_is_the_targets_own_in_any_order_of_events() -> None:
+    run_state_machine_as_test(
+        AnyOrder,
+        settings=settings(
+            max_examples=1000,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("quality", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_every_policy_gives_the_plain_text(name: str, quality: float, stages: int) -> None:
+    for seed in range(5):
+        world = World(fresh(name), stages=stages, quality=quality, max_new_tokens=40, spare=60)
+        order = random.Random(seed)
+        world.run(order.randrange)
+        world.check_end()
+        assert tuple(world.tokens) == plain_text((1, 2, 3), 40)

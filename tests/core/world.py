@@ -1,0 +1,228 @@
+"""A world for the machine: stages and a drafter that compute nothing but keep real caches.
+
+Each stage and the drafter hold, for each slot, the path of tokens that a model
+would attend to there. What the target picks is a hash of the whole path, so a run
+that attends to a wrong slot gives a wrong token, and the committed text differs
+from `plain_text`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+
+from pipeinfer_dask.core.drafting import Expansion
+from pipeinfer_dask.core.machine import Machine, Request
+from pipeinfer_dask.core.messages import (
+    NO_PARENT,
+    Batch,
+    Begin,
+    CancelDraft,
+    CancelRuns,
+    Command,
+    Commit,
+    Drafted,
+    Event,
+    Finish,
+    Origin,
+    RunDone,
+    RunTaken,
+    StartDraft,
+    StartRun,
+    Stop,
+)
+from pipeinfer_dask.core.policies import Policy
+
+Path = tuple[int, ...]
+GARBAGE: Path = (-1,)
+"""What a cancelled run may attend to, where the run before it was skipped."""
+VOCABULARY = 7
+
+
+def _digest(path: Path, salt: str) -> int:
+    return int.from_bytes(hashlib.blake2b(repr((salt, path)).encode(), digest_size=4).digest())
+
+
+def target_token(path: Path) -> int:
+    if path is GARBAGE:
+        return -1
+    return _digest(path, "target") % VOCABULARY
+
+
+def plain_text(prompt: Path, count: int) -> Path:
+    """Return what plain decoding gives."""
+    path = prompt
+    for _ in range(count):
+        path += (target_token(path),)
+    return path[len(prompt) :]
+
+
+class Cache:
+    """What a model attends to, slot by slot."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, Path] = {NO_PARENT: ()}
+
+    def write(self, batch: Batch) -> list[Path]:
+        paths = []
+        for token, position, slot, parent in zip(
+            batch.tokens, batch.positions, batch.slots, batch.parents, strict=True
+        ):
+            before = self.paths.get(parent, GARBAGE)
+            path = GARBAGE if before is GARBAGE or len(before) != position else (*before, token)
+            self.paths[slot] = path
+            paths.append(path)
+        return paths
+
+
+class World:
+    """A pipeline of ``stages`` stages and a drafter; every queue moves only when told to.
+
+    Parameters
+    ----------
+    quality : float
+        How often the draft's first choice is the target's token.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        prompt: Path = (1, 2, 3),
+        max_new_tokens: int = 12,
+        stages: int = 2,
+        quality: float = 0.7,
+        spare: int = 16,
+        prefill_chunk: int = 2,
+        end_tokens: frozenset[int] = frozenset(),
+    ) -> None:
+        self.request = Request(
+            0, prompt, max_new_tokens, len(prompt) + max_new_tokens + spare, end_tokens, prefill_chunk
+        )
+        self.machine = Machine(self.request, policy)
+        self.quality = quality
+        self.stages = [Cache() for _ in range(stages)]
+        self.queues: list[deque[tuple[StartRun, bool]]] = [deque() for _ in range(stages)]
+        self.cancelled: list[set[int]] = [set() for _ in range(stages)]
+        self.pending_cancels: list[deque[int]] = [deque() for _ in range(stages)]
+        self.taken: deque[int] = deque()
+        self.done: deque[RunDone] = deque()
+        self.draft_cache = Cache()
+        self.draft: Expansion | None = None
+        self.draft_cancelled = False
+        self.tokens: list[int] = []
+        self.origins: list[Origin] = []
+        self.commands: list[Command] = []
+        self.computed = 0
+        self.skipped = 0
+        self.finished: str | None = None
+        self.tell(Begin(0))
+
+    # --- driving ------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        for command in self.machine.handle(event):
+            self._carry_out(command)
+        self.machine.validate()
+
+    def _carry_out(self, command: Command) -> None:
+        assert self.finished is None, "a command behind the end"
+        self.commands.append(command)
+        match command:
+            case StartRun():
+                self.queues[0].append((command, False))
+            case CancelRuns():
+                for pending in self.pending_cancels:
+                    pending.extend(command.runs)
+            case StartDraft():
+                assert self.draft is None, "two drafts at once"
+                self.draft = Expansion(command)
+                self.draft_cancelled = False
+            case CancelDraft():
+                self.draft_cancelled = True
+            case Commit():
+                self.tokens.extend(command.tokens)
+                self.origins.extend(command.origins)
+            case Finish():
+                self.finished = command.reason
+
+    def moves(self) -> list[Callable[[], None]]:
+        """Return all that can happen next."""
+        moves: list[Callable[[], None]] = []
+        for i, queue in enumerate(self.queues):
+            if queue:
+                moves.append(lambda i=i: self.compute(i))  # type: ignore[misc]
+            if self.pending_cancels[i]:
+                moves.append(lambda i=i: self.hear_cancel(i))  # type: ignore[misc]
+        if self.taken:
+            moves.append(lambda: self.tell(RunTaken(0, 0, self.taken.popleft())))
+        if self.done:
+            moves.append(lambda: self.tell(self.done.popleft()))
+        if self.draft is not None:
+            moves.append(self.draft_step)
+        return moves
+
+    def compute(self, i: int) -> None:
+        run, skipped = self.queues[i].popleft()
+        if i == 0:
+            self.taken.append(run.run)
+        skipped = skipped or run.run in self.cancelled[i]
+        paths = [] if skipped else self.stages[i].write(run.batch)
+        self.computed += not skipped
+        self.skipped += skipped
+        if i + 1 < len(self.stages):
+            self.queues[i + 1].append((run, skipped))
+            return
+        picked = tuple(target_token(path) for path in paths[len(paths) - run.picks :])
+        self.done.append(RunDone(0, 0, run.run, None if skipped else picked))
+
+    def hear_cancel(self, i: int) -> None:
+        self.cancelled[i].add(self.pending_cancels[i].popleft())
+
+    def draft_step(self) -> None:
+        draft = self.draft
+        assert draft is not None
+        step = None if self.draft_cancelled else draft.next_batch()
+        if step is None:
+            self.draft = None
+            start = draft.draft
+            self.tell(
+                Drafted(0, 0, start.draft, tuple(draft.proposals), tuple(draft.evaluated))
+            )
+            return
+        batch, frontier = step
+        paths = self.draft_cache.write(batch)
+        assert GARBAGE not in paths, "the draft model's cache is not what the machine thinks"
+        draft.grow([self._candidates(path) for path in paths[len(paths) - frontier :]])
+
+    def _candidates(self, path: Path) -> list[tuple[int, float]]:
+        truth = target_token(path)
+        right = _digest(path, "draft") % 1000 < self.quality * 1000
+        first = truth if right else (truth + 1) % VOCABULARY
+        confidence = 0.5 + _digest(path, "confidence") % 500 / 1000
+        return [(first, confidence), ((first + 1) % VOCABULARY, 1 - confidence)]
+
+    def stop(self) -> None:
+        self.tell(Stop(0))
+
+    def run(self, choose: Callable[[int], int] = lambda _: 0, limit: int = 100_000) -> None:
+        """Move until nothing moves; ``choose(n)`` says which of n moves comes next."""
+        for _ in range(limit):
+            moves = self.moves()
+            if not moves:
+                return
+            moves[choose(len(moves))]()
+        raise AssertionError("the world does not come to rest")
+
+    def check_end(self) -> None:
+        """Check what must hold when nothing moves any more."""
+        assert self.finished is not None, "at rest before the end"
+        truth = plain_text(self.request.prompt, self.request.max_new_tokens)
+        assert tuple(self.tokens) == truth[: len(self.tokens)]
+        if self.finished == "length":
+            assert len(self.tokens) == self.request.max_new_tokens
+        if self.finished == "end_token":
+            assert self.tokens[-1] in self.request.end_tokens
+            assert not self.request.end_tokens & set(self.tokens[:-1])
+        assert not self.machine.runs and not self.machine.drafting
