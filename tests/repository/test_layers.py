@@ -1,0 +1,88 @@
+"""Imports run downwards only, and the pure layers load nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "pipeinfer_dask"
+# Low to high. A module imports from its own layer or from a lower one.
+LAYERS = (
+    "core",
+    "trace",
+    "simulate",
+    "models",
+    "runtime",
+    "engine",
+    "hpc",
+    "widgets",
+    "bench",
+    "cli",
+)
+HEAVY = {"torch", "transformers", "dask", "distributed"}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the full names of all modules that are imported, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            assert node.module is not None
+            # `from package import x`: x may be a module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(root: Path) -> list[Path]:
+    return sorted((root / PACKAGE).rglob("*.py"))
+
+
+def layer(path: Path, root: Path) -> str:
+    return path.relative_to(root / PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_a_layer(root: Path) -> None:
+    assert {layer(path, root) for path in modules(root)} <= {"__init__", *LAYERS}
+
+
+def test_no_module_imports_from_a_layer_above_its_own(root: Path) -> None:
+    upward = [
+        f"{path.relative_to(root)} imports {name}"
+        for path in modules(root)
+        if layer(path, root) != "__init__"
+        for name in imported(ast.parse(path.read_text()))
+        if name.split(".")[0] == PACKAGE and name.count(".") > 0
+        if name.split(".")[1] in LAYERS
+        if LAYERS.index(name.split(".")[1]) > LAYERS.index(layer(path, root))
+    ]
+    assert upward == []
+
+
+def test_the_machine_is_made_of_the_standard_library_alone(root: Path) -> None:
+    core = root / PACKAGE / "core"
+    foreign = {
+        f"{path.name} imports {name}"
+        for path in core.rglob("*.py")
+        for name in imported(ast.parse(path.read_text()))
+        if name.split(".")[0] not in sys.stdlib_module_names
+        if not name.startswith(f"{PACKAGE}.core.")
+    }
+    assert foreign == set()
+
+
+@pytest.mark.parametrize("pure", ["core.machine", "trace"])
+def test_pure_layers_load_neither_torch_nor_dask(pure: str) -> None:
+    script = f"import sys, {PACKAGE}.{pure}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert HEAVY.isdisjoint(child.stdout.split())
+
+
+def test_no_module_outgrows_a_readers_head(root: Path) -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in modules(root)}
+    assert {path: count for path, count in lines.items() if count > 450} == {}
+    assert sum(count for path, count in lines.items() if layer(path, root) == "core") < 1500
