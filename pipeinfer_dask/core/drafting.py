@@ -89,4 +89,3 @@ class Expansion:
             tuple(p.slot for p in grown),
             tuple(p.parent for p in grown),
         )
-

@@ -206,7 +206,8 @@ class Machine:
             If the event can't have happened.
         """
         self.now = now
-        self._commands = commands = []
+        commands: list[Command] = []
+        self._commands = commands
         if event.request != self.request.id or self._over:
             self.stale += 1
             return commands
@@ -276,9 +277,7 @@ class Machine:
             if parent is not None and parent.alive and self.finished is None:
                 node = next((c for c in parent.children if c.token == proposal.token), None)
                 if node is None and parent.next is None:
-                    node = self.tree.add(
-                        parent, proposal.token, proposal.slot, proposal.confidence
-                    )
+                    node = self.tree.add(parent, proposal.token, proposal.slot, proposal.confidence)
                     unused.discard(proposal.slot)
                     if proposal.parent in in_place:
                         in_place.add(proposal.slot)
@@ -320,7 +319,9 @@ class Machine:
         if not tokens:
             return
         self._fresh = [
-            node for node in self._fresh if node.alive and node.run is None and node is not self.root
+            node
+            for node in self._fresh
+            if node.alive and node.run is None and node is not self.root
         ]
         self._cancel(dead, CancelReason.INVALID)
         draft = self._draft
@@ -347,9 +348,7 @@ class Machine:
         cancelled = tuple(run.id for run in pending if run.cancelled())
         if cancelled:
             self._waiting.difference_update(cancelled)
-            self._commands.append(
-                CancelRuns(self.request.id, self.generation, cancelled, reason)
-            )
+            self._commands.append(CancelRuns(self.request.id, self.generation, cancelled, reason))
 
     def _cancel_draft(self) -> None:
         draft = self._draft
@@ -406,9 +405,7 @@ class Machine:
         self._waiting.add(run_id)
         self._fresh = [node for node in self._fresh if node.run is None]
         self._commands.append(
-            StartRun(
-                self.request.id, self.generation, run_id, kind, batch_of(run.nodes), run.picks
-            )
+            StartRun(self.request.id, self.generation, run_id, kind, batch_of(run.nodes), run.picks)
         )
 
     def _start_draft(self, plan: DraftPlan, frontier: Sequence[Node]) -> None:

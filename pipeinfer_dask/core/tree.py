@@ -140,9 +140,7 @@ class Tree:
         token = old.next
         assert token is not None
         kept = next((child for child in old.children if child.token == token), None)
-        pruned = [
-            node for child in old.children if child is not kept for node in child.subtree()
-        ]
+        pruned = [node for child in old.children if child is not kept for node in child.subtree()]
         if kept is not None:
             origin = Origin.ACCEPTED
         else:

@@ -18,7 +18,14 @@ from threading import Lock, Thread
 from typing import Generic, TypeVar
 
 from pipeinfer_dask.core.drafting import Expansion
-from pipeinfer_dask.core.messages import CancelDraft, CancelRuns, Drafted, Span, StartDraft, StartRun
+from pipeinfer_dask.core.messages import (
+    CancelDraft,
+    CancelRuns,
+    Drafted,
+    Span,
+    StartDraft,
+    StartRun,
+)
 from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage
 
 ModelT = TypeVar("ModelT")

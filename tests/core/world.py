@@ -98,7 +98,12 @@ class World:
         end_tokens: frozenset[int] = frozenset(),
     ) -> None:
         self.request = Request(
-            0, prompt, max_new_tokens, len(prompt) + max_new_tokens + spare, end_tokens, prefill_chunk
+            0,
+            prompt,
+            max_new_tokens,
+            len(prompt) + max_new_tokens + spare,
+            end_tokens,
+            prefill_chunk,
         )
         self.machine = Machine(self.request, policy)
         self.quality = quality
@@ -187,9 +192,7 @@ class World:
         if step is None:
             self.draft = None
             start = draft.draft
-            self.tell(
-                Drafted(0, 0, start.draft, tuple(draft.proposals), tuple(draft.evaluated))
-            )
+            self.tell(Drafted(0, 0, start.draft, tuple(draft.proposals), tuple(draft.evaluated)))
             return
         batch, frontier = step
         paths = self.draft_cache.write(batch)

@@ -1,0 +1,276 @@
+"""What the caller holds of a generation: text as it comes, the result, and a way to cancel.
+
+The head writes from its loop; any number of threads and tasks read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Condition
+from typing import Any, Literal, Protocol
+
+from pipeinfer_dask.core.machine import Request
+from pipeinfer_dask.core.messages import Commit, Origin
+from pipeinfer_dask.core.policies import Policy
+from pipeinfer_dask.trace import Metrics, Trace
+
+Status = Literal["queued", "running", "finished", "stopped", "failed"]
+
+
+class Piece(str):
+    """Some text, as it came.
+
+    Attributes
+    ----------
+    origin : Origin
+        Where its last token came from.
+    """
+
+    origin: Origin
+    __slots__ = ("origin",)
+
+    def __new__(cls, text: str, origin: Origin) -> Piece:
+        piece = super().__new__(cls, text)
+        piece.origin = origin
+        return piece
+
+
+class TextStream(Protocol):
+    """Turns token ids into text, piece by piece."""
+
+    def step(self, token: int) -> str | None:
+        """Return the text that this token completes, if any."""
+        ...
+
+    def flush(self) -> str:
+        """Return what is left at the end of the text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished generation.
+
+    Attributes
+    ----------
+    text : str
+        What was generated, without the prompt.
+    token_ids : list of int
+        The same as token ids, an end token included.
+    origins : list of Origin
+        Where each token came from.
+    finish_reason : {"length", "end_token", "stopped"}
+    strategy : str
+    trace : Trace
+    """
+
+    text: str
+    token_ids: list[int]
+    origins: list[Origin]
+    finish_reason: str
+    strategy: str
+    trace: Trace
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return self.trace.metrics()
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(strategy={self.strategy!r}, tokens={len(self.token_ids)}, "
+            f"finish_reason={self.finish_reason!r}, text={self.text!r})"
+        )
+
+
+class GenerationInterrupted(RuntimeError):  # noqa: N818
+    """The pipeline was lost before the text was finished.
+
+    Attributes
+    ----------
+    partial : str
+        The text so far.
+    partial_ids : list of int
+        The same as token ids.
+    """
+
+    def __init__(self, message: str, partial: str, partial_ids: list[int]) -> None:
+        super().__init__(message)
+        self.partial = partial
+        self.partial_ids = partial_ids
+
+
+class Generation:
+    """A generation on its way.
+
+    Iterate over it (``for`` or ``async for``) to get the text as `Piece` strings, from
+    the start each time; await it, or call `result`, for the `Result`.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        policy: Policy,
+        stream: TextStream,
+        *,
+        cancel: Callable[[Generation], None],
+    ) -> None:
+        self.request = request
+        self.policy = policy
+        self._stream = stream
+        self._cancel = cancel
+        self._changed = Condition()
+        self._status: Status = "queued"
+        self._pieces: list[Piece] = []
+        self._tokens: list[int] = []
+        self._origins: list[Origin] = []
+        self._future: Future[Result] = Future()
+        self._wakers: set[Callable[[], None]] = set()
+
+    # --- for the caller -------------------------------------------------------------
+
+    @property
+    def strategy(self) -> str:
+        return self.policy.name
+
+    @property
+    def status(self) -> Status:
+        return self._status
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens so far."""
+        return list(self._tokens)
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def cancel(self) -> None:
+        """Stop generating. The result then holds the text so far; no effect once it is done."""
+        self._cancel(self)
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the result.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Most seconds to wait.
+
+        Raises
+        ------
+        TimeoutError
+            If it takes longer. The generation goes on.
+        GenerationInterrupted
+            If the pipeline was lost; it holds the text so far.
+        """
+        return self._future.result(timeout)
+
+    def __iter__(self) -> Iterator[Piece]:
+        seen = 0
+        while True:
+            with self._changed:
+                while len(self._pieces) == seen and not self.done():
+                    self._changed.wait()
+                new = self._pieces[seen:]
+            if not new:
+                break
+            seen += len(new)
+            yield from new
+        self.result(0)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._wakers.add(wake)
+        try:
+            seen = 0
+            while True:
+                changed.clear()
+                done = self.done()
+                for piece in self._pieces[seen:]:
+                    seen += 1
+                    yield piece
+                if done and seen == len(self._pieces):
+                    break
+                if not done:
+                    await changed.wait()
+        finally:
+            with self._changed:
+                self._wakers.discard(wake)
+        self.result(0)
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.wrap_future(self._shielded()).__await__()
+
+    def _shielded(self) -> Future[Result]:
+        """Return a future of the same outcome, so that a cancelled `await` cancels nothing else."""
+        outer: Future[Result] = Future()
+
+        def copy(inner: Future[Result]) -> None:
+            if not outer.set_running_or_notify_cancel():
+                return
+            error = inner.exception()
+            if error is not None:
+                outer.set_exception(error)
+            else:
+                outer.set_result(inner.result())
+
+        self._future.add_done_callback(copy)
+        return outer
+
+    def __repr__(self) -> str:
+        return f"<Generation {self._status}, {self.strategy}, {len(self._tokens)} tokens>"
+
+    # --- for the head -----------------------------------------------------------------
+
+    def begin(self) -> None:
+        self._status = "running"
+
+    def commit(self, commit: Commit) -> None:
+        with self._changed:
+            for token, origin in zip(commit.tokens, commit.origins, strict=True):
+                self._tokens.append(token)
+                self._origins.append(origin)
+                text = self._stream.step(token)
+                if text:
+                    self._pieces.append(Piece(text, origin))
+        self._notify()
+
+    def finish(self, reason: str, trace: Trace) -> None:
+        with self._changed:
+            if (rest := self._stream.flush()) and self._origins:
+                self._pieces.append(Piece(rest, self._origins[-1]))
+            self._status = "stopped" if reason == "stopped" else "finished"
+            self._future.set_result(
+                Result(self.text, self.token_ids, list(self._origins), reason, self.strategy, trace)
+            )
+        self._notify()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._status = "failed"
+            interrupted = GenerationInterrupted(str(error), self.text, self.token_ids)
+            interrupted.__cause__ = error
+            self._future.set_exception(interrupted)
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            wakers = list(self._wakers)
+        for wake in wakers:
+            wake()

@@ -1,0 +1,112 @@
+"""The head: drives the machine over a pipeline, one request at a time.
+
+It lives on one event loop and decides nothing. Events come in, the machine
+answers with commands, the pipeline carries them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop
+from pipeinfer_dask.runtime.generation import Generation
+from pipeinfer_dask.runtime.pipeline import Pipeline
+from pipeinfer_dask.trace import Trace
+
+
+class Head:
+    """Serves generations in the order in which they were started.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+    loop : asyncio.AbstractEventLoop
+        All methods but `start` and `cancel` are called on it.
+    """
+
+    def __init__(self, pipeline: Pipeline, loop: asyncio.AbstractEventLoop) -> None:
+        self.pipeline = pipeline
+        self.loop = loop
+        self.lost: Exception | None = None
+        self.stale = 0
+        self._queue: deque[Generation] = deque()
+        self._current: Generation | None = None
+        self._machine: Machine | None = None
+        self._trace = Trace(pipeline.stages)
+        pipeline.listen(self._report, self._lost)
+
+    # --- from any thread ----------------------------------------------------------
+
+    def start(self, generation: Generation) -> None:
+        """Queue a generation."""
+        self.loop.call_soon_threadsafe(self._start, generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop a generation, running or queued."""
+        self.loop.call_soon_threadsafe(self._stop, generation)
+
+    # --- on the loop ----------------------------------------------------------------
+
+    def end(self, error: Exception) -> None:
+        """Fail all generations, and any that is started later."""
+        self._lost(error)
+
+    def _start(self, generation: Generation) -> None:
+        if self.lost is not None:
+            generation.fail(self.lost)
+            return
+        self._queue.append(generation)
+        self._next()
+
+    def _stop(self, generation: Generation) -> None:
+        if generation is self._current:
+            self._report(Stop(generation.request.id))
+        elif generation in self._queue:
+            self._queue.remove(generation)
+            generation.finish("stopped", Trace(self.pipeline.stages))
+
+    def _next(self) -> None:
+        if self._current is None and self._queue:
+            self._current = generation = self._queue.popleft()
+            self._machine = Machine(generation.request, generation.policy)
+            self._trace = Trace(self.pipeline.stages)
+            generation.begin()
+            self._report(Begin(generation.request.id))
+
+    def _report(self, event: Event) -> None:
+        machine, generation = self._machine, self._current
+        if machine is None or generation is None:
+            self.stale += 1
+            return
+        try:
+            now = time.monotonic()
+            self._trace.add(now, event)
+            for command in machine.handle(event, now):
+                self._trace.add(now, command)
+                match command:
+                    case Commit():
+                        generation.commit(command)
+                    case Finish():
+                        self._current = self._machine = None
+                        generation.finish(command.reason, self._trace)
+                        self._next()
+                    case _:
+                        self.pipeline.send(command)
+        except Exception as error:  # a bug, but the caller must not wait for ever
+            self._current = self._machine = None
+            generation.fail(error)
+            self._next()
+
+    def _lost(self, error: Exception) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        failed = [self._current] if self._current is not None else []
+        failed.extend(self._queue)
+        self._current = self._machine = None
+        self._queue.clear()
+        for generation in failed:
+            generation.fail(error)

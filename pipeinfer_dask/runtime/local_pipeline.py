@@ -1,0 +1,146 @@
+"""The pipeline in this process: stages and drafter are threads, and there is no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pipeinfer_dask.core.messages import (
+    CancelDraft,
+    CancelRuns,
+    Drafted,
+    Event,
+    RunDone,
+    RunTaken,
+    StartDraft,
+    StartRun,
+)
+from pipeinfer_dask.models.stage import DraftModel, Stage
+from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
+from pipeinfer_dask.runtime.pipeline import PipelineCommand
+
+
+class LocalPipeline:
+    """A `Pipeline` of threads.
+
+    Parameters
+    ----------
+    stages : sequence of callables
+        Each loads one stage, in the thread that will compute it.
+    drafter : callable, optional
+        Loads the draft model.
+    loop : asyncio.AbstractEventLoop
+        Where events are reported.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Callable[[], Stage]],
+        drafter: Callable[[], DraftModel] | None,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.stages = len(stages)
+        self._loop = loop
+        self._report: Callable[[Event], None] | None = None
+        self._lost: Callable[[Exception], None] | None = None
+        self._threads: list[StageThread] = []
+        for index, load in enumerate(stages):
+            last = index == len(stages) - 1
+            self._threads.append(
+                StageThread(
+                    load,
+                    deliver=self._done if last else partial(self._hand_on, index + 1),
+                    taken=self._taken if index == 0 else None,
+                    failed=partial(self._failed, f"stage {index}"),
+                    name=f"pipeinfer-stage-{index}",
+                )
+            )
+        self._drafter = (
+            DrafterThread(
+                drafter,
+                deliver=self._drafted,
+                failed=partial(self._failed, "the drafter"),
+                name="pipeinfer-drafter",
+            )
+            if drafter is not None
+            else None
+        )
+
+    async def loaded(self) -> None:
+        """Wait until every model stands.
+
+        Raises
+        ------
+        Exception
+            What kept one from it. Everything is closed then.
+        """
+        loading = [asyncio.wrap_future(thread.loaded) for thread in self._threads]
+        try:
+            await asyncio.gather(*loading)
+            if self._drafter is not None:
+                await asyncio.wrap_future(self._drafter.loaded)
+        except BaseException:
+            await self.close()
+            raise
+
+    def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
+        self._report, self._lost = report, lost
+
+    def send(self, command: PipelineCommand) -> None:
+        match command:
+            case StartRun():
+                self._threads[0].submit(RunPass(command))
+            case CancelRuns():
+                for thread in self._threads:
+                    thread.cancel(command)
+            case StartDraft():
+                self._the_drafter.submit(command)
+            case CancelDraft():
+                self._the_drafter.cancel(command)
+
+    async def close(self) -> None:
+        def close() -> None:
+            for thread in self._threads:
+                thread.close()
+            if self._drafter is not None:
+                self._drafter.close()
+
+        await asyncio.to_thread(close)
+
+    @property
+    def _the_drafter(self) -> DrafterThread:
+        if self._drafter is None:
+            raise RuntimeError("this pipeline has no draft model")
+        return self._drafter
+
+    # --- called in the compute threads -----------------------------------------------
+
+    def _hand_on(self, index: int, item: RunPass) -> None:
+        self._threads[index].submit(item)
+
+    def _taken(self, run: StartRun) -> None:
+        self._tell(RunTaken(run.request, run.generation, run.run))
+
+    def _done(self, item: RunPass) -> None:
+        run = item.run
+        self._tell(RunDone(run.request, run.generation, run.run, item.tokens, item.spans))
+
+    def _drafted(self, answer: Drafted) -> None:
+        self._tell(answer)
+
+    def _tell(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, event)
+
+    def _deliver(self, event: Event) -> None:
+        if self._report is not None:
+            self._report(event)
+
+    def _failed(self, who: str, error: Exception) -> None:
+        def report() -> None:
+            if self._lost is not None:
+                lost = RuntimeError(f"{who} failed: {error}")
+                lost.__cause__ = error
+                self._lost(lost)
+
+        self._loop.call_soon_threadsafe(report)
