@@ -46,7 +46,7 @@ class Expansion:
         return 2 if self.draft.plan.branches > 1 else 1
 
     def next_batch(self) -> tuple[Batch, int] | None:
-        """Return what to evaluate next, and after how many of its last tokens to look; None at the end."""
+        """Return a batch to evaluate and how many of its last tokens to extend; None at the end."""
         return None if self._batch is None else (self._batch, len(self._frontier))
 
     def grow(self, candidates: Sequence[Sequence[Candidate]]) -> None:

@@ -365,7 +365,8 @@ class Machine:
         if self._draft is None and (choice := self.policy.choose_draft(self)) is not None:
             self._start_draft(*choice)
             if self._draft is None:
-                self._plan_runs()  # nothing to draft, or no slot for it: a policy must not wait for it
+                # Nothing to draft, or no slot for it: whoever waits for it must not wait on.
+                self._plan_runs()
 
     def _plan_runs(self) -> None:
         while nodes := self.policy.choose_run(self):

@@ -126,7 +126,7 @@ class DraftPlan:
 
 @dataclass(frozen=True, slots=True)
 class StartRun:
-    """Send a run down the pipeline. The last stage picks a token after each of the last ``picks``."""
+    """Start a run. The last stage picks a token after each of its last ``picks`` tokens."""
 
     request: int
     generation: int

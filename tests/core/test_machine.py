@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,21 +15,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeinfer_dask.core.machine import Machine, ProtocolError, Request
-from pipeinfer_dask.core.messages import (
-    Begin,
-    CancelReason,
-    CancelRuns,
-    Commit,
-    Drafted,
-    Kind,
-    Origin,
-    RunDone,
-    RunTaken,
-    StartDraft,
-    StartRun,
-    Stop,
-)
 from pipeinfer_dask.core.policies import Iterative, PipeInfer, Policy, Speculative
 from tests.core.world import World, plain_text
 
