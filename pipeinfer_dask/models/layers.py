@@ -1,0 +1,75 @@
+"""Which stage holds which layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+
+def split_layers(
+    num_layers: int, stages: int, weights: Sequence[float] | None = None
+) -> list[range]:
+    """Split a model's decoder layers into contiguous shares, one for each stage.
+
+    Each share is as near to its weight's part as whole layers allow, and holds at
+    least one layer. Where layers are left over, earlier stages take them: the last
+    stage has the output head to compute as well.
+
+    Parameters
+    ----------
+    num_layers : int
+        The model's decoder layers.
+    stages : int
+        Stages of the pipeline.
+    weights : sequence of float, [stages], optional
+        How large each share is to be, relative to the others. Even by default.
+
+    Returns
+    -------
+    list of range, [stages]
+        Together they are ``range(num_layers)``.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer layers than stages, or the weights are no sensible shares.
+    """
+    if stages < 1:
+        raise ValueError(f"a pipeline needs at least one stage, not {stages}")
+    if stages > num_layers:
+        raise ValueError(
+            f"{stages} stages need at least {stages} layers, but the model has {num_layers}: "
+            f"use at most {num_layers} stages"
+        )
+    parts = [1.0] * stages if weights is None else _checked(weights, stages)
+    total = math.fsum(parts)
+    ideal = [num_layers * (part / total) for part in parts]
+    shares = [max(1, math.floor(size)) for size in ideal]
+    by_need = range(stages)
+    while sum(shares) < num_layers:
+        shares[max(by_need, key=lambda stage: ideal[stage] - shares[stage])] += 1
+    while sum(shares) > num_layers:
+        givers = [stage for stage in by_need if shares[stage] > 1]
+        shares[max(givers, key=lambda stage: shares[stage] - ideal[stage])] -= 1
+    stops = [sum(shares[: stage + 1]) for stage in by_need]
+    return [range(stop - share, stop) for share, stop in zip(shares, stops, strict=True)]
+
+
+def _checked(weights: Sequence[float], stages: int) -> list[float]:
+    if isinstance(weights, str) or len(weights) != stages:
+        raise ValueError(
+            f"the layer split needs one weight for each of the {stages} stages, not {weights!r}"
+        )
+    for weight in weights:
+        if not isinstance(weight, Real) or isinstance(weight, bool):
+            raise ValueError(f"a layer split is made of numbers, not of {weight!r}: {weights!r}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"a weight of the layer split must be finite and not negative, not {weight}"
+            )
+    if not any(weights):
+        raise ValueError(f"at least one weight of the layer split must be above zero: {weights!r}")
+    # Scaled, so that no sum overflows.
+    largest = max(float(weight) for weight in weights)
+    return [float(weight) / largest for weight in weights]

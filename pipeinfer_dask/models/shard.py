@@ -1,0 +1,226 @@
+"""A stage's share of a model: its layers, its KV cache, and one pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.models.ancestry import Ancestry
+from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
+from pipeinfer_dask.models.cache import SlotCache
+from pipeinfer_dask.models.families import model_class
+from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
+from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.models.tensors import stored_tensors
+
+# While transformers builds a model it changes settings of the whole process (the default
+# dtype, how tensors are made): two threads must not do so at once.
+_building = Lock()
+
+
+class Shard:
+    """A contiguous share of a model's layers, ready to compute.
+
+    It is a `Stage`; one that holds every layer is a `DraftModel` too. Use `load`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Made by the class that `spliced` returns.
+    layers : range
+        The layers that it has, numbered as in the whole model.
+    capacity : int
+        Slots of the KV cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: range, *, capacity: int) -> None:
+        self.layers = layers
+        self.capacity = capacity
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == model.config.num_hidden_layers
+        self._model = model
+        # The head is computed on the last stage alone.
+        self._forward: Callable[..., Any] = model if self.is_last else model.base_model
+        self._hidden_size: int = model.config.hidden_size
+        self._ancestry = Ancestry()
+        self._cache = SlotCache(layers, capacity)
+        self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        layers: range,
+        *,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Shard:
+        """Load a share of a checkpoint, reading no other tensors than its own.
+
+        Parameters
+        ----------
+        path : str or Path
+            A directory in Hugging Face format that `open_checkpoint` has found sound.
+        layers : range
+            The layers to hold, in [0, num_layers).
+        capacity : int
+            Slots of the KV cache: the longest text, and room for drafts.
+        dtype : torch.dtype
+            What to compute in. A checkpoint of 16 bits is computed in 32 bits on a CPU:
+            16 bits are slow there, and change what is generated.
+
+        Raises
+        ------
+        ValueError
+            If the layers are not in the model, the checkpoint lacks tensors of theirs, the
+            capacity is not positive, or the dtype is not for this device.
+        FileNotFoundError
+            If files are missing.
+        """
+        if capacity < 1:
+            raise ValueError(f"the capacity of a KV cache must be at least 1 slot, not {capacity}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"on a CPU models are computed in float32 or float64, not in {dtype}")
+        config = AutoConfig.from_pretrained(path)
+        if not (0 <= layers.start < layers.stop <= config.num_hidden_layers and layers.step == 1):
+            raise ValueError(
+                f"expected layers within [0, {config.num_hidden_layers}) in steps of 1, got {layers}"
+            )
+        with _building, _without_progress_bars():
+            model, report = spliced(model_class(config), layers).from_pretrained(
+                None,
+                config=config,
+                state_dict=stored_tensors(Path(path)),
+                dtype=dtype,
+                attn_implementation=SLOT_ATTENTION,
+                output_loading_info=True,
+            )
+        # What is missing would silently stay random.
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{path} lacks {len(missing)} tensors of {layers}, first {missing[0]}")
+        return cls(model.requires_grad_(False), layers, capacity=capacity)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters held; tied ones count once."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes that the KV cache holds by now."""
+        return self._cache.nbytes
+
+    def run(
+        self,
+        batch: Batch,
+        hidden: HiddenStates | None,
+        *,
+        picks: int,
+        stopped: Callable[[], bool],
+    ) -> StageOutput:
+        """Evaluate one run; see `Stage.run`. The last stage picks the most probable token.
+
+        Raises
+        ------
+        ValueError
+            If a slot is beyond the capacity, or the hidden states don't fit.
+        """
+        with torch.inference_mode():
+            result = self._evaluate(batch, hidden, picks, stopped)
+            layers = self._splice.computed
+            if result is None:
+                return StageOutput(None, None, layers)
+            if self.is_last:
+                return StageOutput(None, tuple(result.argmax(dim=-1).tolist()), layers)
+            return StageOutput(result.float().contiguous().numpy(), None, layers)
+
+    def logits(self, batch: Batch, picks: int, stopped: Callable[[], bool]) -> Tensor | None:
+        """Evaluate a batch on a shard that holds every layer.
+
+        Returns
+        -------
+        Tensor, [picks, vocab_size], or None
+            The logits after each of the last ``picks`` tokens; None if it was stopped.
+
+        Raises
+        ------
+        ValueError
+            If the shard does not hold every layer, or a slot is beyond the capacity.
+        """
+        if not (self.is_first and self.is_last):
+            raise ValueError(f"only a shard of all layers has logits of its own, not {self.layers}")
+        with torch.inference_mode():
+            return self._evaluate(batch, None, picks, stopped)
+
+    def candidates(
+        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+    ) -> list[list[tuple[int, float]]] | None:
+        """Evaluate a batch and say what may come next; see `DraftModel.candidates`."""
+        logits = self.logits(batch, frontier, stopped)
+        if logits is None:
+            return None
+        top = torch.softmax(logits.float(), dim=-1).topk(width)
+        return [
+            list(zip(tokens, confidences, strict=True))
+            for tokens, confidences in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def _evaluate(
+        self, batch: Batch, hidden: HiddenStates | None, picks: int, stopped: Callable[[], bool]
+    ) -> Tensor | None:
+        """Return hidden states [n, hidden_size], on the last stage logits [picks, vocab_size]."""
+        if max(batch.slots) >= self.capacity:
+            raise ValueError(
+                f"slot {max(batch.slots)} is beyond the KV cache's capacity of {self.capacity}: "
+                "shorten the text, or load the model with more capacity"
+            )
+        attendance = self._ancestry.attend(batch)
+        positions = torch.tensor(batch.positions)
+        self._cache.turn_to(torch.tensor(batch.slots), attendance.filled)
+        inputs: dict[str, Tensor]
+        received = None
+        if self.is_first:
+            inputs = {"input_ids": torch.tensor((batch.tokens,))}
+        else:
+            received = self._received(hidden, len(batch))
+            inputs = {"inputs_embeds": received}
+        self._splice.begin(received, picks, stopped)
+        try:
+            with attending(attendance, positions):
+                output = self._forward(
+                    **inputs, position_ids=positions[None], past_key_values=self._cache
+                )
+        except Departure as departure:
+            return None if departure.hidden is None else departure.hidden[0]
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _received(self, hidden: HiddenStates | None, n: int) -> Tensor:
+        expected = (n, self._hidden_size)
+        if hidden is None or hidden.shape != expected:
+            came = "nothing" if hidden is None else f"shape {hidden.shape}"
+            raise ValueError(f"layers {self.layers} take hidden states of {expected}; {came} came")
+        # torch can't look into memory that is read-only, as what came over a link may be.
+        writable = hidden if hidden.flags.writeable else hidden.copy()
+        return torch.from_numpy(writable).to(self._model.dtype)[None]
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    # A stage loads on a worker, whose terminal nobody sees.
+    previous = logging.set_tqdm_hook(
+        lambda factory, args, kwargs: factory(*args, **kwargs | {"disable": True})
+    )
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)

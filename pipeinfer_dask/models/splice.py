@@ -1,0 +1,142 @@
+"""How a stage's share is cut out of a family's own model, without a line of the family's code.
+
+The model is made whole, without memory (on torch's meta device), and what the stage does
+not own is taken out. Layers keep their absolute names and numbers, so no weight is renamed.
+The family's own `forward` then runs over what is left; hooks on the owned layers put in
+what the stage before sent, take out what the next one needs, and look before each layer
+whether anybody still wants the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class OwnedLayers(nn.ModuleList):
+    """Some of a model's layers, under their numbers in the whole model."""
+
+    def __init__(self, layers: dict[int, nn.Module]) -> None:
+        super().__init__()
+        for number, layer in layers.items():
+            self.add_module(str(number), layer)
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(self._modules.values())[index]
+
+
+def spliced(family: type[PreTrainedModel], owned: range) -> type[PreTrainedModel]:
+    """Make a class of the family's models that have only the owned layers.
+
+    The first stage also keeps what comes before the layers, and the last one what comes
+    after them.
+    """
+
+    def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        family.__init__(self, config, *args, **kwargs)
+        _trim(self, owned)
+
+    body = {
+        "__init__": init,
+        "__module__": family.__module__,
+        # The other stages' tensors are in the checkpoint, and that is as it should be.
+        "_keys_to_ignore_on_load_unexpected": [".*"],
+    }
+    return type(family.__name__, (family,), body)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder layers in a base model, and its name."""
+    for name, child in model.base_model.named_children():
+        if isinstance(child, nn.ModuleList):
+            return name, child
+    raise ValueError(f"{type(model).__name__} has no list of decoder layers to split")
+
+
+def _trim(model: PreTrainedModel, owned: range) -> None:
+    base = model.base_model
+    layers_name, layers = decoder_layers(model)
+    total = len(layers)
+    children = [name for name, _ in base.named_children()]
+    middle = children.index(layers_name)
+    if owned.start > 0:
+        embedding = model.get_input_embeddings()
+        for name in children[:middle]:
+            # A tied head is the embedding, so the last stage keeps it too.
+            tied = owned.stop == total and model.all_tied_weights_keys
+            if not (tied and getattr(base, name) is embedding):
+                setattr(base, name, nn.Identity())
+    if owned.stop < total:
+        for parent, names in ((base, children[middle + 1 :]), (model, _heads(model))):
+            for name in names:
+                if any(True for _ in getattr(parent, name).parameters()):
+                    setattr(parent, name, nn.Identity())
+        model.all_tied_weights_keys = {}
+    setattr(base, layers_name, OwnedLayers({number: layers[number] for number in owned}))
+    if hasattr(base.config, "layer_types"):
+        # Some families look a layer's type up by its place in the list, which is shorter now.
+        base.config = copy(base.config)
+        base.config.layer_types = base.config.layer_types[owned.start : owned.stop]
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    return [name for name, child in model.named_children() if child is not model.base_model]
+
+
+class Departure(Exception):  # noqa: N818 - it is no error: it ends a forward pass early
+    """Carries the hidden states, [1, n, hidden_size], out of a model; None where it was stopped."""
+
+    def __init__(self, hidden: Tensor | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class Splice:
+    """The hooks on a stage's layers, and what they need to know of the run at hand."""
+
+    def __init__(self, layers: nn.ModuleList, *, first: bool, last: bool) -> None:
+        self._first = first
+        self._last = last
+        self._hidden: Tensor | None = None
+        self._picks = 0
+        self._stopped: Callable[[], bool] = bool
+        self.computed = 0
+        """Layers computed since `begin`."""
+        for layer in layers:
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+        layers[-1].register_forward_hook(self._leave)
+
+    def begin(self, hidden: Tensor | None, picks: int, stopped: Callable[[], bool]) -> None:
+        self._hidden = hidden
+        self._picks = picks
+        self._stopped = stopped
+        self.computed = -1
+
+    def _enter(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.computed += 1
+        if self._stopped():
+            raise Departure(None)
+        if self.computed > 0 or self._first:
+            return None
+        if args:
+            return (self._hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._hidden}
+
+    def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self.computed += 1
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        if not self._last:
+            raise Departure(hidden)
+        if self._stopped():
+            raise Departure(None)
+        # Only the tokens that are picked from go on to the final norm and the head.
+        hidden = hidden[:, hidden.shape[1] - self._picks :]
+        if self._picks == 0:
+            raise Departure(hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
