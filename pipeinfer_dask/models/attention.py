@@ -23,9 +23,6 @@ from pipeinfer_dask.models.ancestry import Attendance
 SLOT_ATTENTION = "pipeinfer_slots"
 """The name to give as ``attn_implementation``."""
 
-MaskFunction = Callable[[int, int, Tensor, Tensor], Tensor]
-"""(batch, head, query position, key position) -> whether the family lets it attend."""
-
 _current: ContextVar[tuple[Attendance, Tensor]] = ContextVar("attendance")
 
 
@@ -47,9 +44,13 @@ def attending(attendance: Attendance, positions: Tensor) -> Iterator[None]:
 
 
 def slot_mask(
-    *, mask_function: MaskFunction, dtype: torch.dtype, device: torch.device, **_: Any
+    *, mask_function: Callable[..., Any], dtype: torch.dtype, device: torch.device, **_: Any
 ) -> Tensor | None:
-    """Make the additive mask, [1, 1, n, filled], of 0 and -inf; None where all is attended to."""
+    """Make the additive mask, [1, 1, n, filled], of 0 and -inf; None where all is attended to.
+
+    ``mask_function`` is the family's: whether (batch, head, query position, key position)
+    may attend. The rest is what transformers tells every mask.
+    """
     attendance, positions = _current.get()
     allowed = torch.from_numpy(attendance.mask)
     # An ancestor always comes earlier, so the causal mask adds nothing.
@@ -71,8 +72,8 @@ def slot_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend: query [1, heads, n, d], key and value [1, kv_heads, filled, d] -> [1, n, heads, d]."""
-    _, heads, n, dim = query.shape
+    """Attend with queries [1, heads, n, d] to keys [1, kv_heads, filled, d]: [1, n, heads, d]."""
+    heads, n, dim = query.shape[1:]
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     if attention_mask is not None and n > 1:

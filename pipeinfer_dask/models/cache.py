@@ -55,7 +55,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values, [1, heads, n, head_dim]; return [1, heads, filled, ...]."""
+        """Store a layer's keys and values, [1, heads, n, d]; return those of all filled slots."""
         return self._storage[layer_idx].scatter(key_states, value_states, self._slots, self._filled)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -46,30 +46,32 @@ def split_layers(
     total = math.fsum(parts)
     ideal = [num_layers * (part / total) for part in parts]
     shares = [max(1, math.floor(size)) for size in ideal]
-    by_need = range(stages)
     while sum(shares) < num_layers:
-        shares[max(by_need, key=lambda stage: ideal[stage] - shares[stage])] += 1
+        shares[max(range(stages), key=lambda stage: ideal[stage] - shares[stage])] += 1
     while sum(shares) > num_layers:
-        givers = [stage for stage in by_need if shares[stage] > 1]
+        givers = [stage for stage in range(stages) if shares[stage] > 1]
         shares[max(givers, key=lambda stage: shares[stage] - ideal[stage])] -= 1
-    stops = [sum(shares[: stage + 1]) for stage in by_need]
+    stops = [sum(shares[: stage + 1]) for stage in range(stages)]
     return [range(stop - share, stop) for share, stop in zip(shares, stops, strict=True)]
 
 
-def _checked(weights: Sequence[float], stages: int) -> list[float]:
+def _checked(weights: Sequence[object], stages: int) -> list[float]:
     if isinstance(weights, str) or len(weights) != stages:
         raise ValueError(
             f"the layer split needs one weight for each of the {stages} stages, not {weights!r}"
         )
+    parts = []
     for weight in weights:
         if not isinstance(weight, Real) or isinstance(weight, bool):
             raise ValueError(f"a layer split is made of numbers, not of {weight!r}: {weights!r}")
-        if not 0 <= weight < math.inf:
+        part = float(weight)
+        if not 0 <= part < math.inf:
             raise ValueError(
                 f"a weight of the layer split must be finite and not negative, not {weight}"
             )
-    if not any(weights):
+        parts.append(part)
+    largest = max(parts)
+    if largest == 0:
         raise ValueError(f"at least one weight of the layer split must be above zero: {weights!r}")
     # Scaled, so that no sum overflows.
-    largest = max(float(weight) for weight in weights)
-    return [float(weight) / largest for weight in weights]
+    return [part / largest for part in parts]

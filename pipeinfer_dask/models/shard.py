@@ -93,10 +93,10 @@ class Shard:
         config = AutoConfig.from_pretrained(path)
         if not (0 <= layers.start < layers.stop <= config.num_hidden_layers and layers.step == 1):
             raise ValueError(
-                f"expected layers within [0, {config.num_hidden_layers}) in steps of 1, got {layers}"
+                f"{path} has layers 0 to {config.num_hidden_layers - 1}; {layers} was asked for"
             )
         with _building, _without_progress_bars():
-            model, report = spliced(model_class(config), layers).from_pretrained(
+            loaded: Any = spliced(model_class(config), layers).from_pretrained(
                 None,
                 config=config,
                 state_dict=stored_tensors(Path(path)),
@@ -104,6 +104,7 @@ class Shard:
                 attn_implementation=SLOT_ATTENTION,
                 output_loading_info=True,
             )
+        model, report = loaded
         # What is missing would silently stay random.
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{path} lacks {len(missing)} tensors of {layers}, first {missing[0]}")

@@ -9,7 +9,7 @@ whether anybody still wants the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -65,26 +65,28 @@ def _trim(model: PreTrainedModel, owned: range) -> None:
     middle = children.index(layers_name)
     if owned.start > 0:
         embedding = model.get_input_embeddings()
-        for name in children[:middle]:
-            # A tied head is the embedding, so the last stage keeps it too.
-            tied = owned.stop == total and model.all_tied_weights_keys
-            if not (tied and getattr(base, name) is embedding):
-                setattr(base, name, nn.Identity())
+        # A tied head is the embedding, so the last stage keeps it too.
+        tied = owned.stop == total and bool(model.all_tied_weights_keys)
+        _remove(base, children[:middle], keep=embedding if tied else None)
     if owned.stop < total:
-        for parent, names in ((base, children[middle + 1 :]), (model, _heads(model))):
-            for name in names:
-                if any(True for _ in getattr(parent, name).parameters()):
-                    setattr(parent, name, nn.Identity())
+        _remove(base, children[middle + 1 :])
+        _remove(model, [name for name, child in model.named_children() if child is not base])
         model.all_tied_weights_keys = {}
-    setattr(base, layers_name, OwnedLayers({number: layers[number] for number in owned}))
-    if hasattr(base.config, "layer_types"):
+    held = list(layers)
+    setattr(base, layers_name, OwnedLayers({number: held[number] for number in owned}))
+    config: Any = base.config
+    if hasattr(config, "layer_types"):
         # Some families look a layer's type up by its place in the list, which is shorter now.
-        base.config = copy(base.config)
-        base.config.layer_types = base.config.layer_types[owned.start : owned.stop]
+        base.config = copy(config)
+        base.config.layer_types = config.layer_types[owned.start : owned.stop]
 
 
-def _heads(model: PreTrainedModel) -> list[str]:
-    return [name for name, child in model.named_children() if child is not model.base_model]
+def _remove(parent: nn.Module, names: Sequence[str], keep: nn.Module | None = None) -> None:
+    for name in names:
+        child = getattr(parent, name)
+        # What has no weights of its own, such as rotary positions, every stage needs.
+        if child is not keep and any(True for _ in child.parameters()):
+            setattr(parent, name, nn.Identity())
 
 
 class Departure(Exception):  # noqa: N818 - it is no error: it ends a forward pass early
