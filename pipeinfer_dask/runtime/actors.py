@@ -1,0 +1,319 @@
+"""What lives on the workers: one node for each stage, and one for the drafter.
+
+Dask owns a node's life and death: it is made by an actor, which returns once the
+model stands, and it ends when the actor is dropped. Everything else goes over links,
+since actor calls are slow and are not kept in order. A node also ends when its
+control link closes, for then its client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Generic, Protocol, TypeVar
+
+from distributed import Worker, get_worker
+from distributed.comm import Comm, CommClosedError
+from distributed.utils import offload
+
+from pipeinfer_dask.core.messages import (
+    CancelDraft,
+    CancelRuns,
+    Drafted,
+    RunTaken,
+    StartDraft,
+    StartRun,
+)
+from pipeinfer_dask.models.stage import DraftModel, Stage
+from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
+from pipeinfer_dask.runtime.links import Link, LinkError, Session, accept, dial
+from pipeinfer_dask.runtime.wire import (
+    Close,
+    Dialled,
+    DialNext,
+    Failed,
+    Message,
+    PeerLost,
+    Ping,
+    Pong,
+    WireError,
+)
+
+logger = logging.getLogger(__name__)
+
+ThreadT = TypeVar("ThreadT", StageThread, DrafterThread)
+
+CONTROL = "control"
+"""Role of the link between the client and a node: commands, pings, answers."""
+INPUT = "input"
+"""Role of a link that brings runs to a stage."""
+OUTPUT = "output"
+"""Role of the link over which the client fetches runs from the last stage."""
+
+
+FIRST_STAGE = "stage-0"
+"""Name of the node that the client feeds."""
+
+
+class StageSpec(Protocol):
+    """Says how to make a stage. Travels to the worker by pickle."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people to read, such as the range of layers."""
+        ...
+
+    def load(self) -> Stage:
+        """Make the stage. Called once, in the thread that will compute."""
+        ...
+
+
+class DraftSpec(Protocol):
+    """Says how to make a draft model. Travels to the worker by pickle."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people to read."""
+        ...
+
+    def load(self) -> DraftModel:
+        """Make the model. Called once, in the thread that will compute."""
+        ...
+
+
+class Node(Generic[ThreadT]):
+    """A compute thread on a worker, and the links that lead to it.
+
+    Parameters
+    ----------
+    worker : Worker
+    session : Session
+    name : str
+        The node's name in its session, such as ``stage-0``.
+    """
+
+    thread: ThreadT
+
+    def __init__(self, worker: Worker, session: Session, name: str) -> None:
+        self.identity = session.node(name)
+        self._worker = worker
+        self._session = session
+        self._loop: asyncio.AbstractEventLoop = worker.loop.asyncio_loop  # type: ignore[attr-defined]
+        self._control: Link | None = None
+        self._links: list[Link] = []
+        self._stopped = False
+        self._ending: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        """Wait until the model stands, then let peers dial. Not for the loop's own thread."""
+        self.thread.loaded.result()
+        self._worker.handlers[self.identity] = self.accept
+
+    def stop(self) -> None:
+        """Let go of everything, without waiting. From any thread, any number of times."""
+        self._stopped = True
+        self._worker.handlers.pop(self.identity, None)
+        self.thread.close(timeout=0)
+        self._post(self._end)
+
+    def stats(self) -> dict[str, int]:
+        """Return how many links are open, and how many stale messages they dropped."""
+        return {
+            "links": sum(not link.closed for link in self._links),
+            "dropped": sum(link.dropped for link in self._links),
+        }
+
+    async def accept(self, comm: Comm, role: str, nonce: str, proof: bytes) -> None:
+        """Keep a connection that a peer has opened until it closes: the worker's handler."""
+        try:
+            link = await accept(comm, self.identity, role, nonce, proof, self._session)
+            if link is not None and not self._stopped:
+                self._links.append(link)
+                await self._serve(role, link)
+        except CommClosedError:
+            pass  # The peer left while it was being answered.
+        finally:
+            comm.abort()
+
+    async def _serve(self, role: str, link: Link) -> None:
+        if role != CONTROL or self._control is not None:
+            logger.warning("%s refused a second or unknown link: %r", self.identity, role)
+            return
+        self._control = link
+        try:
+            await link.receive(self._heed)
+        except (LinkError, WireError) as error:
+            logger.warning("%s closes: %s", self.identity, error)
+        finally:
+            self.stop()
+            await self._end()
+
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, Ping):
+            self._tell(Pong(message.number, time.monotonic()))
+        elif isinstance(message, Close):
+            self.stop()
+        else:
+            raise LinkError(f"expected a command, got {type(message).__name__}")
+
+    def _end(self) -> asyncio.Task[None]:
+        if self._ending is None:
+            self._ending = self._loop.create_task(self._finish())
+        return self._ending
+
+    async def _finish(self) -> None:
+        for link in self._links:
+            if link is not self._control:
+                link.abort()
+        await offload(self.thread.close)
+        # Last, for it tells the client that nothing is left here.
+        if self._control is not None:
+            self._control.abort()
+
+    def _tell(self, message: Message) -> None:
+        if self._control is not None:
+            self._control.send(message)
+
+    def _failed(self, error: Exception) -> None:
+        self._post(self._tell, Failed(f"{type(error).__name__}: {error}"))
+
+    def _post(self, callback: Callable[..., object], *args: object) -> None:
+        # A loop that is closed has closed the links, too: nobody is left to tell.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args)
+
+
+class StageNode(Node[StageThread]):
+    """One stage: runs come in over one link, and leave over another."""
+
+    def __init__(self, worker: Worker, session: Session, name: str, spec: StageSpec) -> None:
+        super().__init__(worker, session, name)
+        self._next: Link | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        self.thread = StageThread(
+            spec.load,
+            deliver=self._deliver,
+            # Only the first stage's taking of a run tells that the pipeline has room.
+            taken=self._taken if name == FIRST_STAGE else None,
+            failed=self._failed,
+            name=self.identity,
+        )
+
+    async def _serve(self, role: str, link: Link) -> None:
+        if role == INPUT:
+            await self._keep(link, self._run, "the link that brings runs")
+        elif role == OUTPUT:
+            self._next = link
+            await self._keep(link, _nothing_expected, "the link that takes runs")
+        else:
+            await super()._serve(role, link)
+
+    async def _keep(self, link: Link, handle: Callable[[Message], None], what: str) -> None:
+        reason = f"{what} has closed"
+        try:
+            await link.receive(handle)
+        except (LinkError, WireError) as error:
+            reason = f"{what}: {error}"
+        if not self._stopped:
+            self._tell(PeerLost(reason))
+
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, CancelRuns):
+            self.thread.cancel(message)
+        elif isinstance(message, DialNext):
+            self._dialling = self._loop.create_task(self._dial(message))
+        else:
+            super()._heed(message)
+
+    async def _dial(self, command: DialNext) -> None:
+        try:
+            self._next = await dial(
+                command.address,
+                command.node,
+                INPUT,
+                self._session,
+                connection_args=self._worker.connection_args,
+            )
+        except LinkError as error:
+            self._tell(PeerLost(str(error)))
+            return
+        self._links.append(self._next)
+        self._tell(Dialled())
+        await self._keep(self._next, _nothing_expected, "the link to the next stage")
+
+    async def _finish(self) -> None:
+        if self._dialling is not None:
+            self._dialling.cancel()
+        await super()._finish()
+
+    def _run(self, message: Message) -> None:
+        if not isinstance(message, RunPass):
+            raise LinkError(f"expected a run, got {type(message).__name__}")
+        self.thread.submit(message)
+
+    def _taken(self, run: StartRun) -> None:
+        self._post(self._tell, RunTaken(run.request, run.generation, run.run))
+
+    def _deliver(self, job: RunPass) -> None:
+        if self._next is not None:
+            self._post(self._next.send, job)
+
+
+class DrafterNode(Node[DrafterThread]):
+    """The drafter: its few, small messages all go over its control link."""
+
+    def __init__(self, worker: Worker, session: Session, name: str, spec: DraftSpec) -> None:
+        super().__init__(worker, session, name)
+        self.thread = DrafterThread(
+            spec.load, deliver=self._deliver, failed=self._failed, name=self.identity
+        )
+
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, StartDraft):
+            self.thread.submit(message)
+        elif isinstance(message, CancelDraft):
+            self.thread.cancel(message)
+        else:
+            super()._heed(message)
+
+    def _deliver(self, drafted: Drafted) -> None:
+        self._post(self._tell, drafted)
+
+
+def _nothing_expected(message: Message) -> None:
+    raise LinkError(f"expected nothing on a link that only sends, got {type(message).__name__}")
+
+
+class NodeActor:
+    """Holds a node for as long as Dask holds the actor.
+
+    Parameters
+    ----------
+    kind : type of Node
+        `StageNode` or `DrafterNode`.
+    session : Session
+    name : str
+    spec : StageSpec or DraftSpec
+    """
+
+    def __init__(
+        self,
+        kind: type[StageNode] | type[DrafterNode],
+        session: Session,
+        name: str,
+        spec: Any,
+    ) -> None:
+        self._node = kind(get_worker(), session, name, spec)
+        # Dask drops an actor without telling it. A finalizer on the actor hears of that,
+        # and also of an actor whose model could not be loaded.
+        self._finalizer = weakref.finalize(self, self._node.stop)
+        self._finalizer.atexit = False
+        self._node.open()
+
+    def stats(self) -> dict[str, int]:
+        """Return how many links are open, and how many stale messages they dropped."""
+        return self._node.stats()

@@ -1,0 +1,344 @@
+"""A pipeline on Dask workers: it places the nodes, connects them, and speaks for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, Self, TypeVar
+
+from distributed import Client
+from distributed import Future as DaskFuture
+from distributed.comm import connect
+
+from pipeinfer_dask.core.messages import (
+    CancelDraft,
+    CancelRuns,
+    Drafted,
+    Event,
+    RunDone,
+    RunTaken,
+    StartDraft,
+    StartRun,
+)
+from pipeinfer_dask.runtime.actors import (
+    CONTROL,
+    INPUT,
+    OUTPUT,
+    DrafterNode,
+    DraftSpec,
+    NodeActor,
+    StageNode,
+    StageSpec,
+)
+from pipeinfer_dask.runtime.compute import RunPass
+from pipeinfer_dask.runtime.links import Link, LinkError, Session, dial
+from pipeinfer_dask.runtime.peers import Peer
+from pipeinfer_dask.runtime.pipeline import PipelineCommand
+from pipeinfer_dask.runtime.wire import Message, WireError
+
+T = TypeVar("T")
+
+CLOSE_TIMEOUT_S = 15.0
+"""How long to wait for a node that is asked to end: longer than it waits for its thread."""
+
+
+class PipelineError(RuntimeError):
+    """A node of the pipeline could not be made, or is lost. The text says which, and where."""
+
+
+class DaskPipeline:
+    """Stages and a drafter on Dask workers. Made by `open`.
+
+    Everything here belongs to the client's event loop, and so do the callbacks.
+
+    Attributes
+    ----------
+    stages : int
+    """
+
+    def __init__(self, client: Client, session: Session, stages: int) -> None:
+        self.stages = stages
+        self._client = client
+        self._session = session
+        self._futures: list[DaskFuture[Any]] = []
+        self._peers: list[Peer] = []
+        self._stages: list[Peer] = []
+        self._drafter: Peer | None = None
+        self._links: list[Link] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._report: Callable[[Event], None] | None = None
+        self._lost: Callable[[Exception], None] | None = None
+        self._loss: PipelineError | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        client: Client,
+        stage_specs: Sequence[StageSpec],
+        stage_workers: Sequence[str],
+        draft_spec: DraftSpec | None = None,
+        draft_worker: str | None = None,
+        *,
+        progress: Callable[[str, str], None] | None = None,
+        generation: int = 0,
+        deadline: float = 30.0,
+    ) -> Self:
+        """Load all nodes at once, and connect them.
+
+        Parameters
+        ----------
+        client : Client
+            This must run on its event loop.
+        stage_specs : sequence of StageSpec, [stages]
+        stage_workers : sequence of str, [stages]
+            Address of the worker for each stage. One worker may hold several nodes.
+        draft_spec, draft_worker : DraftSpec and str, or None
+            Without them there is no drafter, and no draft may be started.
+        progress : callable, optional
+            Called with a node's title and its worker's address as soon as it has loaded.
+        generation : int
+            Counts the pipelines that were built for one engine.
+        deadline : float, seconds
+            A node that answers no ping for so long is lost.
+
+        Raises
+        ------
+        ValueError
+            The specs and workers do not fit together, there is no such worker, or the
+            client is closed.
+        PipelineError
+            A node could not load, was lost meanwhile, or can't be reached.
+        """
+        workers = [*stage_workers, *([draft_worker] if draft_worker is not None else [])]
+        if not stage_specs or len(stage_specs) != len(stage_workers):
+            raise ValueError(
+                f"expected one worker for each stage and at least one stage, got "
+                f"{len(stage_specs)} stages and {len(stage_workers)} workers"
+            )
+        if (draft_spec is None) != (draft_worker is None):
+            raise ValueError("expected a draft spec and a worker for it, or neither")
+        if client.scheduler is None:
+            raise ValueError("expected a client that is connected to a cluster, got a closed one")
+        known = (await client.scheduler.identity())["workers"]
+        for address in workers:
+            if address not in known:
+                raise ValueError(
+                    f"there is no worker {address}: this cluster has {', '.join(known) or 'none'}"
+                )
+        pipeline = cls(client, Session.new(generation), len(stage_specs))
+        try:
+            await pipeline._open(
+                stage_specs, stage_workers, draft_spec, draft_worker, progress, deadline
+            )
+        except LinkError as error:
+            await pipeline.close()
+            raise pipeline._loss or PipelineError(str(error)) from error
+        except BaseException:
+            await pipeline.close()
+            raise
+        return pipeline
+
+    def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
+        """Set who is told of each event, and, once, of the pipeline's end."""
+        self._report = report
+        self._lost = lost
+        if self._loss is not None:
+            asyncio.get_running_loop().call_soon(lost, self._loss)
+
+    def send(self, command: PipelineCommand) -> None:
+        """Carry out a command. Once the pipeline is lost or closed this does nothing.
+
+        Raises
+        ------
+        RuntimeError
+            A draft is to be started, but there is no drafter.
+        """
+        match command:
+            case StartRun():
+                self.feed(RunPass(command))
+            case CancelRuns():
+                for stage in self._stages:
+                    stage.send(command)
+            case StartDraft() | CancelDraft():
+                if self._drafter is None:
+                    raise RuntimeError("expected no draft: this pipeline has no drafter")
+                self._drafter.send(command)
+
+    def feed(self, job: RunPass) -> None:
+        """Send a run to the first stage, with hidden states where that stage expects some."""
+        self._links[0].send(job)
+
+    async def stats(self) -> list[dict[str, int]]:
+        """Return the open links and the dropped stale messages of each node."""
+        actors = await asyncio.gather(*self._futures)
+        return list(await asyncio.gather(*(actor.stats() for actor in actors)))
+
+    async def close(self) -> None:
+        """Release every node, thread and link, whatever has become of client and cluster."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _open(
+        self,
+        stage_specs: Sequence[StageSpec],
+        stage_workers: Sequence[str],
+        draft_spec: DraftSpec | None,
+        draft_worker: str | None,
+        progress: Callable[[str, str], None] | None,
+        deadline: float,
+    ) -> None:
+        placing = [
+            self._place(StageNode, f"stage-{index}", spec, worker, progress)
+            for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
+        ]
+        if draft_spec is not None and draft_worker is not None:
+            placing.append(self._place(DrafterNode, "drafter", draft_spec, draft_worker, progress))
+        peers = await _all(placing)
+        self._stages = peers[: len(stage_specs)]
+        self._drafter = peers[-1] if draft_spec is not None else None
+        await self._connect()
+        await _all([peer.find_clock() for peer in peers])
+        self._tasks.extend(asyncio.create_task(peer.watch(deadline)) for peer in peers)
+
+    async def _place(
+        self,
+        kind: type[StageNode] | type[DrafterNode],
+        name: str,
+        spec: StageSpec | DraftSpec,
+        worker: str,
+        progress: Callable[[str, str], None] | None,
+    ) -> Peer:
+        node = self._session.node(name)
+        title = f"{name.replace('-', ' ')} ({spec.name}) on worker {worker}"
+        future = self._client.submit(
+            NodeActor,
+            kind,
+            self._session,
+            name,
+            spec,
+            actor=True,
+            key=node,
+            workers=[worker],
+            allow_other_workers=False,
+        )
+        self._futures.append(future)
+        await self._loaded(future, title, worker)
+        if progress is not None:
+            progress(title, worker)
+        link = await self._dial(worker, node, CONTROL)
+        peer = Peer(title, node, worker, link, report=self._heed, lost=partial(self._lose, title))
+        self._peers.append(peer)
+        return peer
+
+    async def _loaded(self, future: DaskFuture[Any], title: str, worker: str) -> None:
+        # A task that may run on one worker only waits for ever once that worker is dead.
+        # An idle connection to the worker tells of its death.
+        try:
+            tripwire = await connect(worker, **self._client.connection_args)
+        except OSError as lost:
+            raise PipelineError(f"{title}: could not connect to the worker: {lost}") from lost
+        loading = asyncio.ensure_future(future.exception())
+        death = asyncio.ensure_future(tripwire.read())
+        try:
+            await asyncio.wait([loading, death], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended = loading.done()
+            loading.cancel()
+            tripwire.abort()
+            await asyncio.gather(loading, death, return_exceptions=True)
+        if not ended:
+            raise PipelineError(f"{title}: the worker died while it was loading")
+        error = loading.result()
+        if error is not None:
+            raise PipelineError(
+                f"{title} could not load: {type(error).__name__}: {error}"
+            ) from error
+        if future.status != "finished":
+            raise PipelineError(f"{title} could not load: its actor is {future.status}")
+
+    async def _connect(self) -> None:
+        """Lay the data links: client, first stage, ..., last stage, client."""
+        await _all([one.dial_next(other) for one, other in pairwise(self._stages)])
+        for peer, role, handle in (
+            (self._stages[0], INPUT, self._nothing_expected),
+            (self._stages[-1], OUTPUT, self._fetch),
+        ):
+            link = await self._dial(peer.address, peer.node, role)
+            self._links.append(link)
+            self._tasks.append(asyncio.create_task(self._keep(link, peer, role, handle)))
+
+    async def _dial(self, worker: str, node: str, role: str) -> Link:
+        return await dial(
+            worker, node, role, self._session, connection_args=self._client.connection_args
+        )
+
+    async def _keep(
+        self, link: Link, peer: Peer, role: str, handle: Callable[[Message], None]
+    ) -> None:
+        reason = f"its {role} link to the client has closed"
+        try:
+            await link.receive(handle)
+        except (LinkError, WireError) as error:
+            reason = f"its {role} link to the client: {error}"
+        self._lose(peer.title, reason)
+
+    def _fetch(self, message: Message) -> None:
+        if not isinstance(message, RunPass):
+            raise LinkError(f"expected a run, got {type(message).__name__}")
+        run = message.run
+        spans = tuple(
+            stage.localize(span) for stage, span in zip(self._stages, message.spans, strict=True)
+        )
+        self._tell(RunDone(run.request, run.generation, run.run, message.tokens, spans))
+
+    def _heed(self, message: Message) -> None:
+        match message:
+            case RunTaken():
+                self._tell(message)
+            case Drafted(span=span):
+                if span is not None and self._drafter is not None:
+                    message = replace(message, span=self._drafter.localize(span))
+                self._tell(message)
+            case _:
+                raise LinkError(f"expected an event, got {type(message).__name__}")
+
+    def _nothing_expected(self, message: Message) -> None:
+        raise LinkError(f"expected nothing here, got {type(message).__name__}")
+
+    def _tell(self, event: Event) -> None:
+        if self._report is not None and self._closing is None:
+            self._report(event)
+
+    def _lose(self, title: str, reason: str) -> None:
+        if self._loss is not None or self._closing is not None:
+            return
+        self._loss = PipelineError(f"{title} is lost: {reason}")
+        if self._lost is not None:
+            self._lost(self._loss)
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(peer.close(CLOSE_TIMEOUT_S) for peer in self._peers))
+        for link in self._links:
+            link.abort()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._client.status == "running":
+            await self._client.cancel(self._futures)
+        self._futures.clear()
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return all results, or the first error once all the rest is cancelled and over."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

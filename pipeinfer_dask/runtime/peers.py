@@ -1,0 +1,180 @@
+"""A node as the client sees it: its control link, its clock, and whether it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from pipeinfer_dask.core.messages import Span
+from pipeinfer_dask.runtime.links import Link, LinkError
+from pipeinfer_dask.runtime.wire import (
+    Close,
+    Dialled,
+    DialNext,
+    Failed,
+    Message,
+    PeerLost,
+    Ping,
+    Pong,
+    WireError,
+)
+
+CLOCK_PINGS = 50
+"""Pings to find a node's clock: the one with the least round trip counts."""
+
+SUSPICION_S = 1.0
+"""Where a stage misses its neighbour, wait this long for the neighbour's own link to close."""
+
+
+class Peer:
+    """The client's end of one node. Belongs to the client's loop.
+
+    Parameters
+    ----------
+    title : str
+        What to call the node in errors.
+    node, address : str
+        Where other nodes can dial it.
+    link : Link
+        The control link.
+    report : callable
+        Called with each message that is not the peer's own affair.
+    lost : callable
+        Called with a reason when the node can't go on. May be called more than once.
+
+    Attributes
+    ----------
+    offset : float, seconds
+        The node's clock minus the client's.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        node: str,
+        address: str,
+        link: Link,
+        *,
+        report: Callable[[Message], None],
+        lost: Callable[[str], None],
+    ) -> None:
+        self.title = title
+        self.node = node
+        self.address = address
+        self.offset = 0.0
+        self._link = link
+        self._report = report
+        self._lost = lost
+        self._pings = 0
+        self._pongs: dict[int, asyncio.Future[tuple[float, float]]] = {}
+        self._dialled: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._reading = self._loop.create_task(self._read())
+
+    def send(self, message: Message) -> None:
+        self._link.send(message)
+
+    async def ping(self) -> tuple[float, float]:
+        """Return the round trip in seconds, and the node's clock minus the client's.
+
+        Raises
+        ------
+        LinkError
+            The control link has closed.
+        """
+        self._pings += 1
+        number = self._pings
+        pong = self._wait()
+        self._pongs[number] = pong
+        sent = time.monotonic()
+        self._link.send(Ping(number))
+        try:
+            arrived, clock = await pong
+        finally:
+            self._pongs.pop(number, None)
+        return arrived - sent, clock - (sent + arrived) / 2
+
+    async def find_clock(self) -> None:
+        """Measure `offset`."""
+        _, self.offset = min([await self.ping() for _ in range(CLOCK_PINGS)])
+
+    async def dial_next(self, peer: Peer) -> None:
+        """Have this stage open its data link to the next one.
+
+        Raises
+        ------
+        LinkError
+            It could not.
+        """
+        self._dialled = self._wait()
+        self._link.send(DialNext(peer.address, peer.node))
+        await self._dialled
+
+    async def watch(self, deadline: float) -> None:
+        """Ping until the node is lost, or leaves a ping unanswered for ``deadline`` seconds."""
+        while True:
+            try:
+                await asyncio.wait_for(self.ping(), deadline)
+            except TimeoutError:
+                self._lost(f"gave no sign of life for {deadline:g} s")
+                return
+            except LinkError:
+                return
+            await asyncio.sleep(deadline / 3)
+
+    def localize(self, span: Span) -> Span:
+        """Return a span of this node's clock on the client's clock."""
+        return replace(span, began=span.began - self.offset, ended=span.ended - self.offset)
+
+    async def close(self, patience: float) -> None:
+        """Ask the node to end, wait ``patience`` seconds until it has, and close the link."""
+        self._link.send(Close())
+        await asyncio.wait([self._reading], timeout=patience)
+        self._link.abort()
+        await asyncio.wait([self._reading])
+
+    async def _read(self) -> None:
+        reason = "its control link has closed: the worker, or the actor on it, is gone"
+        try:
+            await self._link.receive(self._heed)
+        except (LinkError, WireError) as error:
+            reason = str(error)
+        finally:
+            self._end(reason)
+
+    def _heed(self, message: Message) -> None:
+        if isinstance(message, Pong):
+            pong = self._pongs.get(message.number)
+            if pong is not None and not pong.done():
+                pong.set_result((time.monotonic(), message.clock))
+        elif isinstance(message, Dialled):
+            if self._dialled is not None and not self._dialled.done():
+                self._dialled.set_result(None)
+        elif isinstance(message, Failed):
+            self._lost(message.reason)
+        elif isinstance(message, PeerLost):
+            self._suspect(message.reason)
+        else:
+            self._report(message)
+
+    def _suspect(self, reason: str) -> None:
+        if self._dialled is not None and not self._dialled.done():
+            self._dialled.set_exception(LinkError(reason))
+        # A neighbour that is gone is named better by the end of its own control link,
+        # which may be noticed a moment later.
+        self._loop.call_later(SUSPICION_S, self._lost, reason)
+
+    def _end(self, reason: str) -> None:
+        waiting = [*self._pongs.values(), *([self._dialled] if self._dialled else [])]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(LinkError(f"{self.title}: {reason}"))
+        self._lost(reason)
+
+    def _wait(self) -> asyncio.Future[Any]:
+        if self._reading.done():
+            raise LinkError(f"{self.title}: the control link has closed")
+        return self._loop.create_future()

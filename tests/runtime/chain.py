@@ -1,0 +1,112 @@
+"""Stages and a drafter that compute almost nothing, and say what reached them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeinfer_dask.core.messages import NO_PARENT, Batch, Kind, StartRun
+from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+
+SLOW = 1_000_000
+"""A run that begins with this token takes a stage until it is cancelled."""
+BROKEN = 2_000_000
+"""A run that begins with this token breaks the stage."""
+
+
+def run_of(number: int, *tokens: int) -> StartRun:
+    """Return a run over these tokens that wants a pick after each."""
+    places = tuple(range(len(tokens)))
+    batch = Batch(tokens, places, places, (NO_PARENT, *places[:-1]))
+    return StartRun(1, 0, number, Kind.SPECULATIVE, batch, len(tokens))
+
+
+class CountingStage:
+    """Adds one to every number; the first stage makes them from the tokens, the last gives them back."""
+
+    def __init__(self, last: bool) -> None:
+        self._last = last
+
+    def run(
+        self,
+        batch: Batch,
+        hidden: HiddenStates | None,
+        *,
+        picks: int,
+        stopped: Callable[[], bool],
+    ) -> StageOutput:
+        if batch.tokens[0] == BROKEN:
+            raise ArithmeticError("numbers ran out")
+        if batch.tokens[0] == SLOW:
+            pause = threading.Event()
+            while not stopped():
+                pause.wait(0.001)
+            return StageOutput(None, None, 1)
+        if hidden is None:
+            hidden = np.repeat(np.array(batch.tokens, np.float32)[:, None], 64, axis=1)
+        hidden = hidden + np.float32(1)
+        if self._last:
+            return StageOutput(None, tuple(int(row[0]) for row in hidden[-picks:]), 2)
+        return StageOutput(hidden, None, 2)
+
+
+@dataclass(frozen=True)
+class CountingSpec:
+    """Makes a `CountingStage`."""
+
+    name: str
+    last: bool = False
+
+    def load(self) -> CountingStage:
+        return CountingStage(self.last)
+
+
+@dataclass(frozen=True)
+class MissingSpec:
+    """Is not there to be loaded."""
+
+    name: str = "missing"
+
+    def load(self) -> CountingStage:
+        raise FileNotFoundError("no model here")
+
+
+@dataclass(frozen=True)
+class DyingSpec:
+    """Takes its process along while it loads."""
+
+    name: str = "dying"
+
+    def load(self) -> CountingStage:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+
+class EchoingDraft:
+    """Proposes the same token again, until it is stopped where the token is `SLOW`."""
+
+    def candidates(
+        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+    ) -> list[list[tuple[int, float]]] | None:
+        if batch.tokens[-1] == SLOW:
+            pause = threading.Event()
+            while not stopped():
+                pause.wait(0.001)
+            return None
+        return [[(token, 0.5)] * width for token in batch.tokens[-frontier:]]
+
+
+@dataclass(frozen=True)
+class EchoingSpec:
+    """Makes an `EchoingDraft`."""
+
+    name: str = "echo"
+
+    def load(self) -> EchoingDraft:
+        return EchoingDraft()
