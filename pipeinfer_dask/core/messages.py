@@ -36,13 +36,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __add__(self, other: Batch) -> Batch:
-        return Batch(
-            self.tokens + other.tokens,
-            self.positions + other.positions,
-            self.slots + other.slots,
-            self.parents + other.parents,
-        )
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.tokens[part], self.positions[part], self.slots[part], self.parents[part])
 
 
 class Kind(StrEnum):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import DraftPlan, Origin
@@ -41,6 +41,10 @@ class Policy(ABC):
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
         """Return what to draft now, or None. Called only while no draft is under way."""
         return None
+
+    def fresh(self) -> Self:
+        """Return a policy with the same settings that has heard nothing yet."""
+        return replace(self)  # type: ignore[type-var]
 
     def committed(self, origins: Sequence[Origin]) -> None:
         """Hear where the tokens that were just committed came from."""

@@ -33,9 +33,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def fresh(name: str) -> Policy:
-    from dataclasses import replace
-
-    return replace(POLICIES[name])  # type: ignore[type-var]
+    return POLICIES[name].fresh()
 
 
 class AnyOrder(RuleBasedStateMachine):

@@ -1,0 +1,296 @@
+"""The commands: ``pipeinfer``, and the same as ``dask pipeinfer``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeinfer_dask.engine import Engine, Result
+
+BENCHES = {"hop": "run_hop_bench", "head": "run_head_bench"}
+"""Suites of `pipeinfer_dask.bench`: the module, and the function in it."""
+
+
+class Failure(click.ClickException):
+    """An error as one line on stderr, and exit status 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"Error: {self.format_message()}", file=file, err=file is None)
+
+
+class Mistake(Failure):
+    """A user's mistake: exit status 2."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """A group whose errors are one line each, also where another program mounts it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Mistake(error.format_message()) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx is not None else "pipeinfer"
+            raise Mistake(f"{error.format_message()} (see `{where} --help`)") from error
+        except (ValueError, FileNotFoundError) as error:
+            raise Mistake(str(error)) from error
+        except (RuntimeError, OSError) as error:
+            raise Failure(str(error) or type(error).__name__) from error
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="pipeinfer-dask")
+def main() -> None:
+    """Pipelined speculative decoding of language models on Dask workers."""
+
+
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."
+)
+max_new_tokens_option = click.option(
+    "--max-new-tokens", default=64, show_default=True, help="Tokens to generate."
+)
+stages_option = click.option("--stages", type=int, help="Stages of the pipeline.")
+
+
+@main.command()
+@click.option("--prompt", help="Text to continue. By default some Python.")
+@max_new_tokens_option
+@stages_option
+@click.option(
+    "--strategy",
+    "strategies",
+    multiple=True,
+    help="A strategy to show; may be given several times. By default all.",
+)
+@as_json
+def demo(
+    prompt: str | None,
+    max_new_tokens: int,
+    stages: int | None,
+    strategies: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Generate with the embedded models on a cluster of this machine, by every strategy."""
+    from pipeinfer_dask.core.policies import STRATEGIES, make_policy
+    from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
+
+    names = strategies or tuple(STRATEGIES)
+    for name in names:
+        make_policy(name)
+    prompt = DEMO_PROMPT if prompt is None else prompt
+    pair = demo_pair()
+    console = _console(as_json)
+    with _engine(console, pair.target, pair.draft, stages=stages) as engine:
+        _warm_up(engine, names)
+        results = [
+            _show(console, engine, prompt, strategy=name, max_new_tokens=max_new_tokens)
+            for name in names
+        ]
+    from pipeinfer_dask import terminal
+
+    console.print(terminal.legend())
+    console.print()
+    console.print(terminal.table(results))
+    console.print("cancelled: invalid + superfluous (still in flight at the end of the text)")
+    different = [result for result in results if result.token_ids != results[0].token_ids]
+    if different:
+        raise RuntimeError(
+            f"{different[0].strategy} generated another text than {results[0].strategy}: this is "
+            f"a bug in pipeinfer_dask, please report it"
+        )
+    console.print(
+        f"All {len(results)} outputs are identical, token for token. These workers share one "
+        f"machine's cores: on a cluster, each stage has its own."
+    )
+    if as_json:
+        _print_json(results)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--target", help="Directory or hub name of the target. By default the embedded one.")
+@click.option("--draft", help="Directory or hub name of the draft.")
+@click.option("--strategy", help="By default pipeinfer, or iterative where there is no draft.")
+@click.option(
+    "--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A setting of the strategy."
+)
+@max_new_tokens_option
+@stages_option
+@click.option("--layer-split", metavar="W,W,...", help="Relative shares of layers, one a stage.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster, not one of its own.")
+@click.option("--share-workers", is_flag=True, help="Several stages may be on one worker.")
+@click.option("--in-process", is_flag=True, help="No cluster: stages are threads.")
+@as_json
+def generate(
+    prompt: str,
+    target: str | None,
+    draft: str | None,
+    strategy: str | None,
+    knobs: tuple[str, ...],
+    max_new_tokens: int,
+    stages: int | None,
+    layer_split: str | None,
+    scheduler: str | None,
+    share_workers: bool,
+    in_process: bool,
+    as_json: bool,
+) -> None:
+    """Continue PROMPT ("-" reads it from stdin)."""
+    from pipeinfer_dask.core.policies import make_policy
+    from pipeinfer_dask.models.demo_pair import demo_pair
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if target is None:
+        if draft is not None:
+            raise ValueError("expected --target along with --draft, got a draft alone")
+        target, draft = (str(path) for path in demo_pair())
+    settings = _knobs(knobs)
+    make_policy(strategy or ("pipeinfer" if draft else "iterative"), **settings)
+    console = _console(as_json)
+    with ExitStack() as stack:
+        client = None
+        if scheduler is not None:
+            from distributed import Client
+
+            client = stack.enter_context(Client(scheduler))
+        engine = stack.enter_context(
+            _engine(
+                console,
+                target,
+                draft,
+                client=client,
+                stages=stages,
+                layer_split=_numbers(layer_split),
+                share_workers=share_workers,
+                in_process=in_process,
+            )
+        )
+        result = _show(
+            console, engine, prompt, strategy=strategy, max_new_tokens=max_new_tokens, **settings
+        )
+    if as_json:
+        _print_json([result])
+    else:
+        from pipeinfer_dask import terminal
+
+        console.print(terminal.table([result]))
+
+
+@main.command()
+@click.argument("suite", type=click.Choice(sorted(BENCHES)))
+@as_json
+def bench(suite: str, as_json: bool) -> None:
+    """Measure one part on this machine. The last line of stdout is one JSON object."""
+    measure: Callable[[], dict[str, Any]] = getattr(
+        import_module(f"pipeinfer_dask.bench.{suite}"), BENCHES[suite]
+    )
+    report = measure()
+    if not as_json:
+        from rich.table import Table
+
+        rows = report["rows"]
+        table = Table(*rows[0], box=None)
+        for row in rows:
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        _console(as_json).print(table)
+    click.echo(json.dumps(report))
+
+
+def _console(as_json: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=as_json, highlight=False)
+
+
+def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine:
+    from pipeinfer_dask import terminal
+    from pipeinfer_dask.engine import DEFAULT_STAGES, Engine
+
+    nodes = (options.get("stages") or DEFAULT_STAGES) + (draft is not None)
+    with terminal.loading(console, nodes) as progress:
+        return Engine.from_pretrained(target, draft, progress=progress, **options)
+
+
+def _warm_up(engine: Engine, strategies: Sequence[str]) -> None:
+    """Let every worker compute once: a first pass allocates, and would be measured."""
+    for name in strategies:
+        engine.generate([0, 1], max_new_tokens=8, strategy=name)
+
+
+def _show(console: Console, engine: Engine, prompt: str, **options: Any) -> Result:
+    from pipeinfer_dask import terminal
+
+    generation = engine.start(prompt, **options)
+    console.rule(generation.strategy, align="left")
+    try:
+        terminal.stream(console, prompt, generation)
+    except KeyboardInterrupt:
+        generation.cancel()
+    return generation.result()
+
+
+def _print_json(results: Sequence[Result]) -> None:
+    click.echo(
+        json.dumps(
+            {
+                "results": [
+                    {
+                        "strategy": result.strategy,
+                        "text": result.text,
+                        "token_ids": result.token_ids,
+                        "metrics": result.metrics.to_dict(),
+                    }
+                    for result in results
+                ]
+            }
+        )
+    )
+
+
+def _knobs(settings: Sequence[str]) -> dict[str, Any]:
+    knobs: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"expected --set KNOB=VALUE, got {setting!r}")
+        try:
+            knobs[name] = json.loads(value.lower())
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"expected a number, true or false for {name}, got {value!r}"
+            ) from None
+    return knobs
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"expected --layer-split as numbers like 2,1,1, got {text!r}") from None

@@ -1,0 +1,451 @@
+"""The public face: open a target and a draft on a cluster, and generate."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from threading import Lock, Thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from tokenizers.decoders import DecodeStream
+
+from pipeinfer_dask.core.machine import Request
+from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.models.checkpoint import (
+    Checkpoint,
+    check_pair,
+    load_tokenizer,
+    open_checkpoint,
+)
+from pipeinfer_dask.models.layers import split_layers
+from pipeinfer_dask.models.specs import ShardSpec
+from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
+from pipeinfer_dask.runtime.head import Head
+from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
+from pipeinfer_dask.runtime.pipeline import Pipeline
+from pipeinfer_dask.runtime.placement import Placement, default_stages, place
+
+if TYPE_CHECKING:
+    from distributed import Client
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Engine", "EngineClosedError", "Generation", "GenerationInterrupted", "Piece", "Result"]
+
+T = TypeVar("T")
+Progress = Callable[[str, str], None]
+"""Called as (node, where) when a node's model stands."""
+
+SPECULATIVE_SLOTS = 256
+"""Slots of each KV cache beyond the text itself: room for drafts at any one time."""
+DEFAULT_STAGES = 3
+"""Stages of an engine that brings its own workers."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine has been closed, or its pipeline is lost."""
+
+
+class Engine:
+    """A target model cut into stages, a draft model beside it, and the head that drives them.
+
+    Made by `from_pretrained`. Use it in a ``with`` block, or call `close`: both release
+    every worker's models, threads and links. All methods may be called from any thread.
+
+    Attributes
+    ----------
+    target : Checkpoint
+    draft : Checkpoint or None
+    layer_ranges : list of range
+        The layers of each stage.
+    """
+
+    def __init__(
+        self,
+        target: Checkpoint,
+        draft: Checkpoint | None,
+        layer_ranges: list[range],
+        head: Head,
+        resources: ExitStack,
+    ) -> None:
+        self.target = target
+        self.draft = draft
+        self.layer_ranges = layer_ranges
+        self._tokenizer = load_tokenizer(target)
+        self._head = head
+        self._resources = resources
+        self._requests = itertools.count()
+        self._closing = Lock()
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | os.PathLike[str],
+        draft: str | os.PathLike[str] | None = None,
+        *,
+        client: Client | None = None,
+        stages: int | None = None,
+        layer_split: Sequence[float] | None = None,
+        share_workers: bool = False,
+        in_process: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Load a pair of models onto workers.
+
+        Everything that can be wrong is looked for before any worker loads anything.
+
+        Parameters
+        ----------
+        target, draft : str or path
+            A local directory, or a hub name, in Hugging Face format. Without a draft only
+            plain decoding is possible.
+        client : distributed.Client, optional
+            The cluster to use. Without one the engine starts a `LocalCluster` of processes
+            on this machine, and ends it when it is closed.
+        stages : int, optional
+            Stages of the pipeline. By default one for each worker, less one for the drafter;
+            without a client, 3.
+        layer_split : sequence of float, optional
+            Relative shares of the layers, one for each stage. By default even.
+        share_workers : bool
+            Whether one worker may hold several stages. The drafter shares one anyway where
+            there are too few.
+        in_process : bool
+            No cluster at all: stages and drafter are threads of this process.
+        progress : callable, optional
+            Called as ``progress(node, where)`` each time a node's model stands.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a model is not there.
+        ValueError
+            If a model can't be used, the pair does not fit together, or stages, layers and
+            workers do not fit.
+        RuntimeError
+            If a worker could not load its share.
+        """
+        if client is not None and in_process:
+            raise ValueError("expected a client or in_process=True, got both: leave one out")
+        if client is not None and client.asynchronous:
+            raise ValueError(
+                "expected a client made with asynchronous=False: this engine's calls block "
+                "(its generations can be awaited all the same)"
+            )
+        if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
+            raise ValueError(f"expected stages to be a whole number, got {stages!r}")
+        opened = open_checkpoint(target)
+        opened_draft = open_checkpoint(draft) if draft is not None else None
+        if opened_draft is not None:
+            check_pair(opened, opened_draft)
+        has_draft = opened_draft is not None
+        workers = _workers_of(client) if client is not None else None
+        if stages is None:
+            available = DEFAULT_STAGES + has_draft if workers is None else len(workers)
+            stages = default_stages(available, opened.num_layers, drafter=has_draft)
+            if layer_split is not None:
+                stages = len(layer_split)
+        ranges = split_layers(opened.num_layers, stages, layer_split)
+        placement = (
+            place(workers, stages, drafter=has_draft, share=share_workers)
+            if workers is not None
+            else None
+        )
+
+        with ExitStack() as resources:
+            if in_process:
+                loop = resources.enter_context(_LoopThread()).loop
+            else:
+                if client is None:
+                    client, placement = _own_cluster(stages, has_draft, resources)
+                loop = _loop_of(client)
+
+            def on_loop(work: Coroutine[Any, Any, T]) -> T:
+                return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+            specs, draft_spec = _specs(opened, opened_draft, ranges, placement)
+
+            async def open_pipeline() -> Pipeline:
+                if client is None:
+                    local = LocalPipeline(
+                        [spec.load for spec in specs],
+                        draft_spec.load if draft_spec is not None else None,
+                        asyncio.get_running_loop(),
+                    )
+                    await local.loaded()
+                    return local
+                assert placement is not None
+                return await DaskPipeline.open(
+                    client,
+                    specs,
+                    placement.stages,
+                    draft_spec,
+                    placement.drafter,
+                    progress=progress,
+                )
+
+            pipeline = on_loop(open_pipeline())
+            # The loop ends with the client: then its links are closed, and the workers know.
+            resources.callback(lambda: on_loop(pipeline.close()) if loop.is_running() else None)
+
+            async def start_head() -> Head:
+                return Head(pipeline, asyncio.get_running_loop())
+
+            head = on_loop(start_head())
+            return cls(opened, opened_draft, ranges, head, resources.pop_all())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's tokenizer, which the draft shares."""
+        tokenizer: PreTrainedTokenizerBase = self._tokenizer
+        return tokenizer
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.layer_ranges)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        strategy: str | Policy | None = None,
+        **knobs: Any,
+    ) -> Result:
+        """Generate, and wait for the result. Parameters and errors as those of `start`."""
+        generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **knobs)
+        try:
+            return generation.result()
+        except KeyboardInterrupt:
+            generation.cancel()
+            raise
+
+    def start(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        strategy: str | Policy | None = None,
+        **knobs: Any,
+    ) -> Generation:
+        """Start to generate, and return at once. Generations are served one after another.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            Text, or token ids.
+        max_new_tokens : int
+        strategy : str or Policy, optional
+            ``"iterative"``, ``"speculative"`` or ``"pipeinfer"``; by default ``"pipeinfer"``,
+            or ``"iterative"`` for an engine without a draft.
+        **knobs
+            The strategy's own settings, such as ``micro_batch``; see
+            `pipeinfer_dask.core.policies`.
+
+        Raises
+        ------
+        ValueError
+            If the prompt is empty or holds an unknown token, prompt and new tokens are longer
+            than the model's context, or strategy and knobs are not to be had.
+        EngineClosedError
+            If the engine is closed, or its pipeline is lost.
+        """
+        if self._closed:
+            raise EngineClosedError("this engine is closed: open another one")
+        if self._head.lost is not None:
+            raise EngineClosedError(f"the pipeline is lost ({self._head.lost}): open another one")
+        policy = self._policy(strategy, knobs)
+        tokens = self._tokens(prompt)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise ValueError(f"expected max_new_tokens as a whole number, got {max_new_tokens!r}")
+        if max_new_tokens < 1:
+            raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+        if len(tokens) + max_new_tokens > self.target.context:
+            raise ValueError(
+                f"expected prompt and new tokens to fit the model's context of "
+                f"{self.target.context}, got {len(tokens)} + {max_new_tokens}: shorten the prompt "
+                f"or ask for fewer tokens"
+            )
+        request = Request(
+            id=next(self._requests),
+            prompt=tokens,
+            max_new_tokens=max_new_tokens,
+            capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
+            end_tokens=self.target.end_tokens,
+        )
+        stream = _TextStream(self._tokenizer, tokens)
+        generation = Generation(request, policy, stream, cancel=self._head.cancel)
+        self._head.start(generation)
+        return generation
+
+    def close(self) -> None:
+        """Release every model, thread and link. Running generations fail; can be called twice."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            head = self._head
+            if head.loop.is_running():
+                head.loop.call_soon_threadsafe(
+                    head.end, EngineClosedError("the engine was closed meanwhile")
+                )
+            self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        draft = f", draft {self.draft.path.name}" if self.draft is not None else ""
+        state = "closed" if self._closed else f"{self.stages} stages"
+        return f"<Engine {self.target.path.name}{draft}, {state}>"
+
+    # --- what start is asked for -----------------------------------------------------
+
+    def _policy(self, strategy: str | Policy | None, knobs: dict[str, Any]) -> Policy:
+        if isinstance(strategy, Policy):
+            if knobs:
+                raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
+            policy = strategy.fresh()
+        else:
+            default = "pipeinfer" if self.draft is not None else "iterative"
+            policy = make_policy(strategy if strategy is not None else default, **knobs)
+        if policy.needs_draft and self.draft is None:
+            raise ValueError(
+                f"strategy {policy.name!r} needs a draft model: open the engine with draft=..., "
+                f"or use strategy='iterative'"
+            )
+        return policy
+
+    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            tokens = tuple(self._tokenizer(prompt)["input_ids"])
+        else:
+            tokens = tuple(int(token) for token in prompt)
+            size = self.target.vocab_size
+            if unknown := [token for token in tokens if not 0 <= token < size]:
+                raise ValueError(
+                    f"expected token ids from 0 to {size - 1}, got {unknown[0]}: was this text "
+                    f"tokenized for another model?"
+                )
+        if not tokens:
+            raise ValueError("expected a prompt of at least one token, got an empty one")
+        return tokens
+
+
+class _TextStream:
+    """Text of the new tokens, piece by piece, such that it continues the prompt's."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        # Some tokenizers drop the space before a first word: let the prompt's end come first.
+        self._before = list(prompt[-8:])
+        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._length = 0
+
+    def step(self, token: int) -> str | None:
+        self._tokens.append(token)
+        text = self._stream.step(self._tokenizer, token)
+        self._length += len(text or "")
+        return text
+
+    def flush(self) -> str:
+        decode = self._tokenizer.decode
+        before = decode(self._before, skip_special_tokens=True)
+        whole: str = decode(self._before + self._tokens, skip_special_tokens=True)
+        return whole[len(before) + self._length :]
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, for an engine that has no client's."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self.loop.run_forever, name="pipeinfer-head", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+def _loop_of(client: Client) -> asyncio.AbstractEventLoop:
+    async def running() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    loop: asyncio.AbstractEventLoop = client.sync(running)
+    return loop
+
+
+def _workers_of(client: Client) -> dict[str, int]:
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {address: int(info["nthreads"]) for address, info in workers.items()}
+
+
+def _own_cluster(stages: int, has_draft: bool, resources: ExitStack) -> tuple[Client, Placement]:
+    from distributed import Client, LocalCluster
+
+    count = stages + has_draft
+    cluster = resources.enter_context(
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=max(1, (os.cpu_count() or 1) // count),
+            processes=True,
+            memory_limit=0,  # actors never spill
+            dashboard_address=None,
+        )
+    )
+    client = resources.enter_context(Client(cluster))
+    return client, place(_workers_of(client), stages, drafter=has_draft)
+
+
+def _specs(
+    target: Checkpoint,
+    draft: Checkpoint | None,
+    ranges: list[range],
+    placement: Placement | None,
+) -> tuple[list[ShardSpec], ShardSpec | None]:
+    """Return what each node loads."""
+
+    def spec(model: Checkpoint, layers: range, worker: str | None, name: str) -> ShardSpec:
+        if placement is None or worker is None:
+            threads = max(1, (os.cpu_count() or 1) // (len(ranges) + (draft is not None)))
+        else:
+            threads = placement.threads[worker]
+        return ShardSpec(
+            path=model.path,
+            first=layers.start,
+            last=layers.stop,
+            # The longest text that the target may be asked for; the cache grows as it is used.
+            capacity=target.context + SPECULATIVE_SLOTS,
+            threads=threads,
+            name=name,
+        )
+
+    stage_workers = placement.stages if placement is not None else [None] * len(ranges)
+    stages = [
+        spec(target, layers, worker, f"stage {index}")
+        for index, (layers, worker) in enumerate(zip(ranges, stage_workers, strict=True))
+    ]
+    if draft is None:
+        return stages, None
+    drafter = placement.drafter if placement is not None else None
+    return stages, spec(draft, range(draft.num_layers), drafter, "drafter")

@@ -1,0 +1,41 @@
+"""What a worker is told to load: small, picklable, and complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeinfer_dask.models.shard import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """A stage of the target, or a draft model, which is a shard of all layers.
+
+    Attributes
+    ----------
+    path : Path
+        Directory of the model, as the worker sees it.
+    first, last : int
+        Decoder layers [first, last).
+    capacity : int
+        Slots of the KV cache.
+    threads : int
+        Threads that torch may use for one operation.
+    name : str
+        What messages call it.
+    """
+
+    path: Path
+    first: int
+    last: int
+    capacity: int
+    threads: int
+    name: str
+
+    def load(self) -> Shard:
+        """Load the shard; torch's thread count is set for the calling thread."""
+        torch.set_num_threads(self.threads)
+        return Shard.load(self.path, range(self.first, self.last), capacity=self.capacity)

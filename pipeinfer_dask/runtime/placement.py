@@ -1,0 +1,73 @@
+"""Which worker holds which node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Workers by address, and the threads that each node may use.
+
+    Attributes
+    ----------
+    stages : tuple of str, [stages]
+    drafter : str or None
+    threads : dict of str to int
+        By worker: its threads, shared among the nodes that it holds.
+    """
+
+    stages: tuple[str, ...]
+    drafter: str | None
+    threads: dict[str, int]
+
+
+def default_stages(workers: int, layers: int, *, drafter: bool) -> int:
+    """Return one stage for each worker that the drafter leaves, as far as there are layers."""
+    return max(1, min(layers, workers - drafter))
+
+
+def place(
+    workers: Mapping[str, int], stages: int, *, drafter: bool, share: bool = False
+) -> Placement:
+    """Choose workers: one for each stage, and one for the drafter where there is one left.
+
+    Parameters
+    ----------
+    workers : mapping of str to int
+        Address and threads of each worker, in the order in which to use them.
+    stages : int
+    drafter : bool
+        Whether there is a draft model. Without a worker of its own it shares the last
+        stage's.
+    share : bool
+        Whether several stages may be on one worker.
+
+    Raises
+    ------
+    ValueError
+        If there are no workers, or fewer than stages and they may not be shared.
+    """
+    if not workers:
+        raise ValueError(
+            "expected a cluster with workers, found none: start some, or wait for them with "
+            "client.wait_for_workers(n)"
+        )
+    if len(workers) < stages and not share:
+        raise ValueError(
+            f"expected a worker for each of {stages} stages, found {len(workers)}: start more "
+            f"workers, ask for stages={len(workers)}, or allow share_workers=True"
+        )
+    addresses = list(workers)
+    # Neighbours share a worker: a hop within one costs least.
+    chosen = tuple(addresses[i * len(addresses) // stages] for i in range(stages))
+    if len(addresses) >= stages:
+        chosen = tuple(addresses[:stages])
+    rest = [address for address in addresses if address not in chosen]
+    draft_worker = (rest[0] if rest else chosen[-1]) if drafter else None
+    held = [*chosen, *([draft_worker] if draft_worker is not None else [])]
+    threads = {
+        address: max(1, workers[address] // held.count(address)) for address in dict.fromkeys(held)
+    }
+    return Placement(chosen, draft_worker, threads)

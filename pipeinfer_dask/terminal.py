@@ -1,0 +1,85 @@
+"""What a terminal shows: loading, text as it comes, and the table of strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.engine import Generation, Result
+from pipeinfer_dask.engine import Progress as LoadProgress
+
+# Never by colour alone: accepted tokens are underlined too.
+STYLES = {
+    Origin.ACCEPTED: "green underline",
+    Origin.CORRECTED: "bold yellow",
+    Origin.PLAIN: "default",
+}
+
+
+def legend() -> Text:
+    """Return what the styles of the streamed text mean."""
+    return Text.assemble(
+        ("drafted and accepted", STYLES[Origin.ACCEPTED]),
+        ", ",
+        ("the target's own, against the draft", STYLES[Origin.CORRECTED]),
+        ", ",
+        ("the target's own, nothing drafted", STYLES[Origin.PLAIN]),
+    )
+
+
+@contextmanager
+def loading(console: Console, nodes: int) -> Iterator[LoadProgress]:
+    """Show a bar while ``nodes`` models load; yields the callback that moves it."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting workers and loading models", total=nodes)
+
+        def loaded(node: str, where: str) -> None:
+            bar.update(task, advance=1, description=f"{node} stands on {where}")
+
+        yield loaded
+
+
+def stream(console: Console, prompt: str, generation: Generation) -> None:
+    """Print the prompt, and behind it the text as it comes, by origin."""
+    console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    for piece in generation:
+        console.print(Text(piece, style=STYLES[piece.origin]), end="", soft_wrap=True)
+    console.print()
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Return the figures of each result, a row a strategy."""
+    view = Table(box=None, header_style="bold", pad_edge=False)
+    view.add_column("strategy")
+    for heading in ("tokens/s", "TTFT", "ITL", "acceptance", "runs", "cancelled", "stages busy"):
+        view.add_column(heading, justify="right")
+    for result in results:
+        metrics = result.metrics
+        view.add_row(
+            result.strategy,
+            _figure(metrics.tokens_per_s, "{:.1f}"),
+            _figure(metrics.ttft_s, "{:.1f} ms", 1e3),
+            _figure(metrics.itl_s, "{:.1f} ms", 1e3),
+            _figure(metrics.acceptance_rate, "{:.0f}%", 100),
+            str(metrics.runs),
+            f"{metrics.runs_cancelled_invalid} + {metrics.runs_cancelled_superfluous}",
+            " ".join(f"{share:.0%}" for share in metrics.stage_utilization),
+        )
+    return view
+
+
+def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else form.format(value * scale)
