@@ -1,8 +1,11 @@
-"""The README's two commands are what CI runs."""
+"""The README's two commands are what CI runs, and its program runs too."""
 
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 MARKED = re.compile(r"^<!-- command: (\w+) -->\n```bash\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 
@@ -28,3 +31,19 @@ def test_ci_begins_with_the_commands_of_the_readme(root: Path) -> None:
         "ruff format --check .",
         "mypy",
     ]
+
+
+@pytest.mark.cluster
+def test_program_in_the_readme_prints_the_same_text_at_once_and_as_it_comes(
+    root: Path, tmp_path: Path
+) -> None:
+    (program,) = re.findall(
+        r"^```python\n(.*?)^```$", (root / "README.md").read_text(), re.M | re.S
+    )
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    text, _, rest = ran.stdout.partition("\nMetrics(")
+    assert text
+    assert rest.endswith(")\n" + text)
