@@ -15,6 +15,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import coroutine
 from typing import Any
 
@@ -93,7 +94,8 @@ class Link:
 
     @property
     def closed(self) -> bool:
-        return self._comm.closed()
+        """Whether this end has closed the link, or noticed that the other one has."""
+        return bool(self._comm.closed())
 
     def send(self, message: Message) -> None:
         """Send a message. On a closed link this does nothing: `receive` tells of the end."""
@@ -173,14 +175,15 @@ class Link:
 def _resume(running: Coroutine[Any, Any, None], suspended: Any) -> Generator[Any, Any, None]:
     """Go on with a coroutine that was started by hand and is waiting for ``suspended``."""
     while True:
+        step: Callable[[], Any]
         try:
             value = yield suspended
         except BaseException as error:
-            step, argument = running.throw, error
+            step = partial(running.throw, error)
         else:
-            step, argument = running.send, value
+            step = partial(running.send, value)
         try:
-            suspended = step(argument)
+            suspended = step()
         except StopIteration:
             return
 

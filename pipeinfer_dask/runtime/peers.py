@@ -70,11 +70,12 @@ class Peer:
         self._lost = lost
         self._pings = 0
         self._pongs: dict[int, asyncio.Future[tuple[float, float]]] = {}
-        self._dialled: asyncio.Future[None] | None = None
+        self._dialled: asyncio.Future[Any] | None = None
         self._loop = asyncio.get_running_loop()
         self._reading = self._loop.create_task(self._read())
 
     def send(self, message: Message) -> None:
+        """Send a message to the node, without waiting."""
         self._link.send(message)
 
     async def ping(self) -> tuple[float, float]:
@@ -168,10 +169,9 @@ class Peer:
         self._loop.call_later(SUSPICION_S, self._lost, reason)
 
     def _end(self, reason: str) -> None:
-        waiting = [*self._pongs.values(), *([self._dialled] if self._dialled else [])]
-        for future in waiting:
-            if not future.done():
-                future.set_exception(LinkError(f"{self.title}: {reason}"))
+        for waiting in (*self._pongs.values(), self._dialled):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(LinkError(f"{self.title}: {reason}"))
         self._lost(reason)
 
     def _wait(self) -> asyncio.Future[Any]:

@@ -8,7 +8,6 @@ dtype and shape stand in the header and are held against the bytes that came.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -192,17 +191,17 @@ def encode(envelope: Envelope) -> list[Buffer]:
     TypeError
         The message holds something other than the types of this module and plain numbers.
     """
-    message = envelope.message
-    hidden = message.hidden if isinstance(message, RunPass) else None
-    if hidden is None:
-        header = (envelope.generation, envelope.sequence, message, None, ())
-        # A bytearray, since distributed gives the frame behind it a buffer of its own,
-        # aligned for arithmetic; behind bytes it would be a slice of a larger one.
-        return [bytearray(msgpack.packb(header, default=_pack))]
-    bare = replace(message, hidden=None)
-    header = (envelope.generation, envelope.sequence, bare, hidden.dtype.str, hidden.shape)
-    payload = np.ascontiguousarray(hidden).reshape(-1).view(np.uint8).data
-    return [bytearray(msgpack.packb(header, default=_pack)), payload]
+    message, payload = envelope.message, []
+    layout: tuple[str, tuple[int, ...]] | None = None
+    if isinstance(message, RunPass) and message.hidden is not None:
+        hidden = np.ascontiguousarray(message.hidden)
+        layout = hidden.dtype.str, hidden.shape
+        payload = [hidden.reshape(-1).view(np.uint8).data]
+        message = replace(message, hidden=None)
+    header = (envelope.generation, envelope.sequence, message, layout)
+    # A bytearray, since distributed gives the frame behind it a buffer of its own,
+    # aligned for arithmetic; behind bytes it would be a slice of a larger one.
+    return [bytearray(msgpack.packb(header, default=_pack)), *payload]
 
 
 def decode(frames: Sequence[Buffer]) -> Envelope:
@@ -226,7 +225,7 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     if not 1 <= len(frames) <= 2:
         raise WireError(f"expected 1 or 2 frames, got {len(frames)}")
     try:
-        generation, sequence, message, dtype, shape = msgpack.unpackb(
+        generation, sequence, message, layout = msgpack.unpackb(
             frames[0], use_list=False, ext_hook=_unpack
         )
     except WireError:
@@ -237,32 +236,26 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
         raise WireError(f"expected a message, got {type(message).__name__}")
     if not (isinstance(generation, int) and isinstance(sequence, int)):
         raise WireError(f"expected numbers, got {generation!r} and {sequence!r}")
-    if dtype is not None:
+    if layout is not None:
         if not isinstance(message, RunPass):
             raise WireError(f"expected hidden states with a run, got {type(message).__name__}")
-        message = replace(message, hidden=_hidden(dtype, shape, frames))
+        message = replace(message, hidden=_hidden(layout, frames))
     elif len(frames) > 1:
         raise WireError(f"expected no payload, got {memoryview(frames[1]).nbytes} bytes")
     return Envelope(generation, sequence, message)
 
 
-def _hidden(dtype: object, shape: object, frames: Sequence[Buffer]) -> HiddenStates:
-    if dtype not in ("<f2", "<f4", "<f8"):
-        raise WireError(f"expected hidden states of a floating dtype, got {dtype!r}")
-    if not (
-        isinstance(shape, tuple)
-        and len(shape) == 2
-        and all(isinstance(size, int) and size >= 0 for size in shape)
-    ):
-        raise WireError(f"expected hidden states [n, hidden_size], got shape {shape!r}")
+def _hidden(layout: object, frames: Sequence[Buffer]) -> HiddenStates:
+    match layout:
+        case ("<f2" | "<f4" | "<f8" as dtype, (int(rows), int(width))) if min(rows, width) >= 0:
+            expected = rows * width * int(dtype[-1])
+        case _:
+            raise WireError(f"expected a floating dtype and [n, hidden_size], got {layout!r}")
     found = memoryview(frames[1]).nbytes if len(frames) > 1 else 0
-    expected = math.prod(shape) * int(str(dtype)[-1])
     if found != expected:
         raise WireError(
-            f"expected {expected} bytes of hidden states {dtype} {shape}, got {found}: "
-            "the message was cut or its header is wrong"
+            f"expected {expected} bytes of hidden states {dtype} [{rows}, {width}], got {found}: "
+            "the message was cut, or its header is wrong"
         )
-    if not expected:
-        return np.zeros(shape, str(dtype))
-    hidden: HiddenStates = np.frombuffer(frames[1], str(dtype)).reshape(shape)
-    return hidden
+    hidden: HiddenStates = np.frombuffer(frames[1] if expected else b"", dtype)
+    return hidden.reshape(rows, width)

@@ -25,7 +25,7 @@ def run_of(number: int, *tokens: int) -> StartRun:
 
 
 class CountingStage:
-    """Adds one to every number; the first stage makes them from the tokens, the last gives them back."""
+    """Adds one to each token: the first stage makes numbers of them, the last makes picks."""
 
     def __init__(self, last: bool) -> None:
         self._last = last

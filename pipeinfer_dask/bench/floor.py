@@ -1,0 +1,116 @@
+"""The floor under a hop: messages relayed by bare asyncio streams, one process for each stage.
+
+Run as a module with a port: relays what comes to the port that it prints on to the given
+one, until its own peer leaves. Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import sys
+from contextlib import suppress
+
+LENGTH = struct.Struct("<Q")
+BUFFER = 1 << 22
+"""Bytes that a stream may hold: more than the largest message, so that it never pauses."""
+
+
+async def receive(reader: asyncio.StreamReader) -> bytes:
+    """Return the next message.
+
+    Raises
+    ------
+    asyncio.IncompleteReadError
+        The peer has left.
+    """
+    (size,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+    return await reader.readexactly(size)
+
+
+async def send(writer: asyncio.StreamWriter, message: bytes) -> None:
+    """Send a message, and wait while too much is buffered."""
+    writer.writelines((LENGTH.pack(len(message)), message))
+    await writer.drain()
+
+
+async def relay(port: int) -> None:
+    """Relay messages to ``port`` on this host until the peer leaves."""
+    _, onward = await asyncio.open_connection("127.0.0.1", port, limit=BUFFER)
+    over = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await send(onward, await receive(reader))
+        writer.close()
+        over.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=BUFFER)
+    async with server:
+        sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+        sys.stdout.flush()
+        await over.wait()
+    onward.close()
+
+
+class Floor:
+    """A chain of relay processes that begins and ends here. Made by `open`."""
+
+    def __init__(
+        self,
+        processes: list[asyncio.subprocess.Process],
+        server: asyncio.Server,
+        writer: asyncio.StreamWriter,
+        reader: asyncio.StreamReader,
+        back: asyncio.StreamWriter,
+    ) -> None:
+        self._processes = processes
+        self._server = server
+        self._writer = writer
+        self._reader = reader
+        self._back = back
+
+    @classmethod
+    async def open(cls, stages: int) -> Floor:
+        """Start a chain of ``stages`` processes."""
+        loop = asyncio.get_running_loop()
+        arrival: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+        arrival = loop.create_future()
+        server = await asyncio.start_server(
+            lambda *streams: arrival.set_result(streams), "127.0.0.1", 0, limit=BUFFER
+        )
+        port = server.sockets[0].getsockname()[1]
+        processes = []
+        for _ in range(stages):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                __name__,
+                str(port),
+                stdout=asyncio.subprocess.PIPE,
+            )
+            processes.append(process)
+            assert process.stdout is not None
+            port = int(await process.stdout.readline())
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=BUFFER)
+        reader, back = await arrival
+        return cls(processes, server, writer, reader, back)
+
+    async def pass_on(self, message: bytes) -> bytes:
+        """Send a message through the whole chain, and return what comes out."""
+        await send(self._writer, message)
+        return await receive(self._reader)
+
+    async def close(self) -> None:
+        """Let the processes end, one after the other, and wait for them."""
+        self._writer.close()
+        for process in self._processes:
+            await process.wait()
+        self._back.close()
+        self._server.close()
+        await self._server.wait_closed()
+
+
+if __name__ == "__main__":
+    asyncio.run(relay(int(sys.argv[1])))
