@@ -277,7 +277,7 @@ class Engine:
             prompt=tokens,
             max_new_tokens=max_new_tokens,
             capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
-            end_tokens=self.target.end_tokens,
+            end_tokens=frozenset(self.target.eos_token_ids),
         )
         stream = _TextStream(self._tokenizer, tokens)
         generation = Generation(request, policy, stream, cancel=self._head.cancel)
@@ -401,18 +401,24 @@ def _workers_of(client: Client) -> dict[str, int]:
 
 
 def _own_cluster(stages: int, has_draft: bool, resources: ExitStack) -> tuple[Client, Placement]:
+    import dask
     from distributed import Client, LocalCluster
+    from distributed.utils import get_mp_context
 
     count = stages + has_draft
-    cluster = resources.enter_context(
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=max(1, (os.cpu_count() or 1) // count),
-            processes=True,
-            memory_limit=0,  # actors never spill
-            dashboard_address=None,
+    # Importing torch and transformers takes seconds of a core in every process. With a fork
+    # server one process does it, and the workers are forks of that one.
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(["distributed", "pipeinfer_dask.models.specs"])
+        cluster = resources.enter_context(
+            LocalCluster(
+                n_workers=count,
+                threads_per_worker=max(1, (os.cpu_count() or 1) // count),
+                processes=True,
+                memory_limit=0,  # actors never spill
+                dashboard_address=None,
+            )
         )
-    )
     client = resources.enter_context(Client(cluster))
     return client, place(_workers_of(client), stages, drafter=has_draft)
 
