@@ -17,6 +17,7 @@ LAYERS = (
     "models",
     "runtime",
     "engine",
+    "terminal",
     "hpc",
     "widgets",
     "bench",
