@@ -144,8 +144,15 @@ class Shard:
                 return StageOutput(None, tuple(result.argmax(dim=-1).tolist()), layers)
             return StageOutput(result.float().contiguous().numpy(), None, layers)
 
-    def logits(self, batch: Batch, picks: int, stopped: Callable[[], bool]) -> Tensor | None:
-        """Evaluate a batch on a shard that holds every layer.
+    def logits(
+        self,
+        batch: Batch,
+        picks: int,
+        stopped: Callable[[], bool],
+        *,
+        hidden: HiddenStates | None = None,
+    ) -> Tensor | None:
+        """Evaluate a batch on the last stage, or on a shard that holds every layer.
 
         Returns
         -------
@@ -155,12 +162,13 @@ class Shard:
         Raises
         ------
         ValueError
-            If the shard does not hold every layer, or a slot is beyond the capacity.
+            If this is not the last stage, a slot is beyond the capacity, or the hidden states
+            don't fit.
         """
-        if not (self.is_first and self.is_last):
-            raise ValueError(f"only a shard of all layers has logits of its own, not {self.layers}")
+        if not self.is_last:
+            raise ValueError(f"only the last stage has logits, and this one holds {self.layers}")
         with torch.inference_mode():
-            return self._evaluate(batch, None, picks, stopped)
+            return self._evaluate(batch, hidden, picks, stopped)
 
     def candidates(
         self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]

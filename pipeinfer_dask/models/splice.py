@@ -77,8 +77,9 @@ def _trim(model: PreTrainedModel, owned: range) -> None:
     config: Any = base.config
     if hasattr(config, "layer_types"):
         # Some families look a layer's type up by its place in the list, which is shorter now.
-        base.config = copy(config)
-        base.config.layer_types = config.layer_types[owned.start : owned.stop]
+        config = copy(config)
+        config.layer_types = config.layer_types[owned.start : owned.stop]
+        base.config = config
 
 
 def _remove(parent: nn.Module, names: Sequence[str], keep: nn.Module | None = None) -> None:

@@ -1,0 +1,223 @@
+"""Checkpoints in Hugging Face format: found, and found sound, before anything is loaded.
+
+Only the configuration and the headers of the weight files are read, so a mistake is
+told in a moment and in one line, however large the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from pipeinfer_dask.models.families import model_class, refusal
+from pipeinfer_dask.models.tensors import FLOAT_TYPES, StoredTensor, stored_tensors
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model on disk that can be split into stages.
+
+    Attributes
+    ----------
+    path : Path
+        Its directory.
+    config : PreTrainedConfig
+        The family's own configuration.
+    model_type : str
+        The family.
+    num_layers : int
+        Decoder layers.
+    hidden_size : int
+        Width of what travels between stages.
+    vocab_size : int
+        Rows of the output head.
+    context : int
+        Longest text, in tokens.
+    eos_token_ids : tuple of int
+        The tokens that end a generation.
+    nbytes : int
+        Bytes of weights on disk.
+    """
+
+    path: Path
+    config: PreTrainedConfig
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context: int
+    eos_token_ids: tuple[int, ...]
+    nbytes: int
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Find a checkpoint and check all that can be checked without reading weights.
+
+    Parameters
+    ----------
+    source : str or Path
+        A directory, or a name on the Hugging Face hub, which is downloaded unless it is in
+        the cache already.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the directory, or a file that the model needs, is not there.
+    ValueError
+        If it is no model, its architecture can't be split into stages, a file is corrupt, or
+        the weights do not fit the configuration.
+    """
+    path = _directory(source)
+    fields = _read_json(path / "config.json")
+    if "model_type" not in fields:
+        raise ValueError(f"{path} is no model: its config.json names no model_type")
+    if reason := refusal(fields):
+        raise ValueError(f"{path} can't be split into stages: {reason}")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{path} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}; "
+            "save the tokenizer beside the model"
+        )
+    tensors = stored_tensors(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = model_class(config)(config)
+    # A configuration can be wrong in as many ways as there are families.
+    except Exception as error:
+        raise ValueError(
+            f"{path / 'config.json'} describes no {fields['model_type']} model: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    _check_tensors(path, tensors, model.state_dict(), tied=model.all_tied_weights_keys)
+    return Checkpoint(
+        path=path,
+        config=config,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        eos_token_ids=_end_of_text(path, fields),
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If its files are corrupt.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.path)
+    # The tokenizers library raises bare exceptions.
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {checkpoint.path} can't be loaded: {' '.join(str(error).split())}"
+        ) from error
+    return tokenizer
+
+
+def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
+    """Check that a draft model speaks the target's tokens.
+
+    Raises
+    ------
+    ValueError
+        If their vocabularies differ in size or in any token.
+    """
+    if target.vocab_size != draft.vocab_size:
+        raise ValueError(
+            f"the vocabularies of target and draft differ: {target.path} has {target.vocab_size} "
+            f"tokens, {draft.path} has {draft.vocab_size}; use a draft of the target's family"
+        )
+    ours, theirs = (load_tokenizer(checkpoint).get_vocab() for checkpoint in (target, draft))
+    if differing := ours.items() ^ theirs.items():
+        token = min(differing, key=lambda item: item[1])[0]
+        raise ValueError(
+            f"the vocabularies of target and draft differ: {token!r} is token {ours.get(token)} of "
+            f"{target.path}, and token {theirs.get(token)} of {draft.path}; "
+            "use a draft of the target's family"
+        )
+
+
+def _directory(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"expected the directory of a model, but {path} is a file")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"there is no directory {path}: give a model's directory or its name on the hub"
+        ) from None
+    # Offline, not there, not allowed: the hub's errors are all of these two.
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no directory {path}, and it can't be had from the Hugging Face hub "
+            f"({type(error).__name__}): give a model's directory or its name on the hub"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} is no model: it has no {file.name}")
+    try:
+        fields = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(fields).__name__}")
+    return fields
+
+
+def _check_tensors(
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, Tensor],
+    tied: Mapping[str, str],
+) -> None:
+    either = set(tied) | set(tied.values())
+    for name, tensor in expected.items():
+        if name not in stored:
+            if name in either and not either.isdisjoint(stored):
+                continue
+            raise ValueError(
+                f"{path} lacks the tensor {name} that its config.json calls for: download it again"
+            )
+        found = stored[name]
+        if found.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{name} in {found.file} has shape {list(found.shape)}, but config.json calls for "
+                f"{list(tensor.shape)}: the files are not of one model"
+            )
+        if found.dtype not in FLOAT_TYPES:
+            raise ValueError(
+                f"{name} in {found.file} is stored as {found.dtype}, expected one of "
+                f"{', '.join(sorted(FLOAT_TYPES))}: give a checkpoint that is not quantised"
+            )
+
+
+def _end_of_text(path: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    file = path / "generation_config.json"
+    ids = (_read_json(file) if file.is_file() else fields).get("eos_token_id")
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)

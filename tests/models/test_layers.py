@@ -1,0 +1,65 @@
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeinfer_dask.models.layers import split_layers
+
+
+def sizes(num_layers: int, stages: int, weights: Sequence[float] | None = None) -> list[int]:
+    return [len(share) for share in split_layers(num_layers, stages, weights)]
+
+
+def test_an_even_split_gives_what_is_left_over_to_the_first_stages() -> None:
+    assert split_layers(7, 3) == [range(3), range(3, 5), range(5, 7)]
+    assert split_layers(6, 3) == [range(2), range(2, 4), range(4, 6)]
+
+
+def test_one_stage_holds_every_layer() -> None:
+    assert split_layers(5, 1) == [range(5)]
+
+
+def test_weights_are_relative() -> None:
+    assert sizes(12, 3, [1, 2, 3]) == [2, 4, 6]
+    assert sizes(12, 3, [10, 20, 30]) == [2, 4, 6]
+    assert sizes(8, 2, [1e308, 1e308]) == [4, 4]
+
+
+def test_a_stage_of_weight_zero_still_holds_a_layer() -> None:
+    assert sizes(6, 3, [0, 1, 0]) == [1, 4, 1]
+
+
+@given(
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(any),
+    st.integers(0, 40),
+)
+def test_the_shares_are_the_whole_model_in_order(weights: list[float], spare: int) -> None:
+    num_layers = len(weights) + spare
+    shares = split_layers(num_layers, len(weights), weights)
+    assert [layer for share in shares for layer in share] == list(range(num_layers))
+    assert all(len(share) >= 1 for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "stages", "weights", "message"),
+    [
+        (2, 3, None, "3 stages need at least 3 layers, but the model has 2"),
+        (2, 0, None, "at least one stage, not 0"),
+        (4, 2, [1], "one weight for each of the 2 stages, not [1]"),
+        (4, 2, "12", "one weight for each of the 2 stages, not '12'"),
+        (4, 2, [1, -1], "finite and not negative, not -1"),
+        (4, 2, [1, float("nan")], "finite and not negative, not nan"),
+        (4, 2, [1, float("inf")], "finite and not negative, not inf"),
+        (4, 2, [0, 0], "at least one weight of the layer split must be above zero"),
+        (4, 2, [1, "2"], "made of numbers, not of '2'"),
+        (4, 2, [1, True], "made of numbers, not of True"),
+    ],
+)
+def test_a_split_that_makes_no_sense_is_refused(
+    num_layers: int, stages: int, weights: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        split_layers(num_layers, stages, weights)
