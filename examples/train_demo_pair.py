@@ -251,7 +251,7 @@ def agreement(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--target-steps", default=1200, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
-@click.option("--draft-steps", default=800, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
+@click.option("--draft-steps", default=600, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
 def main(
     output: Path, work: Path, seed: int, threads: int, target_steps: int, draft_steps: int
 ) -> None:

@@ -61,7 +61,7 @@ class Commands(click.Group):
             raise Failure(str(error) or type(error).__name__) from error
 
 
-@click.group(cls=Commands)
+@click.group("pipeinfer", cls=Commands)
 @click.version_option(package_name="pipeinfer-dask")
 def main() -> None:
     """Pipelined speculative decoding of language models on Dask workers."""

@@ -7,14 +7,12 @@ import itertools
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from threading import Lock, Thread
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from tokenizers.decoders import DecodeStream
-
-from pipeinfer_dask.core.machine import Request
 from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.models.checkpoint import (
     Checkpoint,
     check_pair,
@@ -23,12 +21,14 @@ from pipeinfer_dask.models.checkpoint import (
 )
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.specs import ShardSpec
+from pipeinfer_dask.runtime.clusters import LoopThread, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head import Head
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import Placement, default_stages, place
+from pipeinfer_dask.runtime.text import DecodedText
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -139,12 +139,12 @@ class Engine:
             )
         if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
             raise ValueError(f"expected stages to be a whole number, got {stages!r}")
-        opened = open_checkpoint(target)
-        opened_draft = open_checkpoint(draft) if draft is not None else None
+        opened = open_checkpoint(os.fspath(target))
+        opened_draft = open_checkpoint(os.fspath(draft)) if draft is not None else None
         if opened_draft is not None:
             check_pair(opened, opened_draft)
         has_draft = opened_draft is not None
-        workers = _workers_of(client) if client is not None else None
+        workers = workers_of(client) if client is not None else None
         if stages is None:
             available = DEFAULT_STAGES + has_draft if workers is None else len(workers)
             stages = default_stages(available, opened.num_layers, drafter=has_draft)
@@ -159,11 +159,12 @@ class Engine:
 
         with ExitStack() as resources:
             if in_process:
-                loop = resources.enter_context(_LoopThread()).loop
+                loop = resources.enter_context(LoopThread()).loop
             else:
                 if client is None:
-                    client, placement = _own_cluster(stages, has_draft, resources)
-                loop = _loop_of(client)
+                    client = own_cluster(stages + has_draft, resources)
+                    placement = place(workers_of(client), stages, drafter=has_draft)
+                loop = loop_of(client)
 
             def on_loop(work: Coroutine[Any, Any, T]) -> T:
                 return asyncio.run_coroutine_threadsafe(work, loop).result()
@@ -279,7 +280,7 @@ class Engine:
             capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
             end_tokens=frozenset(self.target.eos_token_ids),
         )
-        stream = _TextStream(self._tokenizer, tokens)
+        stream = DecodedText(self._tokenizer, tokens)
         generation = Generation(request, policy, stream, cancel=self._head.cancel)
         self._head.start(generation)
         return generation
@@ -344,83 +345,6 @@ class Engine:
         if not tokens:
             raise ValueError("expected a prompt of at least one token, got an empty one")
         return tokens
-
-
-class _TextStream:
-    """Text of the new tokens, piece by piece, such that it continues the prompt's."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
-        # Some tokenizers drop the space before a first word: let the prompt's end come first.
-        self._before = list(prompt[-8:])
-        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._length = 0
-
-    def step(self, token: int) -> str | None:
-        self._tokens.append(token)
-        text = self._stream.step(self._tokenizer, token)
-        self._length += len(text or "")
-        return text
-
-    def flush(self) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._before, skip_special_tokens=True)
-        whole: str = decode(self._before + self._tokens, skip_special_tokens=True)
-        return whole[len(before) + self._length :]
-
-
-class _LoopThread:
-    """An event loop in a thread of its own, for an engine that has no client's."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self.loop.run_forever, name="pipeinfer-head", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
-
-
-def _loop_of(client: Client) -> asyncio.AbstractEventLoop:
-    async def running() -> asyncio.AbstractEventLoop:
-        return asyncio.get_running_loop()
-
-    loop: asyncio.AbstractEventLoop = client.sync(running)
-    return loop
-
-
-def _workers_of(client: Client) -> dict[str, int]:
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return {address: int(info["nthreads"]) for address, info in workers.items()}
-
-
-def _own_cluster(stages: int, has_draft: bool, resources: ExitStack) -> tuple[Client, Placement]:
-    import dask
-    from distributed import Client, LocalCluster
-    from distributed.utils import get_mp_context
-
-    count = stages + has_draft
-    # Importing torch and transformers takes seconds of a core in every process. With a fork
-    # server one process does it, and the workers are forks of that one.
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        get_mp_context().set_forkserver_preload(["distributed", "pipeinfer_dask.models.specs"])
-        cluster = resources.enter_context(
-            LocalCluster(
-                n_workers=count,
-                threads_per_worker=max(1, (os.cpu_count() or 1) // count),
-                processes=True,
-                memory_limit=0,  # actors never spill
-                dashboard_address=None,
-            )
-        )
-    client = resources.enter_context(Client(cluster))
-    return client, place(_workers_of(client), stages, drafter=has_draft)
 
 
 def _specs(

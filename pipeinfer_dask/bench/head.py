@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import Any
 
-from pipeinfer_dask.core.machine import Machine, Request
+from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import (
     Begin,
     CancelDraft,
@@ -20,6 +20,7 @@ from pipeinfer_dask.core.messages import (
     StartRun,
 )
 from pipeinfer_dask.core.policies import PipeInfer
+from pipeinfer_dask.core.request import Request
 
 NEW_TOKENS = 2000
 

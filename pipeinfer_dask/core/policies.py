@@ -139,11 +139,11 @@ class PipeInfer(Policy):
 
     name: ClassVar[str] = "pipeinfer"
     micro_batch: int = 4
-    cutoff: float = 0.3
+    cutoff: float = 0.1
     recovery: float = 0.02
     decay: float = 0.1
-    split: float = 0.3
-    sequences: int = 1
+    split: float = 0.1
+    sequences: int = 4
     asynchronous: bool = True
     continuous: bool = True
     cancellation: bool = True

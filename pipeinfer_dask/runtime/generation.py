@@ -13,9 +13,9 @@ from functools import cached_property
 from threading import Condition
 from typing import Any, Literal, Protocol
 
-from pipeinfer_dask.core.machine import Request
 from pipeinfer_dask.core.messages import Commit, Origin
 from pipeinfer_dask.core.policies import Policy
+from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.trace import Metrics, Trace
 
 Status = Literal["queued", "running", "finished", "stopped", "failed"]

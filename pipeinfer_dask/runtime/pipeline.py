@@ -19,9 +19,7 @@ class Pipeline(Protocol):
 
     stages: int
 
-    def listen(
-        self, report: Callable[[Event], None], lost: Callable[[Exception], None]
-    ) -> None:
+    def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         """Set who is told, on the loop, of each event, and of the pipeline's end."""
         ...
 

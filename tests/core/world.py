@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from pipeinfer_dask.core.drafting import Expansion
-from pipeinfer_dask.core.machine import Machine, Request
+from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import (
     NO_PARENT,
     Batch,
@@ -33,6 +33,7 @@ from pipeinfer_dask.core.messages import (
     Stop,
 )
 from pipeinfer_dask.core.policies import Policy
+from pipeinfer_dask.core.request import Request
 
 Path = tuple[int, ...]
 GARBAGE: Path = (-1,)

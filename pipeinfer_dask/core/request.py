@@ -1,0 +1,44 @@
+"""What a machine is asked to generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate.
+
+    Attributes
+    ----------
+    id : int
+    prompt : tuple of int
+        At least one token id.
+    max_new_tokens : int
+    capacity : int
+        Slots in each KV cache, at least prompt and new tokens together. What is
+        above that is room for speculation.
+    end_tokens : frozenset of int
+        The text ends after any of these.
+    prefill_chunk : int
+        Most prompt tokens in one run: several let the stages overlap.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    capacity: int
+    end_tokens: frozenset[int] = frozenset()
+    prefill_chunk: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt is empty: give at least one token")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, not {self.prefill_chunk}")
+        if self.capacity < (needed := len(self.prompt) + self.max_new_tokens):
+            raise ValueError(
+                f"prompt and new tokens need {needed} slots, but there are {self.capacity}"
+            )

@@ -1,0 +1,66 @@
+"""Where an engine runs: the caller's cluster, one of its own, or a loop in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import ExitStack
+from threading import Thread
+from typing import Self
+
+import dask
+from distributed import Client, LocalCluster
+from distributed.utils import get_mp_context
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for an engine that has no client's."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self.loop.run_forever, name="pipeinfer-head", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+def loop_of(client: Client) -> asyncio.AbstractEventLoop:
+    """Return the loop that the client runs on."""
+
+    async def running() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    loop: asyncio.AbstractEventLoop = client.sync(running)
+    return loop
+
+
+def workers_of(client: Client) -> dict[str, int]:
+    """Return address and threads of each worker."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {address: int(info["nthreads"]) for address, info in workers.items()}
+
+
+def own_cluster(stages: int, has_draft: bool, resources: ExitStack) -> tuple[Client, Placement]:
+    from distributed import Client
+
+    count = stages + has_draft
+    # Importing torch and transformers takes seconds of a core in every process. With a fork
+    # server one process does it, and the workers are forks of that one.
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(["distributed", "pipeinfer_dask.models.specs"])
+        cluster = resources.enter_context(
+            LocalCluster(
+                n_workers=count,
+                threads_per_worker=max(1, (os.cpu_count() or 1) // count),
+                processes=True,
+                memory_limit=0,  # actors never spill
+                dashboard_address=None,
+            )
+        )
+    return resources.enter_context(Client(cluster))
