@@ -46,10 +46,8 @@ def workers_of(client: Client) -> dict[str, int]:
     return {address: int(info["nthreads"]) for address, info in workers.items()}
 
 
-def own_cluster(stages: int, has_draft: bool, resources: ExitStack) -> tuple[Client, Placement]:
-    from distributed import Client
-
-    count = stages + has_draft
+def own_cluster(count: int, resources: ExitStack) -> Client:
+    """Start ``count`` worker processes on this machine, to be ended with ``resources``."""
     # Importing torch and transformers takes seconds of a core in every process. With a fork
     # server one process does it, and the workers are forks of that one.
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
