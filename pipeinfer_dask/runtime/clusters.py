@@ -61,4 +61,5 @@ def own_cluster(count: int, resources: ExitStack) -> Client:
                 dashboard_address=None,
             )
         )
-    return resources.enter_context(Client(cluster))
+    client: Client = resources.enter_context(Client(cluster))
+    return client
