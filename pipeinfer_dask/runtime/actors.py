@@ -260,7 +260,7 @@ class StageNode(Node[StageThread]):
 
     def _deliver(self, job: RunPass) -> None:
         if self._next is not None:
-            self._post(self._next.send, job)
+            self._next.send_from_thread(job)
 
 
 class DrafterNode(Node[DrafterThread]):

@@ -12,17 +12,14 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import coroutine
 from typing import Any
 
 from distributed.comm import Comm, CommClosedError, connect
-from distributed.protocol import Serialized
 
-from pipeinfer_dask.runtime.wire import Envelope, Message, WireError, decode, encode
+from pipeinfer_dask.runtime.carriers import Carrier, carry
+from pipeinfer_dask.runtime.wire import Buffer, Envelope, Message, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +60,14 @@ class Session:
 class Link:
     """One end of an open connection. Belongs to one event loop.
 
-    `send` never waits: a message is handed to the transport before it returns, or
-    queued behind one that the transport has not taken yet. A link that closes is
-    noticed by `receive`, which therefore must run at both ends, at the end that
-    only sends too.
+    `send` never waits. A link that closes is noticed by `receive`, which therefore must
+    run at both ends, at the end that only sends too.
 
     Parameters
     ----------
-    comm : Comm
+    carrier : Carrier
+    peer : str
+        The other end's address, for error texts.
     generation : int
         Messages of another generation are dropped and counted.
 
@@ -80,39 +77,26 @@ class Link:
         Messages that came for another generation.
     """
 
-    def __init__(self, comm: Comm, generation: int) -> None:
-        # Payloads are neither unpickled nor copied nor handed to another thread.
-        comm.deserialize = False
-        comm.allow_offload = False
+    def __init__(self, carrier: Carrier, peer: str, generation: int) -> None:
         self.dropped = 0
-        self._comm = comm
+        self._carrier = carrier
+        self._peer = peer
         self._generation = generation
         self._sent = 0
         self._received = 0
-        self._waiting: deque[Serialized] = deque()
-        self._writer: asyncio.Task[None] | None = None
 
     @property
     def closed(self) -> bool:
         """Whether this end has closed the link, or noticed that the other one has."""
-        return bool(self._comm.closed())
+        return self._carrier.closed
 
     def send(self, message: Message) -> None:
         """Send a message. On a closed link this does nothing: `receive` tells of the end."""
-        frames = encode(Envelope(self._generation, self._sent, message))
-        self._sent += 1
-        packed = Serialized({}, frames)
-        if self._writer is not None:
-            self._waiting.append(packed)
-            return
-        # The transports of distributed take a message without suspending (what the
-        # kernel does not take at once, they buffer): a task for each would only cost.
-        writing = self._write(packed)
-        try:
-            suspended = writing.send(None)
-        except StopIteration:
-            return
-        self._writer = asyncio.get_running_loop().create_task(self._drain(writing, suspended))
+        self._carrier.write(self._pack(message))
+
+    def send_from_thread(self, message: Message) -> None:
+        """As `send`, but for one other thread, which then must be the only one that sends."""
+        self._carrier.write_from_thread(self._pack(message))
 
     async def receive(self, handle: Callable[[Message], None]) -> None:
         """Hand over each message until the link closes; the link is closed afterwards.
@@ -129,63 +113,33 @@ class Link:
         WireError
             Something came that is no message.
         """
+
+        def take(frames: Sequence[Buffer]) -> None:
+            envelope = decode(frames)
+            if envelope.generation != self._generation:
+                self.dropped += 1
+                return
+            if envelope.sequence != self._received:
+                raise LinkError(
+                    f"expected message {self._received} from {self._peer}, got "
+                    f"{envelope.sequence}: the link has lost or doubled messages"
+                )
+            self._received += 1
+            handle(envelope.message)
+
         try:
-            while True:
-                try:
-                    packed = await self._comm.read()
-                except CommClosedError:
-                    return
-                if not isinstance(packed, Serialized):
-                    raise WireError(f"expected a message, got {type(packed).__name__}")
-                envelope = decode(packed.frames)
-                if envelope.generation != self._generation:
-                    self.dropped += 1
-                    continue
-                if envelope.sequence != self._received:
-                    raise LinkError(
-                        f"expected message {self._received} from {self._comm.peer_address}, "
-                        f"got {envelope.sequence}: the link has lost or doubled messages"
-                    )
-                self._received += 1
-                handle(envelope.message)
+            await self._carrier.run(take)
         finally:
             self.abort()
 
     def abort(self) -> None:
         """Close the link at once. Can be called twice."""
-        self._comm.abort()
-        self._waiting.clear()
+        self._carrier.abort()
 
-    async def _write(self, packed: Serialized) -> None:
-        try:
-            await self._comm.write(packed)
-        except CommClosedError:
-            self._waiting.clear()
-
-    async def _drain(self, writing: Coroutine[Any, Any, None], suspended: object) -> None:
-        try:
-            await _resume(writing, suspended)
-            while self._waiting:
-                await self._write(self._waiting.popleft())
-        finally:
-            self._writer = None
-
-
-@coroutine
-def _resume(running: Coroutine[Any, Any, None], suspended: Any) -> Generator[Any, Any, None]:
-    """Go on with a coroutine that was started by hand and is waiting for ``suspended``."""
-    while True:
-        step: Callable[[], Any]
-        try:
-            value = yield suspended
-        except BaseException as error:
-            step = partial(running.throw, error)
-        else:
-            step = partial(running.send, value)
-        try:
-            suspended = step()
-        except StopIteration:
-            return
+    def _pack(self, message: Message) -> list[Buffer]:
+        frames = encode(Envelope(self._generation, self._sent, message))
+        self._sent += 1
+        return frames
 
 
 async def dial(
@@ -221,7 +175,6 @@ async def dial(
     except OSError as error:
         raise LinkError(f"could not connect to {node} at {address}: {error}") from error
     try:
-        comm.allow_offload = False
         await comm.write(
             {
                 "op": node,
@@ -232,28 +185,31 @@ async def dial(
             }
         )
         answer = await asyncio.wait_for(comm.read(), DIAL_TIMEOUT_S)
-    except (OSError, TimeoutError) as error:
+        if not session.proven(answer, "accept", node, role, nonce):
+            raise LinkError(f"{node} at {address} does not know the secret of this session")
+        return Link(await carry(comm), address, session.generation)
+    except (CommClosedError, TimeoutError) as error:
         comm.abort()
         raise LinkError(
-            f"{node} at {address} did not accept a {role} link: it is not there, or it does "
-            f"not know this session ({type(error).__name__})"
+            f"{node} at {address} did not accept a link for {role}: it is not there, or it "
+            f"does not know this session ({type(error).__name__})"
         ) from error
     except BaseException:
         comm.abort()
         raise
-    if not session.proven(answer, "accept", node, role, nonce):
-        comm.abort()
-        raise LinkError(f"{node} at {address} does not know the secret of this session")
-    return Link(comm, session.generation)
 
 
 async def accept(
     comm: Comm, node: str, role: str, nonce: str, proof: bytes, session: Session
 ) -> Link | None:
-    """Answer one who dials a node; None, with a warning in the log, if it proves nothing."""
+    """Answer one who dials a node; None, with a warning in the log, if it proves nothing.
+
+    The answer is the last that is sent before both ends turn the connection into a link.
+    Who accepts must not be the first to send on it: the dialler may not have done so yet.
+    """
     if not session.proven(proof, "dial", node, role, nonce):
         logger.warning("refused a link to %s from %s: wrong secret", node, comm.peer_address)
         comm.abort()
         return None
     await comm.write(session.prove("accept", node, role, nonce))
-    return Link(comm, session.generation)
+    return Link(await carry(comm), comm.peer_address, session.generation)

@@ -11,7 +11,7 @@ most of the traffic, is packed flat by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
@@ -127,10 +127,10 @@ def _plain_run_pass(job: RunPass) -> Plain:
     return (*_run(job.run), _batch(job.run.batch), job.tokens, spans, job.skipped)
 
 
-def _run_pass(plain: Plain) -> RunPass:
+def _run_pass(plain: Plain, hidden: HiddenStates | None = None) -> RunPass:
     request, generation, run, kind, picks, batch, tokens, spans, skipped = plain
     start = StartRun(request, generation, run, Kind(kind), Batch(*batch), picks)
-    return RunPass(start, None, tokens, tuple(Span(*span) for span in spans), skipped)
+    return RunPass(start, hidden, tokens, tuple(Span(*span) for span in spans), skipped)
 
 
 def _plain_draft(draft: StartDraft) -> Plain:
@@ -183,6 +183,7 @@ _CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], 
     (Drafted, _plain_drafted, _drafted),
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
 )
+_RUN_PASS = 0
 _ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(_CODECS)}
 
 
@@ -240,16 +241,17 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
         generation, sequence, code, plain, layout = msgpack.unpackb(frames[0], use_list=False)
         if min(generation, sequence, code) < 0:
             raise WireError(f"expected no negative numbers, got {generation}, {sequence}, {code}")
-        message = _CODECS[code][2](plain)
+        if layout is not None:
+            if code != _RUN_PASS:
+                raise WireError(f"expected hidden states with a run, got them with code {code}")
+            message: Message = _run_pass(plain, _hidden(layout, frames))
+        else:
+            message = _CODECS[code][2](plain)
     except WireError:
         raise
     except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
         raise WireError(f"expected a message, got {len(frames[0])} bytes: {error}") from None
-    if layout is not None:
-        if not isinstance(message, RunPass):
-            raise WireError(f"expected hidden states with a run, got {type(message).__name__}")
-        message = replace(message, hidden=_hidden(layout, frames))
-    elif len(frames) > 1:
+    if layout is None and len(frames) > 1:
         raise WireError(f"expected no payload, got {memoryview(frames[1]).nbytes} bytes")
     return Envelope(generation, sequence, message)
 
