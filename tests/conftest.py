@@ -1,4 +1,4 @@
-"""What holds for every test: no network, and Hypothesis without deadlines.
+"""What holds for every test: no network, one thread for each operation, and Hypothesis without deadlines.
 
 `HYPOTHESIS_PROFILE=ci` (set by `.ci/run`) is Hypothesis' own profile of that name: the same
 examples in every run, and no example database.
@@ -10,6 +10,8 @@ from hypothesis import settings
 
 # Read by huggingface_hub when it is imported, in this process and in all that it starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read by torch. The tests' models are tiny: a second thread would only wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("local", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "local"))

@@ -22,6 +22,9 @@ from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spli
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.models.tensors import stored_tensors
 
+LONGEST_PASS = 128
+"""Most tokens in one pass of a draft model: its attention mask and activations stay small."""
+
 # While transformers builds a model it changes settings of the whole process (the default
 # dtype, how tensors are made): two threads must not do so at once.
 _building = Lock()
@@ -174,6 +177,11 @@ class Shard:
         self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next; see `DraftModel.candidates`."""
+        # A prompt comes in one batch, and only its end is extended.
+        while len(batch) - frontier > LONGEST_PASS:
+            if self.logits(batch[:LONGEST_PASS], 0, stopped) is None:
+                return None
+            batch = batch[LONGEST_PASS:]
         logits = self.logits(batch, frontier, stopped)
         if logits is None:
             return None
