@@ -1,0 +1,66 @@
+"""Model pairs and clusters that the tests of the engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import dask
+import pytest
+import torch
+from distributed import Client, LocalCluster
+
+from tests.engine.pairs import LAYERS, Pair, PairOf, make_pair
+
+# Operations on such small models only lose by being shared out among cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> PairOf:
+    """Return the pair of a family and a draft's quality, made when it is first asked for."""
+
+    @cache
+    def make(family: str, quality: str) -> Pair:
+        return make_pair(tmp_path_factory.mktemp(family), family, quality)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pair(pair_of: PairOf) -> Pair:
+    return pair_of("llama", "partly right")
+
+
+@pytest.fixture(scope="session")
+def inproc_client() -> Iterator[Client]:
+    """A cluster in this process: a worker for each layer, and one for the drafter."""
+    with (
+        LocalCluster(
+            n_workers=LAYERS + 1,
+            threads_per_worker=1,
+            processes=False,
+            memory_limit=0,
+            dashboard_address=None,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def tcp_client() -> Iterator[Client]:
+    """The same with a process for each worker."""
+    with (
+        # Forks of one process that has the imports done start in a fraction of the time.
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        LocalCluster(
+            n_workers=LAYERS + 1,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
