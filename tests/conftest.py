@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one thread for each operation, and Hypothesis without deadlines.
+"""What holds for every test: no network, one torch thread, no deadlines for Hypothesis.
 
 `HYPOTHESIS_PROFILE=ci` (set by `.ci/run`) is Hypothesis' own profile of that name: the same
 examples in every run, and no example database.

@@ -251,7 +251,11 @@ def test_hidden_states_may_lie_in_memory_that_is_read_only(llama: Path) -> None:
     assert output.tokens == again.tokens
 
 
-def test_a_whole_model_tells_what_may_come_next_and_how_probable_it_is(llama: Path) -> None:
+@pytest.mark.parametrize("longest_pass", [128, 3])
+def test_a_whole_model_tells_what_may_come_next_and_how_probable_it_is(
+    llama: Path, longest_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.models.shard.LONGEST_PASS", longest_pass)
     shard = Shard.load(llama, range(LAYERS), capacity=CAPACITY)
     candidates = shard.candidates(linear(TEXT), 2, width=3, stopped=never)
     assert candidates is not None
