@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pipeinfer_dask.engine import Engine, Result
 
-BENCHES = {"hop": "run_hop_bench", "head": "run_head_bench"}
+BENCHES = {"hop": "run_hop_bench", "head": "run_head_bench", "ttft": "run_ttft_bench"}
 """Suites of `pipeinfer_dask.bench`: the module, and the function in it."""
 
 
