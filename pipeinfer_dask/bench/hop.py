@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import statistics
 import sys
 import time
@@ -88,6 +89,7 @@ async def _run(stages: tuple[int, ...], payloads: tuple[int, ...], runs: int) ->
             threads_per_worker=1,
             memory_limit=0,
             dashboard_address=None,
+            silence_logs=logging.CRITICAL,
             asynchronous=True,
         ) as cluster,
         Client(cluster, asynchronous=True) as client,

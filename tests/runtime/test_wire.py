@@ -1,0 +1,148 @@
+from dataclasses import replace
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from pipeinfer_dask.core.messages import (
+    Batch,
+    CancelDraft,
+    CancelReason,
+    CancelRuns,
+    Drafted,
+    DraftPlan,
+    Kind,
+    Proposal,
+    RunTaken,
+    Span,
+    StartDraft,
+    StartRun,
+)
+from pipeinfer_dask.runtime.compute import RunPass
+from pipeinfer_dask.runtime.wire import (
+    Close,
+    Dialled,
+    DialNext,
+    Envelope,
+    Failed,
+    PeerLost,
+    Ping,
+    Pong,
+    WireError,
+    decode,
+    encode,
+)
+
+counts = st.integers(0, 2**40)
+numbers = st.tuples() | st.lists(counts, max_size=5).map(tuple)
+seconds = st.floats(allow_nan=False)
+spans = st.builds(Span, seconds, seconds, counts)
+batches = st.builds(Batch, numbers, numbers, numbers, st.lists(st.integers(-1, 99)).map(tuple))
+runs = st.builds(StartRun, counts, counts, counts, st.sampled_from(Kind), batches, counts)
+hidden = arrays.arrays(
+    st.sampled_from([np.float16, np.float32, np.float64]),
+    st.tuples(st.integers(0, 4), st.integers(0, 5)),
+)
+passes = st.builds(
+    RunPass,
+    runs,
+    st.none() | hidden,
+    st.none() | numbers,
+    st.lists(spans, max_size=3).map(tuple),
+    st.booleans(),
+)
+proposals = st.builds(Proposal, counts, counts, counts, st.floats(0, 1))
+plans = st.builds(DraftPlan, counts, st.floats(0, 1), st.floats(0, 1), counts, st.none() | counts)
+messages = st.one_of(
+    passes,
+    st.builds(CancelRuns, counts, counts, numbers, st.sampled_from(CancelReason)),
+    st.builds(StartDraft, counts, counts, counts, batches, counts, numbers, plans),
+    st.builds(CancelDraft, counts, counts, counts),
+    st.builds(
+        Drafted,
+        counts,
+        counts,
+        counts,
+        st.lists(proposals, max_size=3).map(tuple),
+        numbers,
+        st.none() | spans,
+    ),
+    st.builds(RunTaken, counts, counts, counts),
+    st.builds(Ping, counts),
+    st.builds(Pong, counts, seconds),
+    st.builds(DialNext, st.text(), st.text()),
+    st.builds(Dialled),
+    st.builds(Failed, st.text()),
+    st.builds(PeerLost, st.text()),
+    st.builds(Close),
+)
+
+
+@given(counts, counts, messages)
+def test_every_message_comes_back_as_it_was(
+    generation: int, sequence: int, message: RunPass | Ping
+) -> None:
+    envelope = decode(encode(Envelope(generation, sequence, message)))
+
+    assert (envelope.generation, envelope.sequence) == (generation, sequence)
+    came = envelope.message
+    assert type(came) is type(message)
+    if isinstance(message, RunPass) and isinstance(came, RunPass):
+        if message.hidden is None:
+            assert came.hidden is None
+        else:
+            assert came.hidden is not None
+            assert came.hidden.dtype == message.hidden.dtype
+            np.testing.assert_array_equal(came.hidden, message.hidden)
+        came, message = replace(came, hidden=None), replace(message, hidden=None)
+        assert isinstance(came.run.kind, Kind)
+    assert came == message
+
+
+@given(st.lists(st.binary(max_size=64), max_size=3))
+def test_bytes_that_are_no_message_are_refused(frames: list[bytes]) -> None:
+    with pytest.raises(WireError):
+        decode(frames)
+
+
+def run_pass(hidden: np.ndarray) -> RunPass:
+    batch = Batch((1, 2), (0, 1), (0, 1), (-1, 0))
+    return RunPass(StartRun(0, 0, 0, Kind.PREFILL, batch, 1), hidden)
+
+
+def test_hidden_states_are_not_copied() -> None:
+    sent = np.ones((2, 8), np.float32)
+    came = decode(encode(Envelope(0, 0, run_pass(sent)))).message
+    assert isinstance(came, RunPass)
+    assert came.hidden is not None
+    assert np.shares_memory(came.hidden, sent)
+
+
+def test_hidden_states_of_another_size_than_the_header_says_are_refused() -> None:
+    header, payload = encode(Envelope(0, 0, run_pass(np.ones((2, 8), np.float32))))
+    with pytest.raises(WireError, match=r"expected 64 bytes of hidden states <f4 \[2, 8\], got 60"):
+        decode([header, payload[:-4]])
+    with pytest.raises(WireError, match="got 0"):
+        decode([header])
+
+
+def test_a_payload_that_no_header_announces_is_refused() -> None:
+    (header,) = encode(Envelope(0, 0, Ping(1)))
+    with pytest.raises(WireError, match="expected no payload, got 3 bytes"):
+        decode([header, b"abc"])
+
+
+def test_hidden_states_of_objects_are_refused() -> None:
+    header, payload = encode(Envelope(0, 0, run_pass(np.ones((2, 8), np.float32))))
+    *rest, layout = msgpack.unpackb(header, use_list=False)
+    forged = msgpack.packb((*rest, ("|O", layout[1])))
+    with pytest.raises(WireError, match="expected a floating dtype"):
+        decode([forged, payload])
+
+
+def test_what_is_no_number_is_not_sent() -> None:
+    with pytest.raises(TypeError):
+        encode(Envelope(0, 0, Failed(ValueError("an object"))))  # type: ignore[arg-type]
