@@ -1,0 +1,388 @@
+import asyncio
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster, Security, Worker
+
+from pipeinfer_dask.core.messages import (
+    NO_PARENT,
+    Batch,
+    CancelDraft,
+    CancelReason,
+    CancelRuns,
+    Drafted,
+    DraftPlan,
+    Event,
+    Proposal,
+    RunDone,
+    RunTaken,
+    StartDraft,
+)
+from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline, PipelineError
+from tests.runtime.chain import (
+    BROKEN,
+    SLOW,
+    CountingSpec,
+    DyingSpec,
+    EchoingSpec,
+    MissingSpec,
+    run_of,
+)
+
+pytestmark = pytest.mark.cluster
+
+STAGES = (CountingSpec("first"), CountingSpec("middle"), CountingSpec("end", last=True))
+
+
+@asynccontextmanager
+async def cluster(
+    *, processes: bool = False, workers: int = 3, **options: Any
+) -> AsyncIterator[tuple[Client, list[str]]]:
+    async with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=processes,
+            memory_limit=0,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+            asynchronous=True,
+            **options,
+        ) as local,
+        Client(local, asynchronous=True) as client,
+    ):
+        yield client, list(local.scheduler.workers)
+
+
+class Listener:
+    """Collects what a pipeline reports."""
+
+    def __init__(self, pipeline: DaskPipeline) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.losses: list[Exception] = []
+        self.lost = asyncio.Event()
+        pipeline.listen(self.events.put_nowait, self._lose)
+
+    def _lose(self, error: Exception) -> None:
+        self.losses.append(error)
+        self.lost.set()
+
+    async def done(self, count: int) -> list[RunDone]:
+        """Return the next runs that left the pipeline."""
+        found: list[RunDone] = []
+        while len(found) < count:
+            event = await self.events.get()
+            if isinstance(event, RunDone):
+                found.append(event)
+        return found
+
+    async def taken(self, run: int) -> None:
+        """Wait until the first stage has begun this run."""
+        while await self.events.get() != RunTaken(1, 0, run):
+            pass
+
+    async def drafted(self) -> Drafted:
+        """Return the next draft."""
+        while not isinstance(event := await self.events.get(), Drafted):
+            pass
+        return event
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that nobody announces."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("processes", [True, False], ids=["tcp", "inproc"])
+def test_runs_come_out_in_order_with_what_every_stage_added(processes: bool) -> None:
+    async def main() -> None:
+        async with cluster(processes=processes) as (client, workers):
+            loaded = []
+            pipeline = await DaskPipeline.open(
+                client, STAGES, workers, progress=lambda title, worker: loaded.append(title)
+            )
+            listener = Listener(pipeline)
+            for number in range(20):
+                pipeline.send(run_of(number, 10 * number, 7))
+            runs = await listener.done(20)
+            await pipeline.close()
+
+            assert [run.run for run in runs] == list(range(20))
+            assert [run.tokens for run in runs] == [(10 * n + 3, 10) for n in range(20)]
+            assert all(len(run.spans) == 3 for run in runs)
+            assert all(span.layers == 2 for run in runs for span in run.spans)
+            # Spans are on one clock: no stage begins a run before its predecessor has ended it.
+            for run in runs:
+                ends = [span.ended for span in run.spans[:-1]]
+                begins = [span.began for span in run.spans[1:]]
+                assert all(began > end - 0.005 for end, began in zip(ends, begins, strict=True))
+            assert sorted(loaded) == [
+                f"stage {index} ({spec.name}) on worker {worker}"
+                for index, (spec, worker) in enumerate(zip(STAGES, workers, strict=True))
+            ]
+            if processes:
+                imported = await client.run(lambda: "torch" in __import__("sys").modules)
+                assert not any(imported.values())
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_run_is_left_off_and_those_behind_it_are_not_begun() -> None:
+    async def main() -> None:
+        async with cluster() as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES, workers)
+            listener = Listener(pipeline)
+            pipeline.send(run_of(0, SLOW))
+            pipeline.send(run_of(1, 5))
+            pipeline.send(run_of(2, 6))
+            await listener.taken(0)
+            pipeline.send(CancelRuns(1, 0, (0, 1), CancelReason.INVALID))
+            slow, behind, kept = await listener.done(3)
+            await pipeline.close()
+
+            assert slow.tokens is None
+            assert [span.layers for span in slow.spans] == [1, 0, 0]
+            assert behind.tokens is None
+            assert [span.layers for span in behind.spans] == [0, 0, 0]
+            assert kept.tokens == (9,)
+
+    asyncio.run(main())
+
+
+def draft_of(number: int, token: int) -> StartDraft:
+    batch = Batch((token,), (0,), (0,), (NO_PARENT,))
+    return StartDraft(1, 0, number, batch, 1, (1, 2), DraftPlan(2))
+
+
+def test_a_drafter_that_shares_a_worker_drafts_and_can_be_stopped() -> None:
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(
+                client, STAGES[-1:], workers, EchoingSpec(), workers[0]
+            )
+            listener = Listener(pipeline)
+            pipeline.send(draft_of(0, 4))
+            pipeline.send(draft_of(1, SLOW))
+            first = await listener.drafted()
+            pipeline.send(run_of(0, 5))
+            assert [run.tokens for run in await listener.done(1)] == [(6,)]
+            pipeline.send(CancelDraft(1, 0, 1))
+            second = await listener.drafted()
+            await pipeline.close()
+
+            assert first.proposals == (Proposal(4, 0, 1, 0.5), Proposal(4, 1, 2, 0.5))
+            assert first.evaluated == (0, 1)
+            assert (second.draft, second.proposals, second.evaluated) == (1, (), ())
+
+    asyncio.run(main())
+
+
+def test_two_pipelines_share_the_workers_without_meeting() -> None:
+    async def main() -> None:
+        async with cluster(workers=2) as (client, workers):
+            one = await DaskPipeline.open(client, STAGES[1:], workers)
+            other = await DaskPipeline.open(client, STAGES[1:], workers[::-1])
+            hears, listens = Listener(one), Listener(other)
+            one.send(run_of(0, 1))
+            other.send(run_of(0, 2))
+            assert [run.tokens for run in await hears.done(1)] == [(3,)]
+            assert [run.tokens for run in await listens.done(1)] == [(4,)]
+            await one.close()
+            other.send(run_of(1, 3))
+            assert [run.tokens for run in await listens.done(1)] == [(5,)]
+            await other.close()
+            assert not hears.losses
+            assert not listens.losses
+
+    asyncio.run(main())
+
+
+def test_a_cluster_with_certificates_has_encrypted_links() -> None:
+    async def main() -> None:
+        security = Security.temporary()
+        async with cluster(workers=2, protocol="tls://", security=security) as (client, workers):
+            assert workers[0].startswith("tls://")
+            pipeline = await DaskPipeline.open(client, STAGES[1:], workers)
+            listener = Listener(pipeline)
+            pipeline.send(run_of(0, 1))
+            assert [run.tokens for run in await listener.done(1)] == [(3,)]
+            await pipeline.close()
+
+    asyncio.run(main())
+
+
+def test_a_killed_worker_is_named_once() -> None:
+    async def main() -> None:
+        async with cluster(processes=True) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES, workers)
+            listener = Listener(pipeline)
+            pids = await client.run(os.getpid)
+            os.kill(pids[workers[1]], signal.SIGKILL)
+            await listener.lost.wait()
+            await pipeline.close()
+            assert [str(error) for error in listener.losses] == [
+                f"stage 1 (middle) on worker {workers[1]} is lost: its control link has closed: "
+                "the worker, or the actor on it, is gone"
+            ]
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_hangs_is_lost_after_the_deadline() -> None:
+    async def main() -> None:
+        async with cluster(processes=True, workers=2) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[1:], workers, deadline=1.0)
+            listener = Listener(pipeline)
+            pids = await client.run(os.getpid)
+            os.kill(pids[workers[0]], signal.SIGSTOP)
+            try:
+                await listener.lost.wait()
+            finally:
+                os.kill(pids[workers[0]], signal.SIGCONT)
+            await pipeline.close()
+            (loss,) = listener.losses
+            assert "stage 0 (middle)" in str(loss)
+            assert "gave no sign of life for 1 s" in str(loss)
+
+    asyncio.run(main())
+
+
+def test_a_stage_that_fails_says_why() -> None:
+    async def main() -> None:
+        async with cluster() as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES, workers)
+            listener = Listener(pipeline)
+            pipeline.send(run_of(0, BROKEN))
+            await listener.lost.wait()
+            await pipeline.close()
+            (loss,) = listener.losses
+            assert isinstance(loss, PipelineError)
+            assert str(loss) == (
+                f"stage 0 (first) on worker {workers[0]} is lost: ArithmeticError: numbers ran out"
+            )
+
+    asyncio.run(main())
+
+
+def test_a_model_that_can_not_be_loaded_is_an_error_that_names_stage_and_reason() -> None:
+    async def main() -> None:
+        async with cluster(workers=2) as (client, workers):
+            with pytest.raises(PipelineError) as caught:
+                await DaskPipeline.open(client, [CountingSpec("first"), MissingSpec()], workers)
+            assert str(caught.value) == (
+                f"stage 1 (missing) on worker {workers[1]} could not load: "
+                "FileNotFoundError: no model here"
+            )
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_dies_while_it_loads_does_not_keep_us_waiting() -> None:
+    async def main() -> None:
+        async with cluster(processes=True, workers=1) as (client, workers):
+            with pytest.raises(PipelineError, match="the worker died while it was loading"):
+                await DaskPipeline.open(client, [DyingSpec()], workers)
+
+    asyncio.run(main())
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_is_loaded() -> None:
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            with pytest.raises(ValueError, match="got 3 stages and 1 workers"):
+                await DaskPipeline.open(client, STAGES, workers)
+            with pytest.raises(ValueError, match="there is no worker tcp://nowhere:1"):
+                await DaskPipeline.open(client, STAGES[:1], ["tcp://nowhere:1"])
+            with pytest.raises(ValueError, match="a draft spec and a worker for it, or neither"):
+                await DaskPipeline.open(client, STAGES[:1], workers, EchoingSpec())
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
+            with pytest.raises(RuntimeError, match="has no drafter"):
+                pipeline.send(draft_of(0, 1))
+            await pipeline.close()
+
+    asyncio.run(main())
+
+
+def left_behind() -> list[str]:
+    """Return what a pipeline could leave in this process, and on the workers in it."""
+    workers = [worker for worker in Worker._instances if worker.status.name == "running"]
+    return sorted(
+        [
+            *(thread.name for thread in threading.enumerate()),
+            *(task.get_name() for task in asyncio.all_tasks() if is_ours(task)),
+            *(op for worker in workers for op in worker.handlers if "pipeinfer" in op),
+            *(str(key) for worker in workers for key in worker.state.actors),
+        ]
+    )
+
+
+def is_ours(task: "asyncio.Task[Any]") -> bool:
+    return "pipeinfer_dask" in repr(task.get_coro())
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "inproc"])
+def test_ten_pipelines_leave_nothing_behind(protocol: str) -> None:
+    async def main() -> None:
+        async with cluster(workers=2, protocol=protocol) as (client, workers):
+
+            async def open_and_close() -> None:
+                pipeline = await DaskPipeline.open(
+                    client, STAGES[1:], workers, EchoingSpec(), workers[0]
+                )
+                listener = Listener(pipeline)
+                pipeline.send(run_of(0, 1))
+                pipeline.send(run_of(1, SLOW))
+                await listener.done(1)
+                await asyncio.gather(pipeline.close(), pipeline.close())
+
+            await open_and_close()
+            await until(lambda: not [name for name in left_behind() if "pipeinfer" in name])
+            before, files = left_behind(), descriptors()
+            for _ in range(10):
+                await open_and_close()
+            await until(lambda: left_behind() == before and descriptors() <= files)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "inproc"])
+def test_stages_end_with_their_client(protocol: str) -> None:
+    async def main() -> None:
+        async with cluster(workers=2, protocol=protocol) as (client, workers):
+            address = client.scheduler.address if client.scheduler is not None else ""
+            async with Client(address, asynchronous=True) as other:
+                pipeline = await DaskPipeline.open(other, STAGES[1:], workers)
+                listener = Listener(pipeline)
+            await listener.lost.wait()
+            await pipeline.close()
+            await until(lambda: not [name for name in left_behind() if "pipeinfer" in name])
+
+    asyncio.run(main())
+
+
+def test_a_cluster_that_was_closed_first_does_not_hinder_closing() -> None:
+    async def main() -> None:
+        async with cluster(workers=2, protocol="tcp") as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[1:], workers)
+            listener = Listener(pipeline)
+        await listener.lost.wait()
+        await pipeline.close()
+        await pipeline.close()
+        await until(lambda: not [name for name in left_behind() if "pipeinfer" in name])
+        assert re.search(r"stage \d \(\w+\) on worker tcp://.* is lost", str(listener.losses[0]))
+
+    asyncio.run(main())
