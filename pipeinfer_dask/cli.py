@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeinfer_dask.engine import Engine, Result
+    from pipeinfer_dask.runtime.admission import Admission
 
 BENCHES = {"hop": "run_hop_bench", "head": "run_head_bench", "ttft": "run_ttft_bench"}
 """Suites of `pipeinfer_dask.bench`: the module, and the function in it."""
@@ -55,7 +57,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx is not None else "pipeinfer"
             raise Mistake(f"{error.format_message()} (see `{where} --help`)") from error
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
             raise Mistake(str(error)) from error
         except (RuntimeError, OSError) as error:
             raise Failure(str(error) or type(error).__name__) from error
@@ -95,14 +97,16 @@ def demo(
     as_json: bool,
 ) -> None:
     """Generate with the embedded models on a cluster of this machine, by every strategy."""
-    from pipeinfer_dask.core.policies import STRATEGIES, make_policy
+    from pipeinfer_dask.core.policies import STRATEGIES
     from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 
     names = strategies or tuple(STRATEGIES)
-    for name in names:
-        make_policy(name)
     prompt = DEMO_PROMPT if prompt is None else prompt
     pair = demo_pair()
+    admission = _admission(pair.target, pair.draft)
+    admission.request(0, prompt, max_new_tokens)
+    for name in names:
+        admission.policy(name, {})
     console = _console(as_json)
     with _engine(console, pair.target, pair.draft, stages=stages) as engine:
         _warm_up(engine, names)
@@ -160,7 +164,6 @@ def generate(
     as_json: bool,
 ) -> None:
     """Continue PROMPT ("-" reads it from stdin)."""
-    from pipeinfer_dask.core.policies import make_policy
     from pipeinfer_dask.models.demo_pair import demo_pair
 
     if prompt == "-":
@@ -170,7 +173,10 @@ def generate(
             raise ValueError("expected --target along with --draft, got a draft alone")
         target, draft = (str(path) for path in demo_pair())
     settings = _knobs(knobs)
-    make_policy(strategy or ("pipeinfer" if draft else "iterative"), **settings)
+    weights = _numbers(layer_split)
+    admission = _admission(target, draft)
+    admission.policy(strategy, settings)
+    admission.request(0, prompt, max_new_tokens)
     console = _console(as_json)
     with ExitStack() as stack:
         client = None
@@ -185,7 +191,7 @@ def generate(
                 draft,
                 client=client,
                 stages=stages,
-                layer_split=_numbers(layer_split),
+                layer_split=weights,
                 share_workers=share_workers,
                 in_process=in_process,
             )
@@ -234,6 +240,15 @@ def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine
     nodes = (options.get("stages") or DEFAULT_STAGES) + (draft is not None)
     with terminal.loading(console, nodes) as progress:
         return Engine.from_pretrained(target, draft, progress=progress, **options)
+
+
+def _admission(target: str | os.PathLike[str], draft: str | os.PathLike[str] | None) -> Admission:
+    """Return who can say, before a cluster is started, whether a request can be served."""
+    from pipeinfer_dask.models.checkpoint import load_tokenizer, open_checkpoint
+    from pipeinfer_dask.runtime.admission import Admission
+
+    checkpoint = open_checkpoint(os.fspath(target))
+    return Admission(checkpoint, load_tokenizer(checkpoint), has_draft=draft is not None)
 
 
 def _warm_up(engine: Engine, strategies: Sequence[str]) -> None:

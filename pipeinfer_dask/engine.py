@@ -11,8 +11,7 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pipeinfer_dask.core.policies import Policy, make_policy
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.models.checkpoint import (
     Checkpoint,
     check_pair,
@@ -21,6 +20,7 @@ from pipeinfer_dask.models.checkpoint import (
 )
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.specs import ShardSpec
+from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS, Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
@@ -40,8 +40,6 @@ T = TypeVar("T")
 Progress = Callable[[str, str], None]
 """Called as (node, where) when a node's model stands."""
 
-SPECULATIVE_SLOTS = 256
-"""Slots of each KV cache beyond the text itself: room for drafts at any one time."""
 DEFAULT_STAGES = 3
 """Stages of an engine that brings its own workers."""
 
@@ -66,16 +64,16 @@ class Engine:
 
     def __init__(
         self,
-        target: Checkpoint,
+        admission: Admission,
         draft: Checkpoint | None,
         layer_ranges: list[range],
         head: Head,
         resources: ExitStack,
     ) -> None:
-        self.target = target
+        self.target = admission.target
         self.draft = draft
         self.layer_ranges = layer_ranges
-        self._tokenizer = load_tokenizer(target)
+        self._admission = admission
         self._head = head
         self._resources = resources
         self._requests = itertools.count()
@@ -144,6 +142,7 @@ class Engine:
         if opened_draft is not None:
             check_pair(opened, opened_draft)
         has_draft = opened_draft is not None
+        admission = Admission(opened, load_tokenizer(opened), has_draft)
         workers = workers_of(client) if client is not None else None
         if stages is None:
             available = DEFAULT_STAGES + has_draft if workers is None else len(workers)
@@ -178,7 +177,7 @@ class Engine:
                         draft_spec.load if draft_spec is not None else None,
                         asyncio.get_running_loop(),
                     )
-                    await local.loaded()
+                    await local.loaded(progress)
                     return local
                 assert placement is not None
                 return await DaskPipeline.open(
@@ -198,13 +197,12 @@ class Engine:
                 return Head(pipeline, asyncio.get_running_loop())
 
             head = on_loop(start_head())
-            return cls(opened, opened_draft, ranges, head, resources.pop_all())
+            return cls(admission, opened_draft, ranges, head, resources.pop_all())
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The target's tokenizer, which the draft shares."""
-        tokenizer: PreTrainedTokenizerBase = self._tokenizer
-        return tokenizer
+        return self._admission.tokenizer
 
     @property
     def stages(self) -> int:
@@ -261,26 +259,9 @@ class Engine:
             raise EngineClosedError("this engine is closed: open another one")
         if self._head.lost is not None:
             raise EngineClosedError(f"the pipeline is lost ({self._head.lost}): open another one")
-        policy = self._policy(strategy, knobs)
-        tokens = self._tokens(prompt)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise ValueError(f"expected max_new_tokens as a whole number, got {max_new_tokens!r}")
-        if max_new_tokens < 1:
-            raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-        if len(tokens) + max_new_tokens > self.target.context:
-            raise ValueError(
-                f"expected prompt and new tokens to fit the model's context of "
-                f"{self.target.context}, got {len(tokens)} + {max_new_tokens}: shorten the prompt "
-                f"or ask for fewer tokens"
-            )
-        request = Request(
-            id=next(self._requests),
-            prompt=tokens,
-            max_new_tokens=max_new_tokens,
-            capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
-            end_tokens=frozenset(self.target.eos_token_ids),
-        )
-        stream = DecodedText(self._tokenizer, tokens)
+        policy = self._admission.policy(strategy, knobs)
+        request = self._admission.request(next(self._requests), prompt, max_new_tokens)
+        stream = DecodedText(self.tokenizer, request.prompt)
         generation = Generation(request, policy, stream, cancel=self._head.cancel)
         self._head.start(generation)
         return generation
@@ -314,38 +295,6 @@ class Engine:
         state = "closed" if self._closed else f"{self.stages} stages"
         return f"<Engine {self.target.path.name}{draft}, {state}>"
 
-    # --- what start is asked for -----------------------------------------------------
-
-    def _policy(self, strategy: str | Policy | None, knobs: dict[str, Any]) -> Policy:
-        if isinstance(strategy, Policy):
-            if knobs:
-                raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
-            policy = strategy.fresh()
-        else:
-            default = "pipeinfer" if self.draft is not None else "iterative"
-            policy = make_policy(strategy if strategy is not None else default, **knobs)
-        if policy.needs_draft and self.draft is None:
-            raise ValueError(
-                f"strategy {policy.name!r} needs a draft model: open the engine with draft=..., "
-                f"or use strategy='iterative'"
-            )
-        return policy
-
-    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            tokens = tuple(self._tokenizer(prompt)["input_ids"])
-        else:
-            tokens = tuple(int(token) for token in prompt)
-            size = self.target.vocab_size
-            if unknown := [token for token in tokens if not 0 <= token < size]:
-                raise ValueError(
-                    f"expected token ids from 0 to {size - 1}, got {unknown[0]}: was this text "
-                    f"tokenized for another model?"
-                )
-        if not tokens:
-            raise ValueError("expected a prompt of at least one token, got an empty one")
-        return tokens
-
 
 def _specs(
     target: Checkpoint,
@@ -372,10 +321,10 @@ def _specs(
 
     stage_workers = placement.stages if placement is not None else [None] * len(ranges)
     stages = [
-        spec(target, layers, worker, f"stage {index}")
-        for index, (layers, worker) in enumerate(zip(ranges, stage_workers, strict=True))
+        spec(target, layers, worker, f"layers {layers.start} to {layers.stop - 1}")
+        for layers, worker in zip(ranges, stage_workers, strict=True)
     ]
     if draft is None:
         return stages, None
     drafter = placement.drafter if placement is not None else None
-    return stages, spec(draft, range(draft.num_layers), drafter, "drafter")
+    return stages, spec(draft, range(draft.num_layers), drafter, draft.path.name)

@@ -18,7 +18,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self.loop.run_forever, name="pipeinfer-head", daemon=True)
+        self._thread = Thread(target=self._run, name="pipeinfer-head", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -27,7 +27,13 @@ class LoopThread:
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
-        self.loop.close()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run_forever()
+            self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        finally:
+            self.loop.close()
 
 
 def loop_of(client: Client) -> asyncio.AbstractEventLoop:
@@ -58,7 +64,8 @@ def own_cluster(count: int, resources: ExitStack) -> Client:
                 threads_per_worker=max(1, (os.cpu_count() or 1) // count),
                 processes=True,
                 memory_limit=0,  # actors never spill
-                dashboard_address=None,
+                # None would mean port 8787, which may be taken.
+                dashboard_address="127.0.0.1:0",
             )
         )
     client: Client = resources.enter_context(Client(cluster))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop
@@ -36,6 +37,7 @@ class Head:
         self._current: Generation | None = None
         self._machine: Machine | None = None
         self._trace = Trace(pipeline.stages)
+        self._guard = loop.create_task(self._outlive())
         pipeline.listen(self._report, self._lost)
 
     # --- from any thread ----------------------------------------------------------
@@ -46,13 +48,23 @@ class Head:
 
     def cancel(self, generation: Generation) -> None:
         """Stop a generation, running or queued."""
-        self.loop.call_soon_threadsafe(self._stop, generation)
+        # A loop that is closed has failed all generations: there is nothing to stop.
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._stop, generation)
 
     # --- on the loop ----------------------------------------------------------------
 
     def end(self, error: Exception) -> None:
         """Fail all generations, and any that is started later."""
         self._lost(error)
+        self._guard.cancel()
+
+    async def _outlive(self) -> None:
+        """Fail what is left when the loop ends, as a client's does that is closed."""
+        try:
+            await self.loop.create_future()
+        finally:
+            self._lost(ConnectionError("the event loop has ended: was the client closed?"))
 
     def _start(self, generation: Generation) -> None:
         if self.lost is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from pipeinfer_dask.core.messages import (
     CancelDraft,
@@ -67,19 +69,32 @@ class LocalPipeline:
             else None
         )
 
-    async def loaded(self) -> None:
+    async def loaded(self, progress: Callable[[str, str], None] | None = None) -> None:
         """Wait until every model stands.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with each node's name, and where it is, as soon as it has loaded.
 
         Raises
         ------
         Exception
             What kept one from it. Everything is closed then.
         """
-        loading = [asyncio.wrap_future(thread.loaded) for thread in self._threads]
+        nodes: dict[str, Future[Any]] = {
+            f"stage {index}": thread.loaded for index, thread in enumerate(self._threads)
+        }
+        if self._drafter is not None:
+            nodes["drafter"] = self._drafter.loaded
+
+        async def wait_for(name: str, model: Future[Any]) -> None:
+            await asyncio.wrap_future(model)
+            if progress is not None:
+                progress(name, "a thread of this process")
+
         try:
-            await asyncio.gather(*loading)
-            if self._drafter is not None:
-                await asyncio.wrap_future(self._drafter.loaded)
+            await asyncio.gather(*(wait_for(name, model) for name, model in nodes.items()))
         except BaseException:
             await self.close()
             raise

@@ -60,9 +60,8 @@ def opened(
 ) -> Iterator[tuple[pi.Engine, Pair, str]]:
     case: Case = request.param
     pair = pair_of(case.family, case.quality)
-    if case.where == "in-process":
-        driver = {"in_process": True}
-    else:
+    driver: dict[str, Any] = {"in_process": True}
+    if case.where != "in-process":
         driver = {"client": request.getfixturevalue(f"{case.where}_client")}
     with pi.Engine.from_pretrained(pair.target, pair.draft, stages=case.stages, **driver) as engine:
         yield engine, pair, case.quality

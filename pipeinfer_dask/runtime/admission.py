@@ -1,0 +1,107 @@
+"""What may be asked of a pair of models: checked here, before any worker hears of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPECULATIVE_SLOTS = 256
+"""Slots of each KV cache beyond the text itself: room for drafts at any one time."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Turns what a user asks for into a request and a policy, or says what is wrong with it.
+
+    Attributes
+    ----------
+    target : Checkpoint
+    tokenizer : PreTrainedTokenizerBase
+    has_draft : bool
+        Whether there is a draft model.
+    """
+
+    target: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    has_draft: bool
+
+    def policy(self, strategy: str | Policy | None, knobs: Mapping[str, Any]) -> Policy:
+        """Return a fresh policy.
+
+        Raises
+        ------
+        ValueError
+            If strategy and knobs are not to be had, or need a draft model that is not there.
+        """
+        if isinstance(strategy, Policy):
+            if knobs:
+                raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
+            policy = strategy.fresh()
+        else:
+            default = "pipeinfer" if self.has_draft else "iterative"
+            policy = make_policy(default if strategy is None else strategy, **knobs)
+        if policy.needs_draft and not self.has_draft:
+            raise ValueError(
+                f"strategy {policy.name!r} needs a draft model: give one as draft, or use "
+                f"strategy 'iterative'"
+            )
+        return policy
+
+    def request(self, number: int, prompt: str | Sequence[int], max_new_tokens: int) -> Request:
+        """Return the request of this number.
+
+        Raises
+        ------
+        ValueError
+            If the prompt is empty or holds an unknown token, or prompt and new tokens are
+            longer than the model's context.
+        """
+        tokens = self._tokens(prompt)
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise ValueError(f"expected max_new_tokens as a whole number, got {max_new_tokens!r}")
+        if max_new_tokens < 1:
+            raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+        if len(tokens) + max_new_tokens > self.target.context:
+            raise ValueError(
+                f"expected prompt and new tokens to fit the model's context of "
+                f"{self.target.context}, got {len(tokens)} + {max_new_tokens}: shorten the prompt "
+                f"or ask for fewer tokens"
+            )
+        return Request(
+            id=number,
+            prompt=tokens,
+            max_new_tokens=max_new_tokens,
+            capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
+            end_tokens=frozenset(self.target.eos_token_ids),
+        )
+
+    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(prompt, bytes) or not hasattr(prompt, "__len__"):
+            raise ValueError(f"expected a prompt as text or token ids, got {prompt!r}")
+        if len(prompt) == 0:
+            raise ValueError("expected a prompt of at least one token, got an empty one")
+        if isinstance(prompt, str):
+            tokens = tuple(self.tokenizer(prompt)["input_ids"])
+        else:
+            try:
+                tokens = tuple(operator.index(token) for token in prompt)
+            except TypeError as error:
+                raise ValueError(f"expected token ids as whole numbers: {error}") from None
+        if not tokens:
+            raise ValueError("expected a prompt of at least one token, got none from the tokenizer")
+        size = self.target.vocab_size
+        if unknown := [token for token in tokens if not 0 <= token < size]:
+            raise ValueError(
+                f"expected token ids from 0 to {size - 1}, got {unknown[0]}: was this text "
+                f"tokenized for another model?"
+            )
+        return tokens
