@@ -1,6 +1,6 @@
 """How frames cross a connection: over distributed's own comm, or over its bare socket.
 
-A comm reads a message in four steps through as many futures, and turns its wish to
+A comm reads a message in three steps through as many futures, and turns its wish to
 read off and on again in between. That is nothing for a scheduler and most of a hop
 for a pipeline. So, once a plain tcp connection stands and both ends have shown who they
 are, its socket is taken over: a message is then one read, parsed where it arrives. Other
