@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Condition
@@ -192,7 +193,9 @@ class Generation:
         changed = asyncio.Event()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            # A reader whose loop is closed has left without a word.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
 
         with self._changed:
             self._wakers.add(wake)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import make_tiny
 
@@ -62,6 +62,15 @@ def greedy_tokens(path: Path, prompt: list[int], new_tokens: int) -> list[int]:
     )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
+
+
+def ending_at(path: Path, token: int) -> Path:
+    """Have a model's texts end at a token."""
+    config = AutoConfig.from_pretrained(path)
+    config.eos_token_id = token
+    config.save_pretrained(path)
+    (path / "generation_config.json").unlink(missing_ok=True)
+    return path
 
 
 QUALITIES = {
