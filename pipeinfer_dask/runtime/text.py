@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
-
-from tokenizers.decoders import DecodeStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONTEXT = 8
+"""Tokens to decode along with a new one: some tokenizers drop the space before a first word."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a character is decoded to while bytes of it are missing."""
+
 
 class DecodedText:
-    """A `TextStream` whose text continues the prompt's."""
+    """A `TextStream` whose text continues the prompt's.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    prompt : sequence of int
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        # Some tokenizers drop the space before a first word: let the prompt's end come first.
-        self._before = list(prompt[-8:])
-        self._stream = DecodeStream(ids=self._before, skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._length = 0
+        self._tokens = list(prompt[-CONTEXT:])
+        self._given = self._decode()
 
     def step(self, token: int) -> str | None:
         self._tokens.append(token)
-        text = self._stream.step(self._tokenizer, token)
-        self._length += len(text or "")
-        return text
+        text = self._decode()
+        return None if text.endswith(INCOMPLETE) else self._give(text)
 
     def flush(self) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._before, skip_special_tokens=True)
-        whole: str = decode(self._before + self._tokens, skip_special_tokens=True)
-        return whole[len(before) + self._length :]
+        return self._give(self._decode())
+
+    def _give(self, text: str) -> str:
+        # A prompt may end within a character: then what it was decoded to is no prefix.
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self._given, text, strict=False))
+        new = text[sum(1 for _ in same) :]
+        del self._tokens[:-CONTEXT]
+        self._given = self._decode()
+        return new
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return text
