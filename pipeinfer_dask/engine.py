@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence, Sized
 from contextlib import ExitStack
 from threading import Lock
 from types import TracebackType
@@ -137,6 +137,10 @@ class Engine:
             )
         if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
             raise ValueError(f"expected stages to be a whole number, got {stages!r}")
+        if layer_split is not None and not isinstance(layer_split, Sized):
+            raise ValueError(
+                f"expected layer_split as a sequence of numbers, one a stage, got {layer_split!r}"
+            )
         opened = open_checkpoint(os.fspath(target))
         opened_draft = open_checkpoint(os.fspath(draft)) if draft is not None else None
         if opened_draft is not None:

@@ -47,7 +47,18 @@ def loop_of(client: Client) -> asyncio.AbstractEventLoop:
 
 
 def workers_of(client: Client) -> dict[str, int]:
-    """Return address and threads of each worker."""
+    """Return address and threads of each worker.
+
+    Raises
+    ------
+    ValueError
+        If the client is closed.
+    """
+    if client.status != "running":
+        raise ValueError(
+            f"expected a client that is connected to a cluster, got one that is {client.status}: "
+            f"make another one"
+        )
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return {address: int(info["nthreads"]) for address, info in workers.items()}
 

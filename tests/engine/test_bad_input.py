@@ -1,0 +1,314 @@
+"""A mistake is told in one line, before a cluster is started or a worker loads anything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.core.policies import PipeInfer
+from tests.engine.pairs import LAYERS, PROMPT, Pair
+from tests.tiny import make_tiny
+
+Break = Callable[[Path], object]
+
+
+@pytest.fixture
+def nothing_starts() -> Iterator[None]:
+    """Fail the test if it starts a thread or a process."""
+    threads, children = set(threading.enumerate()), set(psutil.Process().children())
+    yield
+    assert set(threading.enumerate()) <= threads
+    assert set(psutil.Process().children()) <= children
+
+
+def edit(name: str, **fields: Any) -> Break:
+    def change(model: Path) -> None:
+        file = model / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def cut(name: str, length: int) -> Break:
+    def change(model: Path) -> None:
+        file = model / name
+        file.write_bytes(file.read_bytes()[:length])
+
+    return change
+
+
+def delete(pattern: str) -> Break:
+    def change(model: Path) -> None:
+        for file in model.glob(pattern):
+            file.unlink()
+
+    return change
+
+
+def drop_last_layer(model: Path) -> None:
+    make_tiny(model / "smaller", "llama", layers=LAYERS - 1, seed=0)
+    (model / "smaller" / "model.safetensors").replace(model / "model.safetensors")
+
+
+BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
+    "gone": (shutil.rmtree, FileNotFoundError, "there is no directory .*model.*: give a model's"),
+    "empty": (
+        delete("*"),
+        FileNotFoundError,
+        "is no model: it has no config.json",
+    ),
+    "without weights": (delete("model.safetensors"), FileNotFoundError, "safetensors"),
+    "truncated weights": (cut("model.safetensors", 30_000), ValueError, "model.safetensors"),
+    "truncated header": (cut("model.safetensors", 100), ValueError, "model.safetensors"),
+    "no weights at all": (cut("model.safetensors", 0), ValueError, "model.safetensors"),
+    "truncated config": (cut("config.json", 50), ValueError, "config.json is not valid JSON"),
+    "no model type": (
+        lambda model: (model / "config.json").write_text("{}"),
+        ValueError,
+        "model_type",
+    ),
+    "other family": (edit("config.json", model_type="bloom"), ValueError, "the bloom family"),
+    "recurrent": (
+        edit("config.json", model_type="mamba"),
+        ValueError,
+        "mamba models are recurrent",
+    ),
+    "encoder and decoder": (
+        edit("config.json", model_type="t5", is_encoder_decoder=True),
+        ValueError,
+        "t5 models are encoder-decoders",
+    ),
+    "unknown family": (edit("config.json", model_type="nonsense"), ValueError, "nonsense"),
+    "other width": (edit("config.json", hidden_size=64), ValueError, "shape"),
+    "missing tensors": (drop_last_layer, ValueError, r"lacks the tensor model.layers.3\."),
+    "without tokenizer": (
+        delete("tokenizer*"),
+        FileNotFoundError,
+        "has no tokenizer: expected one of tokenizer.json",
+    ),
+    "broken tokenizer": (cut("tokenizer.json", 100), ValueError, "the tokenizer in .* can't be"),
+}
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+@pytest.mark.parametrize(("change", "kind", "match"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_model_is_refused(
+    pair: Pair,
+    tmp_path: Path,
+    nothing_starts: None,
+    role: str,
+    change: Break,
+    kind: type[Exception],
+    match: str,
+) -> None:
+    broken = shutil.copytree(pair.target, tmp_path / "model")
+    change(broken)
+    target, draft = (broken, pair.draft) if role == "target" else (pair.target, broken)
+    with pytest.raises(kind, match=match) as caught:
+        pi.Engine.from_pretrained(target, draft)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(broken) in str(caught.value)
+
+
+def test_a_file_is_no_model(pair: Pair, nothing_starts: None) -> None:
+    with pytest.raises(OSError, match=r"expected the directory of a model, but .* is a file"):
+        pi.Engine.from_pretrained(pair.target / "config.json")
+
+
+def test_vocabularies_of_different_size_are_refused(
+    pair: Pair, tmp_path: Path, nothing_starts: None
+) -> None:
+    draft = make_tiny(tmp_path, "llama", layers=1, seed=0, vocab_size=300)
+    with pytest.raises(ValueError, match=r"vocabularies .* differ: .* 288 .* 300") as caught:
+        pi.Engine.from_pretrained(pair.target, draft)
+    assert "use a draft of the target's family" in str(caught.value)
+
+
+def test_vocabularies_that_differ_in_one_token_are_refused(
+    pair: Pair, tmp_path: Path, nothing_starts: None
+) -> None:
+    draft = shutil.copytree(pair.draft, tmp_path / "draft")
+    tokenizer = draft / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<270>", "<other>"))
+    with pytest.raises(ValueError, match=r"vocabularies of target and draft differ: .* 270"):
+        pi.Engine.from_pretrained(pair.target, draft)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "more stages than layers": ({"stages": 5}, "5 stages .* model has 4: use at most 4 stages"),
+    "no stages": ({"stages": 0}, "at least one stage, not 0"),
+    "negative stages": ({"stages": -1}, "at least one stage, not -1"),
+    "half a stage": ({"stages": 1.5}, r"stages to be a whole number, got 1\.5"),
+    "yes as stages": ({"stages": True}, "stages to be a whole number, got True"),
+    "negative share": ({"layer_split": [2, -1, 1]}, "not negative, not -1"),
+    "share of nan": ({"layer_split": [1, float("nan")]}, "must be finite .* not nan"),
+    "endless share": ({"layer_split": [1, float("inf")]}, "must be finite .* not inf"),
+    "share of text": ({"layer_split": [1, "2"]}, "made of numbers, not of '2'"),
+    "no share": ({"layer_split": [0, 0]}, "at least one weight .* above zero"),
+    "empty split": ({"layer_split": []}, "at least one stage, not 0"),
+    "one number as split": (
+        {"layer_split": 3},
+        "layer_split as a sequence of numbers, one a stage, got 3",
+    ),
+    "text as split": ({"layer_split": "2,1"}, "2,1"),
+    "too many shares": ({"layer_split": [1] * 5}, "5 stages .* model has 4"),
+    "shares for other stages": (
+        {"stages": 3, "layer_split": [1, 1]},
+        r"one weight for each of the 3 stages, not \[1, 1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "match"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_stages_that_do_not_fit_are_refused(
+    pair: Pair, nothing_starts: None, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        pi.Engine.from_pretrained(pair.target, pair.draft, **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown strategy": (
+        {"strategy": "magic"},
+        "unknown strategy 'magic': choose one of iterative, speculative, pipeinfer",
+    ),
+    "strategy of another type": ({"strategy": 3}, "unknown strategy 3"),
+    "unknown knob": ({"strategy": "iterative", "k": 3}, "'iterative' has no knob 'k'"),
+    "knob out of range": ({"micro_batch": 0}, "micro_batch must be .* at least 1, not 0"),
+    "knob of text": ({"cutoff": "high"}, "cutoff must be a number from 0 to 1, not 'high'"),
+    "policy and knobs": ({"strategy": PipeInfer(), "split": 1}, "expected knobs or a policy"),
+    "empty text": ({"prompt": ""}, "a prompt of at least one token, got an empty one"),
+    "no tokens": ({"prompt": []}, "a prompt of at least one token, got an empty one"),
+    "no prompt": ({"prompt": None}, "a prompt as text or token ids, got None"),
+    "bytes": ({"prompt": b"def"}, "a prompt as text or token ids, got b'def'"),
+    "half a token": ({"prompt": [1, 1.5]}, "token ids as whole numbers"),
+    "unknown token": ({"prompt": [1, 288]}, "token ids from 0 to 287, got 288"),
+    "negative token": ({"prompt": [1, -1]}, "token ids from 0 to 287, got -1"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
+    "less than none": ({"max_new_tokens": -5}, "max_new_tokens of at least 1, got -5"),
+    "half a new token": ({"max_new_tokens": 1.5}, r"as a whole number, got 1\.5"),
+    "yes as new tokens": ({"max_new_tokens": True}, "as a whole number, got True"),
+    "too many new tokens": (
+        {"prompt": [1] * 12, "max_new_tokens": 501},
+        r"context of 512, got 12 \+ 501: shorten the prompt or ask for fewer tokens",
+    ),
+    "too long a prompt": ({"prompt": "x" * 512, "max_new_tokens": 1}, r"512, got 512 \+ 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def engine(pair: Pair) -> Iterator[pi.Engine]:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=1, in_process=True) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(("asked", "match"), REQUESTS.values(), ids=REQUESTS.keys())
+def test_a_request_that_can_not_be_served_is_refused(
+    engine: pi.Engine, pair: Pair, asked: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        engine.start(**{"prompt": PROMPT} | asked)
+    assert len(str(caught.value).splitlines()) == 1
+    assert engine.generate(PROMPT, max_new_tokens=2).token_ids == pair.greedy[:2]
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "pipeinfer", PipeInfer()])
+def test_a_strategy_that_needs_a_draft_model_is_refused_without_one(
+    pair: Pair, strategy: Any
+) -> None:
+    with pi.Engine.from_pretrained(pair.target, stages=1, in_process=True) as engine:
+        with pytest.raises(ValueError, match=r"needs a draft model: .* 'iterative'"):
+            engine.start(PROMPT, strategy=strategy)
+        result = engine.generate(PROMPT, max_new_tokens=5)
+    assert result.strategy == "iterative"
+    assert result.token_ids == pair.greedy[:5]
+
+
+@contextmanager
+def cluster_of(workers: int, beside: Client) -> Iterator[Client]:
+    with (
+        LocalCluster(
+            n_workers=workers,
+            processes=False,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            loop=beside.loop,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.mark.cluster
+def test_fewer_workers_than_stages_are_refused_without_leave_to_share(
+    pair: Pair, inproc_client: Client
+) -> None:
+    with cluster_of(1, inproc_client) as client:
+        with pytest.raises(ValueError, match=r"a worker for each of 2 stages, found 1: start more"):
+            pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=2)
+        with pi.Engine.from_pretrained(
+            pair.target, pair.draft, client=client, stages=2, share_workers=True
+        ) as engine:
+            assert engine.generate(PROMPT, max_new_tokens=20).token_ids == pair.greedy[:20]
+
+
+@pytest.mark.cluster
+def test_a_cluster_without_workers_is_refused(pair: Pair, inproc_client: Client) -> None:
+    with (
+        cluster_of(0, inproc_client) as client,
+        pytest.raises(ValueError, match="a cluster with workers, found none: start some"),
+    ):
+        pi.Engine.from_pretrained(pair.target, pair.draft, client=client)
+
+
+@pytest.mark.cluster
+def test_workers_load_nothing_of_a_pair_that_is_refused(
+    pair: Pair, tmp_path: Path, inproc_client: Client
+) -> None:
+    with pytest.raises(ValueError, match="vocabularies"):
+        pi.Engine.from_pretrained(
+            pair.target,
+            make_tiny(tmp_path, "llama", layers=1, seed=0, vocab_size=300),
+            client=inproc_client,
+        )
+    actors = inproc_client.run(lambda dask_worker: len(dask_worker.state.actors))
+    assert set(actors.values()) == {0}
+
+
+@pytest.mark.cluster
+def test_a_client_and_no_cluster_at_all_can_not_both_be_had(
+    pair: Pair, inproc_client: Client
+) -> None:
+    with pytest.raises(ValueError, match="a client or in_process=True, got both"):
+        pi.Engine.from_pretrained(pair.target, client=inproc_client, in_process=True)
+
+
+@pytest.mark.cluster
+def test_a_closed_client_is_refused(pair: Pair, inproc_client: Client) -> None:
+    client = Client(inproc_client.cluster, set_as_default=False)
+    client.close()
+    with pytest.raises(
+        ValueError, match="a client that is connected to a cluster, got one that is closed"
+    ):
+        pi.Engine.from_pretrained(pair.target, client=client)
+
+
+@pytest.mark.cluster
+def test_a_client_that_must_be_awaited_is_refused(pair: Pair, inproc_client: Client) -> None:
+    async def refused() -> None:
+        async with Client(inproc_client.cluster, asynchronous=True, set_as_default=False) as client:
+            with pytest.raises(ValueError, match="a client made with asynchronous=False"):
+                pi.Engine.from_pretrained(pair.target, client=client)
+
+    inproc_client.sync(refused)

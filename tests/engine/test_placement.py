@@ -1,0 +1,74 @@
+"""Which worker holds which node."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeinfer_dask.runtime.placement import default_stages, place
+
+FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
+
+
+def test_each_stage_and_the_drafter_get_a_worker_of_their_own() -> None:
+    placement = place(FOUR, 3, drafter=True)
+    assert placement.stages == ("a", "b", "c")
+    assert placement.drafter == "d"
+    assert placement.threads == {"a": 2, "b": 2, "c": 2, "d": 2}
+
+
+def test_without_a_draft_model_there_is_no_drafter() -> None:
+    placement = place(FOUR, 4, drafter=False)
+    assert placement.stages == ("a", "b", "c", "d")
+    assert placement.drafter is None
+
+
+def test_workers_that_are_not_needed_are_left_alone() -> None:
+    assert place(FOUR, 1, drafter=True).threads.keys() == {"a", "b"}
+
+
+def test_a_drafter_without_a_worker_of_its_own_shares_the_last_stage_and_its_threads() -> None:
+    placement = place(FOUR, 4, drafter=True)
+    assert placement.drafter == "d"
+    assert placement.threads == {"a": 2, "b": 2, "c": 2, "d": 1}
+
+
+def test_neighbouring_stages_share_a_worker_where_they_may() -> None:
+    placement = place({"a": 4, "b": 4}, 4, drafter=False, share=True)
+    assert placement.stages == ("a", "a", "b", "b")
+    assert placement.threads == {"a": 2, "b": 2}
+
+
+def test_leave_to_share_changes_nothing_where_there_are_enough_workers() -> None:
+    assert place(FOUR, 3, drafter=True, share=True) == place(FOUR, 3, drafter=True)
+
+
+def test_one_worker_may_hold_everything() -> None:
+    placement = place({"a": 2}, 3, drafter=True, share=True)
+    assert placement.stages == ("a", "a", "a")
+    assert placement.drafter == "a"
+    assert placement.threads == {"a": 1}  # never none
+
+
+def test_too_few_workers_are_refused_without_leave_to_share() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^expected a worker for each of 3 stages, found 2: start more workers, ask for "
+        r"stages=2, or allow share_workers=True$",
+    ):
+        place({"a": 1, "b": 1}, 3, drafter=True)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_cluster_without_workers_is_refused(share: bool) -> None:
+    with pytest.raises(ValueError, match=r"^expected a cluster with workers, found none: start"):
+        place({}, 1, drafter=False, share=share)
+
+
+@pytest.mark.parametrize(
+    ("workers", "layers", "drafter", "stages"),
+    [(4, 12, True, 3), (4, 12, False, 4), (4, 2, True, 2), (1, 12, True, 1), (0, 12, True, 1)],
+)
+def test_by_default_every_worker_but_the_drafters_is_a_stage(
+    workers: int, layers: int, drafter: bool, stages: int
+) -> None:
+    assert default_stages(workers, layers, drafter=drafter) == stages
