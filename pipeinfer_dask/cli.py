@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from distributed import Client
     from rich.console import Console
 
     from pipeinfer_dask.engine import Engine, Result
@@ -181,9 +182,7 @@ def generate(
     with ExitStack() as stack:
         client = None
         if scheduler is not None:
-            from distributed import Client
-
-            client = stack.enter_context(Client(scheduler))
+            client = stack.enter_context(_client(scheduler))
         engine = stack.enter_context(
             _engine(
                 console,
@@ -231,6 +230,18 @@ def _console(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json, highlight=False)
+
+
+def _client(address: str) -> Client:
+    from distributed import Client
+
+    try:
+        return Client(address)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected --scheduler as the address of a running Dask scheduler, such as "
+            f"tcp://host:8786, got {address!r}: {error}"
+        ) from error
 
 
 def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine:

@@ -43,7 +43,9 @@ def loading(console: Console, nodes: int) -> Iterator[LoadProgress]:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # In a file, even a bar that is wiped away would leave a line.
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("starting workers and loading models", total=nodes)
 
         def loaded(node: str, where: str) -> None:

@@ -207,7 +207,7 @@ STRATEGIES: dict[str, type[Policy]] = {
 }
 
 
-def make_policy(strategy: str, **knobs: Any) -> Policy:
+def make_policy(strategy: str, /, **knobs: Any) -> Policy:
     """Return a fresh policy by name.
 
     Parameters

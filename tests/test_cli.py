@@ -1,0 +1,338 @@
+"""The commands: what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import dask
+import pytest
+from click.testing import CliRunner, Result
+from distributed import Client, LocalCluster
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.cli import main
+from tests.tiny import make_tiny
+
+METRICS = {
+    "ttft_s",
+    "itl_s",
+    "tokens_per_s",
+    "generated_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+    "acceptance_rate",
+    "runs",
+    "runs_cancelled",
+    "stage_utilization",
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny(tmp_path_factory.mktemp("pair") / "target", "llama", layers=3, seed=0))
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny(tmp_path_factory.mktemp("pair") / "draft", "llama", layers=1, seed=1))
+
+
+def run(*arguments: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=text)
+
+
+def generate(*arguments: str, text: str | None = None) -> Result:
+    return run("generate", "--in-process", "--max-new-tokens", "20", *arguments, text=text)
+
+
+def last_object(output: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def expected(target: str) -> pi.Result:
+    with pi.Engine.from_pretrained(target, in_process=True) as engine:
+        return engine.generate("def main", max_new_tokens=20)
+
+
+# --- what is printed ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer"])
+def test_the_last_line_of_json_holds_text_tokens_and_metrics(
+    target: str, draft: str, expected: pi.Result, strategy: str
+) -> None:
+    ran = generate(
+        "def main", "--target", target, "--draft", draft, "--strategy", strategy, "--json"
+    )
+    assert ran.exit_code == 0, ran.stderr
+    (result,) = last_object(ran.stdout)["results"]
+    assert result["strategy"] == strategy
+    assert result["token_ids"] == expected.token_ids
+    assert result["text"] == expected.text
+    assert result["metrics"].keys() >= METRICS
+    assert result["metrics"]["generated_tokens"] == 20
+    assert len(result["metrics"]["stage_utilization"]) == 3
+
+
+def test_json_alone_is_on_stdout(target: str, expected: pi.Result) -> None:
+    ran = generate("def main", "--target", target, "--json")
+    assert len(ran.stdout.splitlines()) == 1
+    assert "iterative" in ran.stderr
+
+
+def test_without_json_a_table_follows_the_text(target: str) -> None:
+    ran = generate("def main", "--target", target)
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.stderr == ""
+    assert "def main" in ran.stdout
+    assert {"strategy", "tokens/s", "TTFT", "acceptance"} <= set(ran.stdout.split())
+
+
+def test_a_prompt_can_be_piped_in(target: str, expected: pi.Result) -> None:
+    ran = generate("-", "--target", target, "--json", text="def main")
+    (result,) = last_object(ran.stdout)["results"]
+    assert result["token_ids"] == expected.token_ids
+
+
+def test_stages_shares_and_knobs_are_handed_on(target: str, draft: str) -> None:
+    ran = generate(
+        *("x", "--target", target, "--draft", draft, "--json", "--layer-split", "2,1"),
+        *("--strategy", "pipeinfer", "--set", "micro_batch=2", "--set", "cancellation=false"),
+    )
+    assert ran.exit_code == 0, ran.stderr
+    (result,) = last_object(ran.stdout)["results"]
+    assert len(result["metrics"]["stage_utilization"]) == 2
+    assert result["metrics"]["runs_cancelled"] == 0
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster, set_as_default=False),
+    ):
+        yield cluster.scheduler_address
+
+
+@pytest.mark.cluster
+def test_a_cluster_that_runs_already_can_be_used(
+    target: str, draft: str, expected: pi.Result, scheduler: str
+) -> None:
+    arguments = ["generate", "def main", "--max-new-tokens", "20", "--target", target, "--json"]
+    ran = run(*arguments, "--draft", draft, "--scheduler", scheduler)
+    assert ran.exit_code == 0, ran.stderr
+    (result,) = last_object(ran.stdout)["results"]
+    assert result["token_ids"] == expected.token_ids
+    assert len(result["metrics"]["stage_utilization"]) == 1  # the other worker holds the draft
+
+
+# --- mistakes -----------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown command": (["dmeo"], "No such command 'dmeo'"),
+    "unknown option": (["generate", "x", "--speed", "9"], "No such option '--speed'"),
+    "no prompt": (["generate"], "Missing argument 'PROMPT'"),
+    "empty prompt": (
+        ["generate", "", "--target", "{target}"],
+        "a prompt of at least one token, got an empty one",
+    ),
+    "draft alone": (["generate", "x", "--draft", "{draft}"], "--target along with --draft"),
+    "no such model": (["generate", "x", "--target", "/none/such"], "there is no directory"),
+    "no model": (["generate", "x", "--target", "/usr"], "/usr is no model"),
+    "a file": (["generate", "x", "--target", "{target}/config.json"], "is a file"),
+    "unknown strategy": (
+        ["generate", "x", "--target", "{target}", "--strategy", "magic"],
+        "unknown strategy 'magic': choose one of iterative, speculative, pipeinfer",
+    ),
+    "no draft": (
+        ["generate", "x", "--target", "{target}", "--strategy", "pipeinfer"],
+        "needs a draft model",
+    ),
+    "unknown knob": (
+        ["generate", "x", "--target", "{target}", "--set", "k=2"],
+        "'iterative' has no knob 'k'",
+    ),
+    "a knob that is an argument": (
+        ["generate", "x", "--target", "{target}", "--set", "strategy=2"],
+        "'iterative' has no knob 'strategy'",
+    ),
+    "knob without value": (
+        ["generate", "x", "--target", "{target}", "--set", "k"],
+        "expected --set KNOB=VALUE, got 'k'",
+    ),
+    "knob of text": (
+        ["generate", "x", "--target", "{target}", "--draft", "{draft}", "--set", "split=wide"],
+        "expected a number, true or false for split, got 'wide'",
+    ),
+    "too many stages": (
+        ["generate", "x", "--target", "{target}", "--stages", "4"],
+        "4 stages need at least 4 layers, but the model has 3",
+    ),
+    "negative stages": (
+        ["generate", "x", "--target", "{target}", "--stages", "-1"],
+        "at least one stage, not -1",
+    ),
+    "stages of text": (["generate", "x", "--stages", "two"], "'two' is not a valid integer"),
+    "negative share": (
+        ["generate", "x", "--target", "{target}", "--layer-split", "2,-1"],
+        "finite and not negative, not -1",
+    ),
+    "share of text": (
+        ["generate", "x", "--target", "{target}", "--layer-split", "2,a"],
+        "expected --layer-split as numbers like 2,1,1, got '2,a'",
+    ),
+    "shares for other stages": (
+        ["generate", "x", "--target", "{target}", "--stages", "3", "--layer-split", "2,1"],
+        "one weight for each of the 3 stages",
+    ),
+    "no new tokens": (
+        ["generate", "x", "--target", "{target}", "--max-new-tokens", "0"],
+        "max_new_tokens of at least 1, got 0",
+    ),
+    "fewer than none": (
+        ["generate", "x", "--target", "{target}", "--max-new-tokens", "-3"],
+        "max_new_tokens of at least 1, got -3",
+    ),
+    "longer than the context": (
+        ["generate", "x", "--target", "{target}", "--max-new-tokens", "512"],
+        "context of 512, got 1 + 512",
+    ),
+    "unknown suite": (["bench", "speed"], "'speed' is not one of"),
+    "scheduler without port": (
+        ["generate", "x", "--target", "{target}", "--scheduler", "somewhere"],
+        "such as tcp://host:8786, got 'somewhere': missing port number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(
+    target: str, draft: str, arguments: list[str], message: str
+) -> None:
+    ran = run(*(argument.format(target=target, draft=draft) for argument in arguments))
+    assert ran.exit_code == 2, ran.output
+    assert ran.stdout == ""
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+@pytest.mark.cluster
+def test_too_few_workers_are_a_mistake(target: str, draft: str, scheduler: str) -> None:
+    ran = run(
+        *("generate", "x", "--target", target, "--draft", draft),
+        *("--scheduler", scheduler, "--stages", "3"),
+    )
+    assert ran.exit_code == 2
+    (line,) = ran.stderr.splitlines()
+    assert "expected a worker for each of 3 stages, found 2" in line
+
+
+def test_a_scheduler_that_does_not_answer_is_a_mistake(target: str) -> None:
+    with dask.config.set({"distributed.comm.timeouts.connect": "100ms"}):
+        ran = run("generate", "x", "--target", target, "--scheduler", "tcp://127.0.0.1:1")
+    assert ran.exit_code == 2
+    assert "address of a running Dask scheduler, such as tcp://host:8786, got" in ran.stderr
+
+
+def test_mistakes_read_the_same_where_dask_mounts_the_commands(target: str) -> None:
+    outer = click.Group("dask", commands={"pipeinfer": main})
+    ran = CliRunner().invoke(outer, ["pipeinfer", "generate", "", "--target", target])
+    assert ran.exit_code == 2
+    assert ran.stderr == "Error: expected a prompt of at least one token, got an empty one\n"
+
+
+def test_without_arguments_the_commands_are_listed() -> None:
+    assert {"demo", "generate", "bench"} <= set(run().output.split())
+    assert {"demo", "generate", "bench"} <= set(run("--help").stdout.split())
+
+
+def pipeinfer(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does: in a process of its own."""
+    command = "from pipeinfer_dask.cli import main; main(prog_name='pipeinfer')"
+    return subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["generate", "x", "--target", "/none/such"],
+            "Error: there is no directory /none/such: give a model's directory or its name on "
+            "the hub\n",
+        ),
+        (
+            ["generate", "x", "--target", "{target}", "--stages", "9"],
+            "Error: 9 stages need at least 9 layers, but the model has 3: use at most 3 stages\n",
+        ),
+        (
+            ["generate", "--fast"],
+            "Error: No such option '--fast'. (see `pipeinfer generate --help`)\n",
+        ),
+    ],
+)
+def test_a_user_sees_one_line_and_no_traceback(
+    target: str, arguments: list[str], line: str
+) -> None:
+    ran = pipeinfer(*(argument.format(target=target) for argument in arguments))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", line)
+
+
+# --- the demo --------------------------------------------------------------------------------
+
+
+@pytest.mark.cluster
+def test_the_demo_shows_that_all_strategies_generate_the_same() -> None:
+    ran = pipeinfer("demo", "--json", "--max-new-tokens", "24")
+    assert ran.returncode == 0, ran.stderr
+    results = last_object(ran.stdout)["results"]
+    assert [result["strategy"] for result in results] == ["iterative", "speculative", "pipeinfer"]
+    first, *others = results
+    assert len(first["token_ids"]) == 24
+    for result in results:
+        assert result["metrics"].keys() >= METRICS
+        assert len(result["metrics"]["stage_utilization"]) == 3
+    for other in others:
+        assert other["token_ids"] == first["token_ids"]
+        assert other["text"] == first["text"]
+        assert other["metrics"]["drafted_tokens"] > 0
+    shown = " ".join(ran.stderr.split())
+    assert "drafted and accepted" in shown
+    assert "All 3 outputs are identical, token for token." in shown
+    assert "These workers share one machine's cores" in shown
+    assert "Traceback" not in shown and "Warning" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "magic"], "unknown strategy 'magic'"),
+        (["--prompt", ""], "a prompt of at least one token, got an empty one"),
+        (["--max-new-tokens", "0"], "max_new_tokens of at least 1, got 0"),
+        (["--max-new-tokens", "100000"], "shorten the prompt or ask for fewer tokens"),
+        (["--stages", "100"], "100 stages need at least 100 layers"),
+    ],
+)
+def test_mistakes_with_the_demo_are_told_before_its_cluster_starts(
+    arguments: list[str], message: str
+) -> None:
+    ran = run("demo", *arguments)
+    assert ran.exit_code == 2, ran.output
+    (line,) = ran.stderr.splitlines()
+    assert message in line
