@@ -11,7 +11,7 @@ thread count):
 1. a byte-level BPE tokenizer of 4,096 tokens, shared by both models;
 2. the target, a Llama of 5.5 M parameters, trained on the text: hidden matrices
    by Muon, the rest by AdamW; warm-up, constant rate, linear decay;
-3. the draft, a Llama of 0.9 M parameters, distilled from the target's
+3. the draft, a Llama of 1.6 M parameters, distilled from the target's
    distribution on the same text.
 
 Sequences are short for most of the training and reach the full context of 512
@@ -68,7 +68,7 @@ def llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int
 
 
 TARGET = llama(hidden=256, layers=6, intermediate=704, heads=4, kv_heads=2)
-DRAFT = llama(hidden=128, layers=2, intermediate=352, heads=2, kv_heads=1)
+DRAFT = llama(hidden=192, layers=2, intermediate=512, heads=3, kv_heads=1)
 
 
 def standard_library() -> tuple[list[str], list[str]]:
@@ -251,7 +251,7 @@ def agreement(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--target-steps", default=1200, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
-@click.option("--draft-steps", default=600, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
+@click.option("--draft-steps", default=500, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
 def main(
     output: Path, work: Path, seed: int, threads: int, target_steps: int, draft_steps: int
 ) -> None:
@@ -268,7 +268,7 @@ def main(
     # What ships is 16-bit, so the draft learns from, and all figures are of, the rounded target.
     target = target.half().float()
     draft = train(
-        DRAFT, data, validation, steps=draft_steps, seed=seed + 1, rate=8e-3,
+        DRAFT, data, validation, steps=draft_steps, seed=seed + 1, rate=6e-3,
         checkpoint=work / "draft.pt", target=target,
     )  # fmt: skip
     draft = draft.half().float()

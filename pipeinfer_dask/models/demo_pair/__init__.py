@@ -8,7 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-DEMO_PROMPT = "import os\n\n\ndef main():\n"
+DEMO_PROMPT = '''\
+import os
+import sys
+
+
+def parse(text):
+    """Parse text and return a list of tokens."""'''
 """A prompt whose greedy continuation is worth looking at."""
 
 
