@@ -282,8 +282,8 @@ def pipeinfer(*arguments: str) -> subprocess.CompletedProcess[str]:
             "Error: 9 stages need at least 9 layers, but the model has 3: use at most 3 stages\n",
         ),
         (
-            ["generate", "--fast"],
-            "Error: No such option '--fast'. (see `pipeinfer generate --help`)\n",
+            ["generate", "--quickly"],
+            "Error: No such option '--quickly'. (see `pipeinfer generate --help`)\n",
         ),
     ],
 )

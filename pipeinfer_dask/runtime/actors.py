@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -111,7 +111,7 @@ class Node(Generic[ThreadT]):
     def open(self) -> None:
         """Wait until the model stands, then let peers dial. Not for the loop's own thread."""
         self.thread.loaded.result()
-        self._worker.handlers[self.identity] = self.accept
+        self._worker.handlers[self.identity] = _handler(self)
 
     def stop(self) -> None:
         """Let go of everything, without waiting. From any thread, any number of times."""
@@ -185,6 +185,19 @@ class Node(Generic[ThreadT]):
         # A loop that is closed has closed the links, too: nobody is left to tell.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
+
+
+def _handler(node: Node[Any]) -> Callable[..., Coroutine[Any, Any, None]]:
+    """Return a worker's handler that does not keep the node: distributed remembers handlers."""
+    alive = weakref.ref(node)
+
+    async def accept(comm: Comm, role: str, nonce: str, proof: bytes) -> None:
+        if (node := alive()) is not None:
+            await node.accept(comm, role, nonce, proof)
+        else:
+            comm.abort()
+
+    return accept
 
 
 class StageNode(Node[StageThread]):

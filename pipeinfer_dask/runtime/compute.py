@@ -104,7 +104,8 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
     def __init__(
         self, load: Callable[[], ModelT], *, failed: Callable[[Exception], None], name: str
     ) -> None:
-        self.loaded: Future[ModelT] = Future()
+        # Only the thread itself holds the model: what is closed takes no memory.
+        self.loaded: Future[None] = Future()
         """Done when the model stands, or with what kept it from it."""
         self.cancelled = Cancellations()
         self._load = load
@@ -129,7 +130,7 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         except Exception as error:
             self.loaded.set_exception(error)
             return
-        self.loaded.set_result(model)
+        self.loaded.set_result(None)
         while (job := self._jobs.get()) is not None and not self._closing:
             try:
                 self._compute(model, job)

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 from pipeinfer_dask.core.messages import (
     CancelDraft,
@@ -82,13 +81,13 @@ class LocalPipeline:
         Exception
             What kept one from it. Everything is closed then.
         """
-        nodes: dict[str, Future[Any]] = {
+        nodes: dict[str, Future[None]] = {
             f"stage {index}": thread.loaded for index, thread in enumerate(self._threads)
         }
         if self._drafter is not None:
             nodes["drafter"] = self._drafter.loaded
 
-        async def wait_for(name: str, model: Future[Any]) -> None:
+        async def wait_for(name: str, model: Future[None]) -> None:
             await asyncio.wrap_future(model)
             if progress is not None:
                 progress(name, "a thread of this process")

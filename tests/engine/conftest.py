@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 
-import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster
 
+from pipeinfer_dask.runtime.clusters import own_cluster
 from tests.engine.pairs import LAYERS, Pair, PairOf, make_pair
 
 # Operations on such small models only lose by being shared out among cores.
@@ -51,16 +52,5 @@ def inproc_client() -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def tcp_client() -> Iterator[Client]:
     """The same with a process for each worker."""
-    with (
-        # Forks of one process that has the imports done start in a fraction of the time.
-        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
-        LocalCluster(
-            n_workers=LAYERS + 1,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
+    with ExitStack() as resources:
+        yield own_cluster(LAYERS + 1, resources)

@@ -1,0 +1,251 @@
+"""A closed engine leaves nothing behind, however it came to be closed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from distributed import Client, LocalCluster, Worker
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.models.shard import Shard
+from tests.engine.pairs import PROMPT, Pair
+from tests.tiny import make_tiny
+
+TIMES = 50
+LONG = 480
+
+
+def held_here() -> tuple[list[str], int, int]:
+    """Return names of threads, open files and loaded shards of this process."""
+    gc.collect()
+    names = sorted(thread.name for thread in threading.enumerate())
+    shards = sum(type(thing) is Shard for thing in gc.get_objects())
+    return names, psutil.Process().num_fds(), shards
+
+
+def held_by(dask_worker: Worker) -> dict[str, Any]:
+    """Return what a worker holds for engines."""
+    import gc
+    import threading
+
+    from pipeinfer_dask.models.shard import Shard
+
+    gc.collect()
+    return {
+        "actors": len(dask_worker.state.actors),
+        "tasks": len(dask_worker.state.tasks),
+        "handlers": [name for name in dask_worker.handlers if name.startswith("pipeinfer")],
+        "threads": [t.name for t in threading.enumerate() if t.name.startswith("pipeinfer")],
+        "shards": sum(type(thing) is Shard for thing in gc.get_objects()),
+    }
+
+
+NOTHING = {"actors": 0, "tasks": 0, "handlers": [], "threads": [], "shards": 0}
+
+
+def wait_until_workers_hold_nothing(client: Client) -> None:
+    """Ask again and again, for workers hear of what is released a moment later."""
+    while any(held != NOTHING for held in client.run(held_by).values()):
+        pass
+    assert client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) == 0
+
+
+def use(pair: Pair, **options: Any) -> None:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, **options) as engine:
+        result = engine.generate(PROMPT, max_new_tokens=5)
+        assert result.token_ids == pair.greedy[:5]
+
+
+@pytest.mark.slow
+def test_engines_of_threads_leave_nothing_behind(pair: Pair) -> None:
+    use(pair, in_process=True)
+    before = held_here()
+    for _ in range(TIMES):
+        use(pair, in_process=True)
+    assert held_here() == before
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_engines_on_workers_of_this_process_leave_nothing_behind(
+    pair: Pair, inproc_client: Client
+) -> None:
+    use(pair, client=inproc_client)
+    wait_until_workers_hold_nothing(inproc_client)
+    before = held_here()
+    for _ in range(TIMES):
+        use(pair, client=inproc_client)
+    wait_until_workers_hold_nothing(inproc_client)
+    assert held_here() == before
+    assert not inproc_client.futures
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 6 MB a layer: what stays in memory of fifty such is seen."""
+    folder = tmp_path_factory.mktemp("heavy")
+    return make_tiny(folder, "llama", layers=2, seed=0, intermediate_size=16384)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_engines_on_workers_of_their_own_processes_leave_nothing_behind(
+    heavy: Path, tcp_client: Client
+) -> None:
+    def use_heavy(times: int) -> dict[str, tuple[int, int]]:
+        for _ in range(times):
+            with pi.Engine.from_pretrained(heavy, heavy, client=tcp_client, stages=2) as engine:
+                engine.generate(PROMPT, max_new_tokens=5)
+        wait_until_workers_hold_nothing(tcp_client)
+        held: dict[str, tuple[int, int]] = tcp_client.run(files_and_memory)
+        return held
+
+    earlier = use_heavy(TIMES // 5)
+    here = held_here()
+    later = use_heavy(TIMES)
+    assert held_here() == here
+    for worker, (files, memory) in later.items():
+        assert files <= earlier[worker][0]
+        assert memory - earlier[worker][1] < 60e6
+
+
+def files_and_memory() -> tuple[int, int]:
+    import psutil
+
+    process = psutil.Process()
+    return process.num_fds(), process.memory_info().rss
+
+
+def threads_of_engines() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("pipeinfer")]
+
+
+def test_an_exception_in_the_with_block_closes_the_engine(pair: Pair) -> None:
+    running: list[pi.Generation] = []
+
+    def fail_while_generating() -> None:
+        with pi.Engine.from_pretrained(pair.target, pair.draft, in_process=True) as engine:
+            running.append(engine.start(PROMPT, max_new_tokens=LONG))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_while_generating()
+    with pytest.raises(GenerationInterrupted):
+        running[0].result()
+    assert threads_of_engines() == []
+
+
+def test_an_engine_that_can_not_load_leaves_nothing_behind(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Shard.load
+
+    def load_all_but_the_last(path: Path, layers: range, **options: Any) -> Shard:
+        if layers.stop == 4:
+            raise MemoryError("no room for layer 3")
+        return load(path, layers, **options)
+
+    monkeypatch.setattr(Shard, "load", load_all_but_the_last)
+    with pytest.raises(MemoryError, match="no room for layer 3"):
+        pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, in_process=True)
+    assert threads_of_engines() == []
+
+
+@contextmanager
+def small_cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:
+        yield cluster
+
+
+def close_client(cluster: LocalCluster, client: Client, engine: pi.Engine) -> None:
+    client.close()
+
+
+def close_cluster(cluster: LocalCluster, client: Client, engine: pi.Engine) -> None:
+    cluster.close()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("own_loop", [False, True], ids=["the cluster's loop", "a loop of its own"])
+@pytest.mark.parametrize("end", [close_client, close_cluster])
+def test_an_engine_whose_client_or_cluster_is_closed_fails_and_can_be_closed(
+    pair: Pair, end: Callable[[LocalCluster, Client, pi.Engine], None], own_loop: bool
+) -> None:
+    with small_cluster() as cluster:
+        client = Client(cluster.scheduler_address if own_loop else cluster, set_as_default=False)
+        engine = pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=1)
+        running = engine.start(PROMPT, max_new_tokens=LONG)
+        reader = iter(running)
+        next(reader)
+        end(cluster, client, engine)
+        with pytest.raises(GenerationInterrupted) as caught:
+            running.result()
+        partial = caught.value.partial_ids[: len(pair.greedy)]
+        assert partial
+        assert partial == pair.greedy[: len(partial)]
+        with pytest.raises(EngineClosedError, match="open another one"):
+            engine.start(PROMPT)
+        running.cancel()
+        engine.close()
+        client.close()
+    assert threads_of_engines() == []
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("own_loop", [False, True], ids=["the cluster's loop", "a loop of its own"])
+def test_workers_are_freed_when_the_client_of_an_open_engine_is_closed(
+    pair: Pair, own_loop: bool
+) -> None:
+    with small_cluster() as cluster, Client(cluster, set_as_default=False) as observer:
+        client = Client(cluster.scheduler_address if own_loop else cluster, set_as_default=False)
+        engine = pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=1)
+        assert engine.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
+        client.close()
+        wait_until_workers_hold_nothing(observer)
+
+
+@pytest.mark.cluster
+def test_two_engines_share_a_client(pair: Pair, inproc_client: Client) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, client=inproc_client, stages=2
+    ) as staying:
+        with pi.Engine.from_pretrained(
+            pair.target, pair.draft, client=inproc_client, stages=3
+        ) as going:
+            runs = [engine.start(PROMPT, max_new_tokens=50) for engine in (staying, going)]
+            assert [run.result().token_ids for run in runs] == [pair.greedy[:50]] * 2
+        assert staying.generate(PROMPT, max_new_tokens=50).token_ids == pair.greedy[:50]
+    wait_until_workers_hold_nothing(inproc_client)
+
+
+@pytest.mark.cluster
+def test_an_engine_without_a_client_ends_the_cluster_that_it_started(pair: Pair) -> None:
+    def workers() -> set[psutil.Process]:
+        below = psutil.Process().children(recursive=True)
+        return {process for process in below if "forkserver" in " ".join(process.cmdline())}
+
+    with pi.Engine.from_pretrained(pair.target, stages=1) as first:
+        assert first.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
+    before = workers()  # the process that others are forked from stays
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=1) as second:
+        assert len(workers() - before) == 2
+        assert second.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
+    assert workers() <= before
+    assert threads_of_engines() == []
