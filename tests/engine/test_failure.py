@@ -1,0 +1,88 @@
+"""What breaks in mid-run is told by name, along with the text so far."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from distributed import Client
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.runtime.clusters import own_cluster
+from tests.engine.pairs import PROMPT, Pair
+
+LONG = 480
+
+
+@pytest.fixture(params=["in-process", pytest.param("inproc", marks=pytest.mark.cluster)])
+def where(request: pytest.FixtureRequest) -> dict[str, Any]:
+    if request.param == "in-process":
+        return {"in_process": True}
+    return {"client": request.getfixturevalue("inproc_client")}
+
+
+def break_after(calls: int, monkeypatch: pytest.MonkeyPatch, method: str, last: int) -> None:
+    """Have a method of the shards that end at layer ``last`` fail after so many calls."""
+    original = getattr(Shard, method)
+    count = itertools.count()
+
+    def breaking(shard: Shard, *arguments: Any, **options: Any) -> Any:
+        if shard.layers.stop == last and next(count) >= calls:
+            raise ArithmeticError("numbers ran out")
+        return original(shard, *arguments, **options)
+
+    monkeypatch.setattr(Shard, method, breaking)
+
+
+@pytest.mark.parametrize(
+    ("method", "last", "node"), [("run", 4, "stage 1"), ("candidates", 1, "drafter")]
+)
+def test_a_node_that_breaks_ends_the_generation_and_is_named(
+    pair: Pair,
+    where: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    last: int,
+    node: str,
+) -> None:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, **where) as engine:
+        break_after(20, monkeypatch, method, last)
+        run = engine.start(PROMPT, max_new_tokens=200, strategy="speculative")
+        queued = engine.start(PROMPT, max_new_tokens=200)
+        with pytest.raises(GenerationInterrupted, match=rf"{node} .*numbers ran out") as caught:
+            run.result()
+        partial = caught.value.partial_ids
+        assert 0 < len(partial) < 200
+        assert partial == pair.greedy[: len(partial)]
+        assert caught.value.partial == run.text
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        with pytest.raises(GenerationInterrupted, match=node):
+            queued.result()
+        with pytest.raises(
+            EngineClosedError, match=rf"the pipeline is lost \(.*{node}.*open another"
+        ):
+            engine.start(PROMPT)
+
+
+@pytest.mark.cluster
+def test_a_worker_that_is_killed_ends_the_generation_and_is_named(pair: Pair) -> None:
+    with ExitStack() as resources:
+        client: Client = own_cluster(2, resources)
+        with pi.Engine.from_pretrained(pair.target, client=client, stages=2) as engine:
+            run = engine.start(PROMPT, max_new_tokens=LONG)
+            next(iter(run))
+            address, process = list(client.run(os.getpid).items())[1]
+            os.kill(process, signal.SIGKILL)
+            with pytest.raises(GenerationInterrupted, match=rf"stage 1 .*{address}") as caught:
+                run.result()
+            partial = caught.value.partial_ids[: len(pair.greedy)]
+            assert partial
+            assert partial == pair.greedy[: len(partial)]
+            with pytest.raises(EngineClosedError, match="the pipeline is lost"):
+                engine.start(PROMPT)
