@@ -58,7 +58,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx is not None else "pipeinfer"
             raise Mistake(f"{error.format_message()} (see `{where} --help`)") from error
-        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        except (ValueError, FileNotFoundError) as error:
             raise Mistake(str(error)) from error
         except (RuntimeError, OSError) as error:
             raise Failure(str(error) or type(error).__name__) from error
@@ -248,7 +248,13 @@ def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine
     from pipeinfer_dask import terminal
     from pipeinfer_dask.engine import DEFAULT_STAGES, Engine
 
-    nodes = (options.get("stages") or DEFAULT_STAGES) + (draft is not None)
+    split, stages = options.get("layer_split"), options.get("stages")
+    if options.get("in_process"):
+        nodes = 1
+    elif stages is None and split is None and options.get("client") is not None:
+        nodes = None  # as many as the cluster has workers for
+    else:
+        nodes = (stages or (len(split) if split else DEFAULT_STAGES)) + (draft is not None)
     with terminal.loading(console, nodes) as progress:
         return Engine.from_pretrained(target, draft, progress=progress, **options)
 
@@ -269,6 +275,7 @@ def _warm_up(engine: Engine, strategies: Sequence[str]) -> None:
 
 
 def _show(console: Console, engine: Engine, prompt: str, **options: Any) -> Result:
+    """Generate before the reader's eyes; an interrupt ends the generation and the text."""
     from pipeinfer_dask import terminal
 
     generation = engine.start(prompt, **options)
@@ -277,6 +284,8 @@ def _show(console: Console, engine: Engine, prompt: str, **options: Any) -> Resu
         terminal.stream(console, prompt, generation)
     except KeyboardInterrupt:
         generation.cancel()
+        console.print()
+        raise
     return generation.result()
 
 

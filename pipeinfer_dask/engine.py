@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Coroutine, Sequence, Sized
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence, Sized
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -21,7 +22,7 @@ from pipeinfer_dask.models.checkpoint import (
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.specs import ShardSpec
 from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS, Admission
-from pipeinfer_dask.runtime.clusters import LoopThread, loop_of, own_cluster, workers_of
+from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head import Head
@@ -77,7 +78,7 @@ class Engine:
         self._head = head
         self._resources = resources
         self._requests = itertools.count()
-        self._closing = Lock()
+        self._lock = Lock()
         self._closed = False
 
     @classmethod
@@ -169,9 +170,6 @@ class Engine:
                     placement = place(workers_of(client), stages, drafter=has_draft)
                 loop = loop_of(client)
 
-            def on_loop(work: Coroutine[Any, Any, T]) -> T:
-                return asyncio.run_coroutine_threadsafe(work, loop).result()
-
             specs, draft_spec = _specs(opened, opened_draft, ranges, placement)
 
             async def open_pipeline() -> Pipeline:
@@ -193,14 +191,20 @@ class Engine:
                     progress=progress,
                 )
 
-            pipeline = on_loop(open_pipeline())
-            # The loop ends with the client: then its links are closed, and the workers know.
-            resources.callback(lambda: on_loop(pipeline.close()) if loop.is_running() else None)
+            pipeline = call_on(loop, open_pipeline())
+
+            def close_pipeline() -> None:
+                # The loop ends with the client: then its links are closed, and the workers know.
+                with suppress(RuntimeError, CancelledError):
+                    if loop.is_running():
+                        call_on(loop, pipeline.close())
+
+            resources.callback(close_pipeline)
 
             async def start_head() -> Head:
                 return Head(pipeline, asyncio.get_running_loop())
 
-            head = on_loop(start_head())
+            head = call_on(loop, start_head())
             return cls(admission, opened_draft, ranges, head, resources.pop_all())
 
     @property
@@ -259,29 +263,32 @@ class Engine:
         EngineClosedError
             If the engine is closed, or its pipeline is lost.
         """
-        if self._closed:
-            raise EngineClosedError("this engine is closed: open another one")
-        if self._head.lost is not None:
+        if self._head.lost is not None and not self._closed:
             raise EngineClosedError(f"the pipeline is lost ({self._head.lost}): open another one")
         policy = self._admission.policy(strategy, knobs)
-        request = self._admission.request(next(self._requests), prompt, max_new_tokens)
-        stream = DecodedText(self.tokenizer, request.prompt)
-        generation = Generation(request, policy, stream, cancel=self._head.cancel)
-        self._head.start(generation)
+        with self._lock:  # requests reach the head in the order of their numbers
+            request = self._admission.request(next(self._requests), prompt, max_new_tokens)
+            stream = DecodedText(self.tokenizer, request.prompt)
+            generation = Generation(request, policy, stream, cancel=self._head.cancel)
+            try:
+                if self._closed:
+                    raise RuntimeError
+                self._head.start(generation)
+            except RuntimeError:
+                raise EngineClosedError("this engine is closed: open another one") from None
         return generation
 
     def close(self) -> None:
         """Release every model, thread and link. Running generations fail; can be called twice."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            head = self._head
-            if head.loop.is_running():
-                head.loop.call_soon_threadsafe(
-                    head.end, EngineClosedError("the engine was closed meanwhile")
-                )
-            self._resources.close()
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        with suppress(RuntimeError):  # a loop that has ended has failed all generations
+            self._head.loop.call_soon_threadsafe(
+                self._head.end, EngineClosedError("the engine was closed meanwhile")
+            )
+        self._resources.close()
 
     def __enter__(self) -> Self:
         return self

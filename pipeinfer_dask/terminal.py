@@ -6,7 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -34,13 +41,13 @@ def legend() -> Text:
 
 
 @contextmanager
-def loading(console: Console, nodes: int) -> Iterator[LoadProgress]:
-    """Show a bar while ``nodes`` models load; yields the callback that moves it."""
+def loading(console: Console, nodes: int | None) -> Iterator[LoadProgress]:
+    """Show a bar while so many models load (None: unknown); yields the callback that moves it."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
     # In a file, even a bar that is wiped away would leave a line.
@@ -64,17 +71,17 @@ def stream(console: Console, prompt: str, generation: Generation) -> None:
 
 def table(results: Sequence[Result]) -> Table:
     """Return the figures of each result, a row a strategy."""
-    view = Table(box=None, header_style="bold", pad_edge=False)
-    view.add_column("strategy")
-    for heading in ("tokens/s", "TTFT", "ITL", "acceptance", "runs", "cancelled", "stages busy"):
-        view.add_column(heading, justify="right")
+    view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    view.add_column("strategy", no_wrap=True)
+    for heading in ("tok/s", "TTFT ms", "ITL ms", "acceptance", "runs", "cancelled", "stages busy"):
+        view.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         metrics = result.metrics
         view.add_row(
             result.strategy,
             _figure(metrics.tokens_per_s, "{:.1f}"),
-            _figure(metrics.ttft_s, "{:.1f} ms", 1e3),
-            _figure(metrics.itl_s, "{:.1f} ms", 1e3),
+            _figure(metrics.ttft_s, "{:.1f}", 1e3),
+            _figure(metrics.itl_s, "{:.1f}", 1e3),
             _figure(metrics.acceptance_rate, "{:.0f}%", 100),
             str(metrics.runs),
             f"{metrics.runs_cancelled_invalid} + {metrics.runs_cancelled_superfluous}",

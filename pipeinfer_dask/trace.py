@@ -40,7 +40,8 @@ class Metrics:
         Generated tokens by the seconds from the start to the last of them (wall time).
     generated_tokens : int
     drafted_tokens : int
-        Tokens that the draft model proposed and that took part in a run.
+        Tokens that the draft model proposed and that the target was asked about, or confirmed
+        before it was asked.
     accepted_tokens : int
         Generated tokens that the draft model had proposed.
     acceptance_rate : float or None
@@ -81,6 +82,7 @@ class Metrics:
     layers_wasted: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name, as JSON takes them."""
         return asdict(self)
 
 
@@ -98,6 +100,7 @@ class Trace:
     records: list[tuple[float, Event | Command]] = field(default_factory=list)
 
     def add(self, time: float, what: Event | Command) -> None:
+        """Record an event or a command, at a time in seconds."""
         self.records.append((time, what))
 
     def metrics(self) -> Metrics:
@@ -116,15 +119,22 @@ class Trace:
         drafts: list[Span] = []
         wasted = drafted = 0
         root = -1  # the place in the text of the last committed token
+        tested: set[tuple[int, int]] = set()  # drafted tokens that were in a run: (place, token)
         for _, what in self.records:
             match what:
                 case StartRun():
                     runs[what.run] = what
                     if what.kind is Kind.PREFILL:
                         root = max(root, *what.batch.positions)
-                    drafted += sum(position > root for position in what.batch.positions)
+                    batch = zip(what.batch.positions, what.batch.tokens, strict=True)
+                    proposed = [entry for entry in batch if entry[0] > root]
+                    tested.update(proposed)
+                    drafted += len(proposed)
                 case Commit():
-                    root += len(what.tokens)
+                    for token, origin in zip(what.tokens, what.origins, strict=True):
+                        root += 1
+                        # The target may confirm a token before the token's own run has started.
+                        drafted += origin is Origin.ACCEPTED and (root, token) not in tested
                 case CancelRuns():
                     cancelled.update(dict.fromkeys(what.runs, what.reason))
                 case RunDone():

@@ -25,7 +25,8 @@ from pipeinfer_dask.trace import Trace
 
 def start(run: int, kind: Kind, positions: tuple[int, ...]) -> StartRun:
     n = len(positions)
-    return StartRun(0, 0, run, kind, Batch((1,) * n, positions, positions, (0,) * n), n)
+    tokens = tuple(position + 3 for position in positions)
+    return StartRun(0, 0, run, kind, Batch(tokens, positions, positions, (0,) * n), n)
 
 
 def example() -> Trace:
@@ -76,6 +77,16 @@ def test_the_root_of_a_standard_speculative_run_is_not_drafted() -> None:
     trace.add(1.0, Commit(0, (5,), (Origin.PLAIN,)))
     trace.add(1.0, start(1, Kind.SPECULATIVE, (2, 3, 4)))
     assert trace.metrics().drafted_tokens == 2
+
+
+def test_a_drafted_token_that_is_confirmed_before_its_run_starts_counts_as_drafted() -> None:
+    trace = Trace(stages=1)
+    trace.add(0.0, Begin(0))
+    trace.add(0.0, start(0, Kind.PREFILL, (0, 1)))
+    trace.add(1.0, Commit(0, (5, 6), (Origin.PLAIN, Origin.ACCEPTED)))
+    trace.add(1.0, start(1, Kind.SINGLE, (3,)))
+    assert trace.metrics().drafted_tokens == 1
+    assert trace.metrics().acceptance_rate == 1.0
 
 
 def test_cancelled_runs_are_counted_by_reason_and_their_layers_as_wasted() -> None:

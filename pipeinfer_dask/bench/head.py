@@ -95,9 +95,3 @@ def _answer(command: Command, runs: list[StartRun]) -> list[Event]:
 def _result(run: StartRun) -> RunDone:
     """Return the result of a target that always agrees with the draft."""
     return RunDone(0, 0, run.run, (1,) * run.picks)
-
-
-if __name__ == "__main__":
-    import json
-
-    print(json.dumps(run_head_bench()))  # noqa: T201

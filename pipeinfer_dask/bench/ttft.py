@@ -53,9 +53,3 @@ def run_ttft_bench(rounds: int = ROUNDS) -> dict[str, Any]:
                     }
                 )
     return {"suite": "ttft", "rows": rows}
-
-
-if __name__ == "__main__":
-    import json
-
-    print(json.dumps(run_ttft_bench()))  # noqa: T201

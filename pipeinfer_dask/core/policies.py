@@ -97,7 +97,7 @@ class Speculative(Policy):
 
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
         if machine.prefilling:
-            return FILL_CACHE
+            return FILL_CACHE if _depth_left(machine, machine.root) > 0 else None
         if not machine.root_waits or self._tried is machine.root:
             return None
         self._tried = machine.root
@@ -169,7 +169,7 @@ class PipeInfer(Policy):
 
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
         if machine.prefilling and not machine.root.drafted:
-            return FILL_CACHE
+            return FILL_CACHE if _depth_left(machine, machine.root) > 0 else None
         if len(machine.fresh) >= self.micro_batch:
             return None  # the pipeline is behind: a later choice is a better one
         if not self.asynchronous and not machine.idle:
@@ -222,9 +222,12 @@ def make_policy(strategy: str, /, **knobs: Any) -> Policy:
     ValueError
         If there is no such strategy, or it has no such knob, or a value is out of range.
     """
-    kind = STRATEGIES.get(strategy)
-    if kind is None:
-        raise ValueError(f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}")
+    try:
+        kind = STRATEGIES[strategy]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}"
+        ) from None
     known = [knob.name for knob in fields(kind) if knob.init]  # type: ignore[arg-type]
     if unknown := [name for name in knobs if name not in known]:
         has = f"it has {', '.join(known)}" if known else "it has none"

@@ -81,7 +81,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """
     path = _directory(source)
     fields = _read_json(path / "config.json")
-    if "model_type" not in fields:
+    if not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{path} is no model: its config.json names no model_type")
     if reason := refusal(fields):
         raise ValueError(f"{path} can't be split into stages: {reason}")
@@ -161,7 +161,9 @@ def _directory(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise NotADirectoryError(f"expected the directory of a model, but {path} is a file")
+        raise ValueError(
+            f"expected the directory of a model, but {path} is a file: give its folder"
+        )
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
     except HFValidationError:

@@ -47,8 +47,9 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     """Say why a model of this ``config.json`` can't be split into stages; None where it can."""
     family = config.get("model_type")
     if family in SUPPORTED and not config.get("is_encoder_decoder"):
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "unknown")
+        if quantization := config.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            method = method or "unknown"
             return f"its weights are quantised ({method}); give a checkpoint in 16 or 32 bits"
         return None
     if family in RECURRENT:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Coroutine
 from contextlib import ExitStack
-from threading import Thread
-from typing import Self
+from threading import Event, Thread
+from typing import Any, Self, TypeVar
 
 import dask
 from distributed import Client, LocalCluster
 from distributed.utils import get_mp_context
+
+T = TypeVar("T")
 
 
 class LoopThread:
@@ -34,6 +37,32 @@ class LoopThread:
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
         finally:
             self.loop.close()
+
+
+CLEANUP_TIMEOUT_S = 30.0
+"""How long an interrupted call waits for what it has begun to be taken back."""
+
+
+def call_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on a loop of another thread, and wait for it.
+
+    An interrupt cancels the coroutine, and waits until it has cleaned up.
+    """
+    over = Event()
+
+    async def watched() -> T:
+        try:
+            return await work
+        finally:
+            over.set()
+
+    future = asyncio.run_coroutine_threadsafe(watched(), loop)
+    try:
+        return future.result()
+    except BaseException:
+        if future.cancel():
+            over.wait(CLEANUP_TIMEOUT_S)
+        raise
 
 
 def loop_of(client: Client) -> asyncio.AbstractEventLoop:
@@ -79,5 +108,5 @@ def own_cluster(count: int, resources: ExitStack) -> Client:
                 dashboard_address="127.0.0.1:0",
             )
         )
-    client: Client = resources.enter_context(Client(cluster))
+    client: Client = resources.enter_context(Client(cluster, set_as_default=False))
     return client

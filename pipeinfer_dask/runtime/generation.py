@@ -78,6 +78,7 @@ class Result:
 
     @cached_property
     def metrics(self) -> Metrics:
+        """The figures of this generation."""
         return self.trace.metrics()
 
     def __repr__(self) -> str:
@@ -135,10 +136,12 @@ class Generation:
 
     @property
     def strategy(self) -> str:
+        """The policy's name."""
         return self.policy.name
 
     @property
     def status(self) -> Status:
+        """Queued, running, finished, stopped (cancelled by the caller) or failed."""
         return self._status
 
     @property
@@ -152,6 +155,7 @@ class Generation:
         return list(self._tokens)
 
     def done(self) -> bool:
+        """Whether there is a result, or an error."""
         return self._future.done()
 
     def cancel(self) -> None:

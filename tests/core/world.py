@@ -34,6 +34,7 @@ from pipeinfer_dask.core.messages import (
 )
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.trace import Trace
 
 Path = tuple[int, ...]
 GARBAGE: Path = (-1,)
@@ -123,12 +124,15 @@ class World:
         self.computed = 0
         self.skipped = 0
         self.finished: str | None = None
+        self.trace = Trace(stages)
         self.tell(Begin(0))
 
     # --- driving ------------------------------------------------------------------
 
     def tell(self, event: Event) -> None:
+        self.trace.add(0.0, event)
         for command in self.machine.handle(event):
+            self.trace.add(0.0, command)
             self._carry_out(command)
         self.machine.validate()
 
@@ -230,3 +234,6 @@ class World:
             assert self.tokens[-1] in self.request.end_tokens
             assert not self.request.end_tokens & set(self.tokens[:-1])
         assert not self.machine.runs and not self.machine.drafting
+        metrics = self.trace.metrics()
+        assert metrics.accepted_tokens <= metrics.drafted_tokens
+        assert metrics.generated_tokens == len(self.tokens)

@@ -84,7 +84,7 @@ def test_a_hub_name_that_cannot_be_had_offline_is_named() -> None:
 
 
 def test_a_file_is_no_checkpoint(llama: Path) -> None:
-    with pytest.raises(NotADirectoryError, match="expected the directory of a model"):
+    with pytest.raises(ValueError, match="expected the directory of a model"):
         open_checkpoint(llama / "config.json")
 
 

@@ -13,8 +13,11 @@ import os
 import sys
 
 
-def parse(text):
-    """Parse text and return a list of tokens."""'''
+def split(path):
+    """Split a pathname.
+
+    Return a tuple (head, tail).
+    """'''
 """A prompt whose greedy continuation is worth looking at."""
 
 
