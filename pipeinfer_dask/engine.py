@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
@@ -142,7 +143,16 @@ class Engine:
             raise ValueError(
                 f"expected layer_split as a sequence of numbers, one a stage, got {layer_split!r}"
             )
+        for model in (target, *([] if draft is None else [draft])):
+            if not isinstance(model, (str, os.PathLike)):
+                raise ValueError(f"expected a model's directory or hub name, got {model!r}")
         opened = open_checkpoint(os.fspath(target))
+        if opened.unapplied:
+            warnings.warn(
+                f"{opened.path} asks for {', '.join(opened.unapplied)} in generation_config.json: "
+                f"this is not applied, the text is that of plain greedy decoding",
+                stacklevel=2,
+            )
         opened_draft = open_checkpoint(os.fspath(draft)) if draft is not None else None
         if opened_draft is not None:
             check_pair(opened, opened_draft)

@@ -33,9 +33,9 @@ def legend() -> Text:
     """Return what the styles of the streamed text mean."""
     return Text.assemble(
         ("drafted and accepted", STYLES[Origin.ACCEPTED]),
-        ", ",
+        " | ",
         ("the target's own, against the draft", STYLES[Origin.CORRECTED]),
-        ", ",
+        " | ",
         ("the target's own, nothing drafted", STYLES[Origin.PLAIN]),
     )
 

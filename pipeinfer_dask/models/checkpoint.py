@@ -25,6 +25,20 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
+GREEDY_SETTINGS: dict[str, object] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_eos_token_id": None,
+}
+"""Fields of a generation_config.json that change what is generated greedily, when not neutral."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model on disk that can be split into stages.
@@ -49,6 +63,9 @@ class Checkpoint:
         The tokens that end a generation.
     nbytes : int
         Bytes of weights on disk.
+    unapplied : tuple of str
+        What its generation_config.json asks for and we don't do, such as
+        ``"repetition_penalty=1.1"``.
     """
 
     path: Path
@@ -60,6 +77,7 @@ class Checkpoint:
     context: int
     eos_token_ids: tuple[int, ...]
     nbytes: int
+    unapplied: tuple[str, ...]
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -112,6 +130,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         context=config.max_position_embeddings,
         eos_token_ids=_end_of_text(path, fields),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        unapplied=_unapplied(path),
     )
 
 
@@ -223,3 +242,13 @@ def _end_of_text(path: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _unapplied(path: Path) -> tuple[str, ...]:
+    file = path / "generation_config.json"
+    fields = _read_json(file) if file.is_file() else {}
+    return tuple(
+        f"{name}={fields[name]}"
+        for name, neutral in GREEDY_SETTINGS.items()
+        if fields.get(name) not in (None, neutral)
+    )

@@ -213,6 +213,7 @@ def test_without_spare_slots_every_policy_decodes_plainly() -> None:
     ("strategy", "knobs", "message"),
     [
         ("fastest", {}, "unknown strategy 'fastest': choose one of iterative, speculative"),
+        (["pipeinfer"], {}, "unknown strategy"),
         ("iterative", {"k": 2}, "'iterative' has no knob 'k': it has none"),
         ("speculative", {"depth": 2}, "'speculative' has no knob 'depth': it has k"),
         ("speculative", {"k": 0}, "k must be a whole number of at least 1, not 0"),
@@ -225,7 +226,7 @@ def test_without_spare_slots_every_policy_decodes_plainly() -> None:
     ],
 )
 def test_an_unknown_strategy_or_setting_is_refused_with_what_there_is(
-    strategy: str, knobs: dict[str, Any], message: str
+    strategy: Any, knobs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(strategy, **knobs)

@@ -89,6 +89,12 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
         "t5 models are encoder-decoders",
     ),
     "unknown family": (edit("config.json", model_type="nonsense"), ValueError, "nonsense"),
+    "a list of families": (edit("config.json", model_type=["llama"]), ValueError, "model_type"),
+    "quantised": (
+        edit("config.json", quantization_config={"quant_method": "gptq"}),
+        ValueError,
+        r"quantised \(gptq\)",
+    ),
     "other width": (edit("config.json", hidden_size=64), ValueError, "shape"),
     "missing tensors": (drop_last_layer, ValueError, r"lacks the tensor model.layers.3\."),
     "without tokenizer": (
@@ -121,8 +127,25 @@ def test_a_broken_model_is_refused(
 
 
 def test_a_file_is_no_model(pair: Pair, nothing_starts: None) -> None:
-    with pytest.raises(OSError, match=r"expected the directory of a model, but .* is a file"):
+    with pytest.raises(ValueError, match=r"expected the directory of a model, but .* is a file"):
         pi.Engine.from_pretrained(pair.target / "config.json")
+
+
+def test_what_is_neither_path_nor_name_is_no_model(nothing_starts: None) -> None:
+    with pytest.raises(ValueError, match="expected a model's directory or hub name, got None"):
+        pi.Engine.from_pretrained(None)  # type: ignore[arg-type]
+
+
+def test_settings_that_are_not_applied_are_told(pair: Pair, tmp_path: Path) -> None:
+    model = shutil.copytree(pair.target, tmp_path / "model")
+    (model / "generation_config.json").write_text(
+        json.dumps({"repetition_penalty": 1.1, "no_repeat_ngram_size": 0})
+    )
+    with (
+        pytest.warns(UserWarning, match=r"asks for repetition_penalty=1.1 in .* not applied"),
+        pi.Engine.from_pretrained(model, in_process=True, stages=1),
+    ):
+        pass
 
 
 def test_vocabularies_of_different_size_are_refused(
