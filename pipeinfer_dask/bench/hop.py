@@ -88,7 +88,7 @@ async def _run(stages: tuple[int, ...], payloads: tuple[int, ...], runs: int) ->
             n_workers=max(stages),
             threads_per_worker=1,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
             asynchronous=True,
         ) as cluster,

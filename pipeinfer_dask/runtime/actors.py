@@ -129,6 +129,7 @@ class Node(Generic[ThreadT]):
 
     async def accept(self, comm: Comm, role: str, nonce: str, proof: bytes) -> None:
         """Keep a connection that a peer has opened until it closes: the worker's handler."""
+        link = None
         try:
             link = await accept(comm, self.identity, role, nonce, proof, self._session)
             if link is not None and not self._stopped:
@@ -138,6 +139,8 @@ class Node(Generic[ThreadT]):
             pass  # The peer left while it was being answered.
         finally:
             comm.abort()
+            if link is not None:  # It may have a descriptor of its own.
+                link.abort()
 
     async def _serve(self, role: str, link: Link) -> None:
         if role != CONTROL or self._control is not None:

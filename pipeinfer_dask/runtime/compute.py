@@ -107,6 +107,8 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         # Only the thread itself holds the model: what is closed takes no memory.
         self.loaded: Future[None] = Future()
         """Done when the model stands, or with what kept it from it."""
+        # Who awaits it may give up, and must not be able to cancel it for the thread.
+        self.loaded.set_running_or_notify_cancel()
         self.cancelled = Cancellations()
         self._load = load
         self._failed = failed
@@ -127,19 +129,28 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
     def _work(self) -> None:
         try:
             model = self._load()
-        except Exception as error:
-            self.loaded.set_exception(error)
+        except BaseException as error:
+            self.loaded.set_exception(_reportable(error))
             return
         self.loaded.set_result(None)
         while (job := self._jobs.get()) is not None and not self._closing:
             try:
                 self._compute(model, job)
-            except Exception as error:
-                self._failed(error)
+            except BaseException as error:
+                self._failed(_reportable(error))
                 return
 
     @abstractmethod
     def _compute(self, model: ModelT, job: JobT) -> None: ...
+
+
+def _reportable(error: BaseException) -> Exception:
+    """Return an error that ends neither the loop nor the worker that it is reported to."""
+    if isinstance(error, Exception):
+        return error
+    report = RuntimeError(f"{type(error).__name__}: {error}")
+    report.__cause__ = error
+    return report
 
 
 class StageThread(ComputeThread[Stage, RunPass]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -11,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from distributed import Client
 from distributed import Future as DaskFuture
-from distributed.comm import connect
+from distributed.comm import Comm, connect
 
 from pipeinfer_dask.core.messages import (
     CancelDraft,
@@ -43,6 +44,9 @@ T = TypeVar("T")
 
 CLOSE_TIMEOUT_S = 15.0
 """How long to wait for a node that is asked to end: longer than it waits for its thread."""
+
+LOADING_PING_S = 1.0
+"""While a worker loads a node, ask it for a sign of life so often."""
 
 
 class PipelineError(RuntimeError):
@@ -103,7 +107,7 @@ class DaskPipeline:
         generation : int
             Counts the pipelines that were built for one engine.
         deadline : float, seconds
-            A node that answers no ping for so long is lost.
+            A node that answers no ping for so long is lost, and so is a worker that loads one.
 
         Raises
         ------
@@ -130,16 +134,29 @@ class DaskPipeline:
                     f"there is no worker {address}: this cluster has {', '.join(known) or 'none'}"
                 )
         pipeline = cls(client, Session.new(generation), len(stage_specs))
+        opening = asyncio.create_task(
+            pipeline._open(stage_specs, stage_workers, draft_spec, draft_worker, progress, deadline)
+        )
+
+        def give_up(loss: Exception) -> None:
+            # The others would wait for what the lost node was to do.
+            opening.cancel()
+
+        pipeline._lost = give_up
         try:
-            await pipeline._open(
-                stage_specs, stage_workers, draft_spec, draft_worker, progress, deadline
-            )
-        except LinkError as error:
+            await asyncio.wait([opening])
+            if pipeline._loss is not None:
+                raise pipeline._loss
+            opening.result()
+        except BaseException as error:
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
             await pipeline.close()
-            raise pipeline._loss or PipelineError(str(error)) from error
-        except BaseException:
-            await pipeline.close()
+            if isinstance(error, LinkError):
+                raise PipelineError(str(error)) from error
             raise
+        finally:
+            pipeline._lost = None
         return pipeline
 
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
@@ -193,17 +210,18 @@ class DaskPipeline:
         deadline: float,
     ) -> None:
         placing = [
-            self._place(StageNode, f"stage-{index}", spec, worker, progress)
+            self._place(StageNode, f"stage-{index}", spec, worker, progress, deadline)
             for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
         ]
         if draft_spec is not None and draft_worker is not None:
-            placing.append(self._place(DrafterNode, "drafter", draft_spec, draft_worker, progress))
+            placing.append(
+                self._place(DrafterNode, "drafter", draft_spec, draft_worker, progress, deadline)
+            )
         peers = await _all(placing)
         self._stages = peers[: len(stage_specs)]
         self._drafter = peers[-1] if draft_spec is not None else None
         await self._connect()
         await _all([peer.find_clock() for peer in peers])
-        self._tasks.extend(asyncio.create_task(peer.watch(deadline)) for peer in peers)
 
     async def _place(
         self,
@@ -212,6 +230,7 @@ class DaskPipeline:
         spec: StageSpec | DraftSpec,
         worker: str,
         progress: Callable[[str, str], None] | None,
+        deadline: float,
     ) -> Peer:
         node = self._session.node(name)
         title = f"{name.replace('-', ' ')} ({spec.name}) on worker {worker}"
@@ -227,32 +246,36 @@ class DaskPipeline:
             allow_other_workers=False,
         )
         self._futures.append(future)
-        await self._loaded(future, title, worker)
+        await self._loaded(future, title, worker, deadline)
         if progress is not None:
             progress(title, worker)
         link = await self._dial(worker, node, CONTROL)
         peer = Peer(title, node, worker, link, report=self._heed, lost=partial(self._lose, title))
         self._peers.append(peer)
+        self._tasks.append(asyncio.create_task(peer.watch(deadline)))
         return peer
 
-    async def _loaded(self, future: DaskFuture[Any], title: str, worker: str) -> None:
+    async def _loaded(
+        self, future: DaskFuture[Any], title: str, worker: str, deadline: float
+    ) -> None:
         # A task that may run on one worker only waits for ever once that worker is dead.
-        # An idle connection to the worker tells of its death.
+        # A connection of our own tells of its death, and of its silence.
         try:
             tripwire = await connect(worker, **self._client.connection_args)
         except OSError as lost:
             raise PipelineError(f"{title}: could not connect to the worker: {lost}") from lost
         loading = asyncio.ensure_future(future.exception())
-        death = asyncio.ensure_future(tripwire.read())
+        death = asyncio.create_task(_death(tripwire, deadline))
         try:
             await asyncio.wait([loading, death], return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended = loading.done()
             loading.cancel()
+            death.cancel()
             tripwire.abort()
             await asyncio.gather(loading, death, return_exceptions=True)
         if not ended:
-            raise PipelineError(f"{title}: the worker died while it was loading")
+            raise PipelineError(f"{title}: {death.result()}")
         error = loading.result()
         if error is not None:
             raise PipelineError(
@@ -290,6 +313,8 @@ class DaskPipeline:
     def _fetch(self, message: Message) -> None:
         if not isinstance(message, RunPass):
             raise LinkError(f"expected a run, got {type(message).__name__}")
+        if len(message.spans) != self.stages:
+            raise LinkError(f"expected {self.stages} stages' spans, got {len(message.spans)}")
         run = message.run
         spans = tuple(
             stage.localize(span) for stage, span in zip(self._stages, message.spans, strict=True)
@@ -329,8 +354,22 @@ class DaskPipeline:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._client.status == "running":
-            await self._client.cancel(self._futures)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._client.cancel(self._futures), CLOSE_TIMEOUT_S)
         self._futures.clear()
+
+
+async def _death(tripwire: Comm, deadline: float) -> str:
+    """Ask a worker for signs of life until it gives none for ``deadline`` seconds: why."""
+    try:
+        while True:
+            await tripwire.write({"op": "echo", "data": "", "reply": True})
+            await asyncio.wait_for(tripwire.read(), deadline)
+            await asyncio.sleep(min(LOADING_PING_S, deadline / 3))
+    except TimeoutError:
+        return f"the worker gave no sign of life for {deadline:g} s while it was loading"
+    except OSError:
+        return "the worker died while it was loading"
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -19,7 +19,7 @@ from typing import Any
 from distributed.comm import Comm, CommClosedError, connect
 
 from pipeinfer_dask.runtime.carriers import Carrier, carry
-from pipeinfer_dask.runtime.wire import Buffer, Envelope, Message, decode, encode
+from pipeinfer_dask.runtime.wire import Buffer, Envelope, Message, WireError, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Link:
         Raises
         ------
         LinkError
-            A message was missing or doubled.
+            A message was missing or doubled, or ``handle`` failed.
         WireError
             Something came that is no message.
         """
@@ -129,6 +129,11 @@ class Link:
 
         try:
             await self._carrier.run(take)
+        except (LinkError, WireError):
+            raise
+        except Exception as error:
+            # Whoever receives reports how the link ended: nothing may end it unsaid.
+            raise LinkError(f"{type(error).__name__}: {error}") from error
         finally:
             self.abort()
 
@@ -172,7 +177,7 @@ async def dial(
     nonce = secrets.token_hex(16)
     try:
         comm = await connect(address, DIAL_TIMEOUT_S, deserialize=False, **connection_args)
-    except OSError as error:
+    except Exception as error:  # Not OSError only: wrong security settings raise others.
         raise LinkError(f"could not connect to {node} at {address}: {error}") from error
     try:
         await comm.write(
@@ -188,15 +193,18 @@ async def dial(
         if not session.proven(answer, "accept", node, role, nonce):
             raise LinkError(f"{node} at {address} does not know the secret of this session")
         return Link(await carry(comm), address, session.generation)
-    except (CommClosedError, TimeoutError) as error:
+    except BaseException as error:
         comm.abort()
+        if isinstance(error, CommClosedError | TimeoutError):
+            raise LinkError(
+                f"{node} at {address} did not accept a link for {role}: it is not there, or it "
+                f"does not know this session ({type(error).__name__})"
+            ) from error
+        if isinstance(error, LinkError) or not isinstance(error, Exception):
+            raise
         raise LinkError(
-            f"{node} at {address} did not accept a link for {role}: it is not there, or it "
-            f"does not know this session ({type(error).__name__})"
+            f"could not open a link to {node} at {address}: {type(error).__name__}: {error}"
         ) from error
-    except BaseException:
-        comm.abort()
-        raise
 
 
 async def accept(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 from pipeinfer_dask.core.messages import (
@@ -144,7 +145,7 @@ class LocalPipeline:
         self._tell(answer)
 
     def _tell(self, event: Event) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, event)
+        self._post(partial(self._deliver, event))
 
     def _deliver(self, event: Event) -> None:
         if self._report is not None:
@@ -157,4 +158,9 @@ class LocalPipeline:
                 lost.__cause__ = error
                 self._lost(lost)
 
-        self._loop.call_soon_threadsafe(report)
+        self._post(report)
+
+    def _post(self, callback: Callable[[], None]) -> None:
+        # Nobody is left to be told on a loop that is closed.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -86,6 +87,34 @@ class DyingSpec:
 
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class StoppingSpec:
+    """Stops its process while it loads."""
+
+    name: str = "stopping"
+
+    def load(self) -> CountingStage:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return CountingStage(last=True)
+
+
+@dataclass(frozen=True)
+class WaitingSpec:
+    """Loads once there is a file."""
+
+    path: str
+    name: str = "waiting"
+
+    def load(self) -> CountingStage:
+        pause = threading.Event()
+        while not Path(self.path).exists():
+            pause.wait(0.01)
+        return CountingStage(last=True)
 
 
 class EchoingDraft:

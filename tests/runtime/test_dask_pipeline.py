@@ -26,7 +26,11 @@ from pipeinfer_dask.core.messages import (
     RunTaken,
     StartDraft,
 )
+from pipeinfer_dask.runtime.actors import CONTROL, INPUT, StageSpec
+from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline, PipelineError
+from pipeinfer_dask.runtime.links import Link, dial
+from pipeinfer_dask.runtime.wire import DialNext
 from tests.runtime.chain import (
     BROKEN,
     SLOW,
@@ -34,6 +38,8 @@ from tests.runtime.chain import (
     DyingSpec,
     EchoingSpec,
     MissingSpec,
+    StoppingSpec,
+    WaitingSpec,
     run_of,
 )
 
@@ -52,7 +58,7 @@ async def cluster(
             threads_per_worker=1,
             processes=processes,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
             asynchronous=True,
             **options,
@@ -296,6 +302,47 @@ def test_a_worker_that_dies_while_it_loads_does_not_keep_us_waiting() -> None:
     asyncio.run(main())
 
 
+def test_a_worker_that_stops_while_it_loads_does_not_keep_us_waiting() -> None:
+    async def main() -> None:
+        async with cluster(processes=True, workers=1) as (client, workers):
+            pids = await client.run(os.getpid)
+            try:
+                with pytest.raises(PipelineError, match="the worker gave no sign of life for 1 s"):
+                    await DaskPipeline.open(client, [StoppingSpec()], workers, deadline=1.0)
+            finally:
+                os.kill(pids[workers[0]], signal.SIGCONT)
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_stops_while_another_loads_does_not_keep_us_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.dask_pipeline.CLOSE_TIMEOUT_S", 0.5)
+    go = tmp_path / "go"
+
+    async def links(dask_worker: Worker) -> int:
+        actors: list[Any] = list(dask_worker.state.actors.values())
+        return sum(actor.stats()["links"] for actor in actors if actor is not None)
+
+    async def main() -> None:
+        async with cluster(processes=True, workers=2) as (client, workers):
+            pids = await client.run(os.getpid)
+            specs: list[StageSpec] = [CountingSpec("first"), WaitingSpec(str(go))]
+            opening = asyncio.create_task(DaskPipeline.open(client, specs, workers, deadline=1.0))
+            try:
+                while (await client.run(links, workers=workers[:1]))[workers[0]] == 0:
+                    pass
+                os.kill(pids[workers[0]], signal.SIGSTOP)
+                with pytest.raises(PipelineError, match=r"stage 0 .* gave no sign of life for 1 s"):
+                    await opening
+            finally:
+                os.kill(pids[workers[0]], signal.SIGCONT)
+                go.touch()
+
+    asyncio.run(main())
+
+
 def test_what_does_not_fit_together_is_refused_before_anything_is_loaded() -> None:
     async def main() -> None:
         async with cluster(workers=1) as (client, workers):
@@ -309,6 +356,85 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded() -> No
             with pytest.raises(RuntimeError, match="has no drafter"):
                 pipeline.send(draft_of(0, 1))
             await pipeline.close()
+
+    asyncio.run(main())
+
+
+def node_on(pipeline: DaskPipeline) -> Any:
+    """Return the node of a pipeline's only stage, from the worker in this process."""
+    (worker,) = (worker for worker in Worker._instances if worker.status.name == "running")
+    actor: Any = next(iter(worker.state.actors.values()))
+    return actor._node
+
+
+async def dial_node(pipeline: DaskPipeline, role: str) -> Link:
+    peer = pipeline._stages[0]
+    return await dial(peer.address, peer.node, role, pipeline._session, connection_args={})
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "inproc"])
+def test_a_link_that_is_refused_or_comes_too_late_is_closed(protocol: str) -> None:
+    async def main() -> None:
+        async with cluster(workers=1, protocol=protocol) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
+            for role in (CONTROL, "unknown"):
+                refused = await dial_node(pipeline, role)
+                async with asyncio.timeout(20):
+                    await refused.receive(lambda message: None)
+            node = node_on(pipeline)
+            node._stopped = True
+            late = await dial_node(pipeline, INPUT)
+            async with asyncio.timeout(20):
+                await late.receive(lambda message: None)
+            await pipeline.close()
+
+    asyncio.run(main())
+
+
+def test_a_run_that_did_not_pass_every_stage_ends_the_pipeline() -> None:
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
+            listener = Listener(pipeline)
+            node_on(pipeline)._deliver(RunPass(run_of(0, 1)))
+            async with asyncio.timeout(20):
+                await listener.lost.wait()
+            await pipeline.close()
+            assert "expected 1 stages' spans, got 0" in str(listener.losses[0])
+
+    asyncio.run(main())
+
+
+def test_a_listener_that_fails_ends_the_pipeline() -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, RunDone):
+            raise KeyError("nobody knows this run")
+
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
+            listener = Listener(pipeline)
+            pipeline.listen(fail, listener._lose)
+            pipeline.send(run_of(0, 1))
+            async with asyncio.timeout(20):
+                await listener.lost.wait()
+            await pipeline.close()
+            assert "KeyError: 'nobody knows this run'" in str(listener.losses[0])
+
+    asyncio.run(main())
+
+
+def test_a_stage_that_can_not_dial_the_next_one_says_why() -> None:
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
+            listener = Listener(pipeline)
+            (stage,) = pipeline._stages
+            stage.send(DialNext("nonsense://127.0.0.1:9", "nobody"))
+            async with asyncio.timeout(20):
+                await listener.lost.wait()
+            await pipeline.close()
+            assert "could not connect to nobody at nonsense://" in str(listener.losses[0])
 
     asyncio.run(main())
 

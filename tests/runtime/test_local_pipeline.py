@@ -1,0 +1,81 @@
+import asyncio
+import threading
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from pipeinfer_dask.models.stage import Stage, StageOutput
+from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
+from tests.runtime.chain import BROKEN, CountingStage, run_of
+
+
+def thread_of_stage() -> threading.Thread:
+    (thread,) = (one for one in threading.enumerate() if one.name == "pipeinfer-stage-0")
+    return thread
+
+
+def test_a_thread_whose_loop_is_closed_ends_in_silence() -> None:
+    loop = asyncio.new_event_loop()
+    pipeline = LocalPipeline([lambda: CountingStage(True)], None, loop)
+    loop.run_until_complete(pipeline.loaded())
+    loop.close()
+    thread = thread_of_stage()
+    pipeline.send(run_of(0, 1))
+    pipeline.send(run_of(1, BROKEN))
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_model_that_exits_while_it_loads_is_an_error() -> None:
+    def load() -> Stage:
+        raise SystemExit(3)
+
+    async def main() -> None:
+        pipeline = LocalPipeline([load], None, asyncio.get_running_loop())
+        async with asyncio.timeout(20):
+            with pytest.raises(RuntimeError, match="SystemExit: 3"):
+                await pipeline.loaded()
+
+    asyncio.run(main())
+
+
+def test_a_model_that_exits_while_it_computes_is_lost() -> None:
+    class Exiting(CountingStage):
+        def run(self, *args: Any, **options: Any) -> StageOutput:
+            raise SystemExit(3)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        pipeline = LocalPipeline([lambda: Exiting(True)], None, loop)
+        await pipeline.loaded()
+        lost: asyncio.Future[Exception] = loop.create_future()
+        pipeline.listen(lambda event: None, lost.set_result)
+        pipeline.send(run_of(0, 1))
+        async with asyncio.timeout(20):
+            assert str(await lost) == "stage 0 failed: SystemExit: 3"
+        await pipeline.close()
+
+    asyncio.run(main())
+
+
+def test_a_thread_whose_loading_nobody_waits_for_any_more_ends_in_silence() -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def load() -> Stage:
+        begun.set()
+        go.wait(20)
+        return CountingStage(True)
+
+    async def main() -> None:
+        pipeline = LocalPipeline([load], None, asyncio.get_running_loop())
+        thread = thread_of_stage()
+        loading = asyncio.create_task(pipeline.loaded())
+        await asyncio.to_thread(begun.wait, 20)
+        loading.cancel()
+        go.set()
+        with suppress(asyncio.CancelledError):
+            await loading
+        assert not thread.is_alive()
+
+    asyncio.run(main())
