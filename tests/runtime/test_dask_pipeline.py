@@ -329,12 +329,12 @@ def test_a_worker_that_stops_while_another_loads_does_not_keep_us_waiting(
         async with cluster(processes=True, workers=2) as (client, workers):
             pids = await client.run(os.getpid)
             specs: list[StageSpec] = [CountingSpec("first"), WaitingSpec(str(go))]
-            opening = asyncio.create_task(DaskPipeline.open(client, specs, workers, deadline=1.0))
+            opening = asyncio.create_task(DaskPipeline.open(client, specs, workers, deadline=3.0))
             try:
                 while (await client.run(links, workers=workers[:1]))[workers[0]] == 0:
                     pass
                 os.kill(pids[workers[0]], signal.SIGSTOP)
-                with pytest.raises(PipelineError, match=r"stage 0 .* gave no sign of life for 1 s"):
+                with pytest.raises(PipelineError, match=r"stage 0 .* gave no sign of life for 3 s"):
                     await opening
             finally:
                 os.kill(pids[workers[0]], signal.SIGCONT)
