@@ -194,6 +194,8 @@ class StageThread(ComputeThread[Stage, RunPass]):
         if not job.skipped and not stopped():
             output = model.run(run.batch, job.hidden, picks=run.picks, stopped=stopped)
             hidden, tokens, layers = output.hidden, output.tokens, output.layers
+        if self._closing:
+            return  # nobody has cancelled this run: it must not look as if
         self.cancelled.passed(key)
         span = Span(began, time.monotonic(), layers)
         self._deliver(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
+from threading import Event
 from typing import Any
 
 import pytest
 from distributed import Client
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.core.messages import Batch, Kind, StartRun
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.compute import RunPass, StageThread
 from tests.engine.pairs import PROMPT, Pair
 
 LONG = 480
@@ -68,6 +73,33 @@ def test_a_node_that_breaks_ends_the_generation_and_is_named(
             EngineClosedError, match=rf"the pipeline is lost \(.*{node}.*open another"
         ):
             engine.start(PROMPT)
+
+
+def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -> None:
+    begun = Event()
+    delivered: list[RunPass] = []
+    failures: list[Exception] = []
+
+    class Busy:
+        def run(
+            self,
+            batch: Batch,
+            hidden: HiddenStates | None,
+            *,
+            picks: int,
+            stopped: Callable[[], bool],
+        ) -> StageOutput:
+            begun.set()
+            pause = Event()
+            while not stopped():
+                pause.wait(0.001)
+            return StageOutput(None, None, 1)
+
+    stage = StageThread(Busy, deliver=delivered.append, failed=failures.append, name="busy")
+    stage.submit(RunPass(StartRun(1, 0, 0, Kind.SINGLE, Batch((1,), (0,), (0,), (-1,)), 1)))
+    assert begun.wait(10)
+    stage.close()
+    assert delivered == failures == []
 
 
 @pytest.mark.cluster
