@@ -53,7 +53,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
+        # click's own ways to end are RuntimeErrors, too.
+        except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.Abort):
             raise
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx is not None else "pipeinfer"
@@ -284,7 +285,6 @@ def _show(console: Console, engine: Engine, prompt: str, **options: Any) -> Resu
         terminal.stream(console, prompt, generation)
     except KeyboardInterrupt:
         generation.cancel()
-        console.print()
         raise
     return generation.result()
 

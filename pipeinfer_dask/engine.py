@@ -13,6 +13,8 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from distributed import Client
+
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.models.checkpoint import (
     Checkpoint,
@@ -33,7 +35,6 @@ from pipeinfer_dask.runtime.placement import Placement, default_stages, place
 from pipeinfer_dask.runtime.text import DecodedText
 
 if TYPE_CHECKING:
-    from distributed import Client
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Engine", "EngineClosedError", "Generation", "GenerationInterrupted", "Piece", "Result"]
@@ -132,6 +133,10 @@ class Engine:
         """
         if client is not None and in_process:
             raise ValueError("expected a client or in_process=True, got both: leave one out")
+        if client is not None and not isinstance(client, Client):
+            raise ValueError(
+                f"expected a distributed.Client, got {client!r}: make one with Client(...)"
+            )
         if client is not None and client.asynchronous:
             raise ValueError(
                 "expected a client made with asynchronous=False: this engine's calls block "
@@ -301,6 +306,8 @@ class Engine:
         self._resources.close()
 
     def __enter__(self) -> Self:
+        if self._closed:
+            raise EngineClosedError("this engine is closed: open another one")
         return self
 
     def __exit__(

@@ -56,7 +56,7 @@ def loading(console: Console, nodes: int | None) -> Iterator[LoadProgress]:
         task = bar.add_task("starting workers and loading models", total=nodes)
 
         def loaded(node: str, where: str) -> None:
-            bar.update(task, advance=1, description=f"{node} stands on {where}")
+            bar.update(task, advance=1, description=f"{node.partition(' (')[0]} loaded")
 
         yield loaded
 
@@ -64,16 +64,26 @@ def loading(console: Console, nodes: int | None) -> Iterator[LoadProgress]:
 def stream(console: Console, prompt: str, generation: Generation) -> None:
     """Print the prompt, and behind it the text as it comes, by origin."""
     console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
-    for piece in generation:
-        console.print(Text(piece, style=STYLES[piece.origin]), end="", soft_wrap=True)
-    console.print()
+    try:
+        for piece in generation:
+            console.print(Text(piece, style=STYLES[piece.origin]), end="", soft_wrap=True)
+    finally:
+        console.print()
 
 
 def table(results: Sequence[Result]) -> Table:
     """Return the figures of each result, a row a strategy."""
     view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     view.add_column("strategy", no_wrap=True)
-    for heading in ("tok/s", "TTFT ms", "ITL ms", "acceptance", "runs", "cancelled", "stages busy"):
+    for heading in (
+        "tokens/s",
+        "TTFT ms",
+        "ITL ms",
+        "acceptance",
+        "runs",
+        "cancelled",
+        "stages busy",
+    ):
         view.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         metrics = result.metrics

@@ -61,6 +61,14 @@ def expected(target: str) -> pi.Result:
         return engine.generate("def main", max_new_tokens=20)
 
 
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["bench"]])
+def test_help_is_no_error(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "Usage: pipeinfer" in result.stdout
+
+
 # --- what is printed ----------------------------------------------------------------
 
 

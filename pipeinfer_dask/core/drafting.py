@@ -71,9 +71,12 @@ class Expansion:
             return True
 
         # All first choices before any second one: when room is short, depth pays more than breadth.
-        for parent, choices in zip(self._frontier, candidates, strict=True):
-            propose(parent, *choices[0], plan.cutoff)
-        for parent, choices in zip(self._frontier, candidates, strict=True):
+        going_on = [
+            (parent, choices)
+            for parent, choices in zip(self._frontier, candidates, strict=True)
+            if propose(parent, *choices[0], plan.cutoff)
+        ]
+        for parent, choices in going_on:
             for token, confidence in choices[1:]:
                 if branches < plan.branches and propose(parent, token, confidence, plan.split):
                     branches += 1

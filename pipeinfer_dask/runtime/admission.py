@@ -90,7 +90,11 @@ class Admission:
         if len(prompt) == 0:
             raise ValueError("expected a prompt of at least one token, got an empty one")
         if isinstance(prompt, str):
-            tokens = tuple(self.tokenizer(prompt)["input_ids"])
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"expected a prompt that is valid Unicode text: {error}") from None
+            tokens = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
         else:
             try:
                 tokens = tuple(operator.index(token) for token in prompt)

@@ -97,7 +97,9 @@ def own_cluster(count: int, resources: ExitStack) -> Client:
     # Importing torch and transformers takes seconds of a core in every process. With a fork
     # server one process does it, and the workers are forks of that one.
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        get_mp_context().set_forkserver_preload(["distributed", "pipeinfer_dask.models.specs"])
+        get_mp_context().set_forkserver_preload(
+            ["pipeinfer_dask.runtime.apart", "distributed", "pipeinfer_dask.models.specs"]
+        )
         cluster = resources.enter_context(
             LocalCluster(
                 n_workers=count,

@@ -56,6 +56,12 @@ def test_an_improbable_second_choice_opens_none() -> None:
     assert [p.token for p in draft.proposals] == [7]
 
 
+def test_a_branch_that_ends_splits_no_more() -> None:
+    draft = expansion(DraftPlan(4, cutoff=0.5, split=0.1, branches=4))
+    draft.grow([[(7, 0.45), (8, 0.4)]])
+    assert draft.proposals == []
+
+
 def test_depth_comes_before_breadth_when_room_is_short() -> None:
     draft = expansion(DraftPlan(2, split=0.1, branches=4), frontier=2)
     draft.grow([[(7, 0.5), (8, 0.45)], [(9, 0.5), (6, 0.45)]])

@@ -331,8 +331,9 @@ def test_a_worker_that_stops_while_another_loads_does_not_keep_us_waiting(
             specs: list[StageSpec] = [CountingSpec("first"), WaitingSpec(str(go))]
             opening = asyncio.create_task(DaskPipeline.open(client, specs, workers, deadline=3.0))
             try:
-                while (await client.run(links, workers=workers[:1]))[workers[0]] == 0:
-                    pass
+                while not opening.done():
+                    if (await client.run(links, workers=workers[:1]))[workers[0]] > 0:
+                        break
                 os.kill(pids[workers[0]], signal.SIGSTOP)
                 with pytest.raises(PipelineError, match=r"stage 0 .* gave no sign of life for 3 s"):
                     await opening
