@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
-from contextlib import ExitStack
-from threading import Event, Thread
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Event, Thread, current_thread, main_thread
 from typing import Any, Self, TypeVar
 
 import dask
@@ -92,11 +93,28 @@ def workers_of(client: Client) -> dict[str, int]:
     return {address: int(info["nthreads"]) for address, info in workers.items()}
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait: processes that lose their parent while they start end in tracebacks."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if held:
+        raise KeyboardInterrupt
+
+
 def own_cluster(count: int, resources: ExitStack) -> Client:
     """Start ``count`` worker processes on this machine, to be ended with ``resources``."""
     # Importing torch and transformers takes seconds of a core in every process. With a fork
     # server one process does it, and the workers are forks of that one.
-    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+    method = {"distributed.worker.multiprocessing-method": "forkserver"}
+    with dask.config.set(method), _interrupts_held():
         get_mp_context().set_forkserver_preload(
             ["pipeinfer_dask.runtime.apart", "distributed", "pipeinfer_dask.models.specs"]
         )
