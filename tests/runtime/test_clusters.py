@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -13,17 +14,23 @@ from pipeinfer_dask.runtime.clusters import LoopThread, _interrupts_held, call_o
 
 
 def test_an_interrupt_waits_until_the_workers_stand() -> None:
-    reached = False
-    with pytest.raises(KeyboardInterrupt), _interrupts_held():
-        os.kill(os.getpid(), signal.SIGINT)
-        reached = True
-    assert reached
+    steps: list[str] = []
+
+    def start() -> None:
+        with _interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            steps.append("workers stand")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert steps == ["workers stand"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupted_call_waits_until_what_it_began_is_taken_back() -> None:
     steps: list[str] = []
     begun = threading.Event()
+    caller = threading.get_ident()
 
     async def work() -> None:
         try:
@@ -35,6 +42,8 @@ def test_an_interrupted_call_waits_until_what_it_began_is_taken_back() -> None:
 
     def interrupt() -> None:
         begun.wait()
+        while sys._current_frames()[caller].f_code.co_name != "wait":
+            pass  # the caller is not waiting for the result yet
         os.kill(os.getpid(), signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)
