@@ -29,8 +29,6 @@ SETUPS = [
     for index, quality in enumerate(QUALITIES)
     for stages in (1, 2, 3, 4)
 ]
-# A draft that is partly right leads to runs of every fate.
-CLUSTER_SETUPS = [setup for setup in SETUPS if setup[1] == "partly right" or setup[2] == 3]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Case:
         *(
             pytest.param(Case(where, *setup), marks=pytest.mark.cluster)
             for where in ("inproc", "tcp")
-            for setup in CLUSTER_SETUPS
+            for setup in SETUPS
         ),
     ],
     ids=lambda case: f"{case.where}, {case.family}, {case.quality}, {case.stages} stages",
