@@ -363,7 +363,8 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded() -> No
 
 def node_on(pipeline: DaskPipeline) -> Any:
     """Return the node of a pipeline's only stage, from the worker in this process."""
-    (worker,) = (worker for worker in Worker._instances if worker.status.name == "running")
+    address = pipeline._stages[0].address
+    (worker,) = (worker for worker in Worker._instances if worker.address == address)
     actor: Any = next(iter(worker.state.actors.values()))
     return actor._node
 
