@@ -56,6 +56,7 @@ END = "<|endoftext|>"
 BATCH_TOKENS = 8192  # per optimizer step
 MICRO_BATCH_TOKENS = 4096  # per forward pass: bounds the memory of the logits
 VALIDATION_PERCENT = 2
+STEPS_HELP = f"Steps of {BATCH_TOKENS} tokens."
 
 
 def llama(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> LlamaConfig:
@@ -228,9 +229,13 @@ def train(
             speed = (step + 1 - first) * BATCH_TOKENS / (time.monotonic() - began)
             click.echo(f"step {step:5d}/{steps}  loss {total:.3f}  {speed:,.0f} tokens/s", err=True)
         if (step + 1) % 200 == 0:
-            click.echo(f"step {step:5d}/{steps}  validation {validate(model, validation):.3f}", err=True)
+            click.echo(
+                f"step {step:5d}/{steps}  validation {validate(model, validation):.3f}", err=True
+            )
             states = [opt.state_dict() for opt in opts]
-            torch.save({"model": model.state_dict(), "optimizers": states, "step": step + 1}, checkpoint)
+            torch.save(
+                {"model": model.state_dict(), "optimizers": states, "step": step + 1}, checkpoint
+            )
     return model.eval()
 
 
@@ -251,13 +256,18 @@ def agreement(
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write the pair to.")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo_pair"), show_default=True,
-              help="Folder for checkpoints; a run that was stopped goes on from here.")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Where to write.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("build/demo_pair"),
+    show_default=True,
+    help="Checkpoints; a stopped run goes on.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--target-steps", default=1200, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
-@click.option("--draft-steps", default=600, show_default=True, help=f"Steps of {BATCH_TOKENS} tokens.")
+@click.option("--target-steps", default=1200, show_default=True, help=STEPS_HELP)
+@click.option("--draft-steps", default=600, show_default=True, help=STEPS_HELP)
 def main(
     output: Path, work: Path, seed: int, threads: int, target_steps: int, draft_steps: int
 ) -> None:
@@ -269,14 +279,26 @@ def main(
     click.echo(f"{len(data):,} tokens to train on, {len(validation):,} to validate on", err=True)
 
     target = train(
-        TARGET, data, validation, steps=target_steps, seed=seed, rate=4e-3, checkpoint=work / "target.pt"
+        TARGET,
+        data,
+        validation,
+        steps=target_steps,
+        seed=seed,
+        rate=4e-3,
+        checkpoint=work / "target.pt",
     )
     # What ships is 16-bit, so the draft learns from, and all figures are of, the rounded target.
     target = target.half().float()
     draft = train(
-        DRAFT, data, validation, steps=draft_steps, seed=seed + 1, rate=6e-3,
-        checkpoint=work / "draft.pt", target=target,
-    )  # fmt: skip
+        DRAFT,
+        data,
+        validation,
+        steps=draft_steps,
+        seed=seed + 1,
+        rate=6e-3,
+        checkpoint=work / "draft.pt",
+        target=target,
+    )
     draft = draft.half().float()
 
     report: dict[str, object] = {

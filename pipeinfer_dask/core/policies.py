@@ -168,8 +168,10 @@ class PipeInfer(Policy):
         return machine.fresh[: self.micro_batch]
 
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
-        if machine.prefilling and not machine.root.drafted:
-            return FILL_CACHE if _depth_left(machine, machine.root) > 0 else None
+        if machine.prefilling:
+            # No guess yet: where nodes share cores, it would make the first token late.
+            read = machine.root.drafted or _depth_left(machine, machine.root) <= 0
+            return None if read else FILL_CACHE
         if len(machine.fresh) >= self.micro_batch:
             return None  # the pipeline is behind: a later choice is a better one
         if not self.asynchronous and not machine.idle:

@@ -104,12 +104,17 @@ def test_pipeinfer_starts_the_single_run_at_once_and_drafts_meanwhile() -> None:
     assert pipeline.machine.drafting
 
 
+def test_pipeinfer_guesses_nothing_before_the_first_token() -> None:
+    pipeline = Pipeline(PipeInfer())
+    assert pipeline.draft().plan.size == 0
+    pipeline.answer()
+    assert not pipeline.machine.drafting
+
+
 def test_pipeinfer_speculates_behind_the_single_run_and_behind_itself() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2))
     pipeline.answer()
-    pipeline.answer()  # nothing while the prompt is read
     pipeline.result(0, 7)
-    pipeline.answer()  # ... and a late answer to that
     first = runs(pipeline.answer(8, 9))
     second = runs(pipeline.answer(10, 11))
     assert [r.batch.tokens for r in (*first, *second)] == [(8, 9), (10, 11)]
@@ -120,9 +125,7 @@ def test_pipeinfer_speculates_behind_the_single_run_and_behind_itself() -> None:
 def test_a_mismatch_cancels_the_chain_as_invalid_and_starts_a_single_run() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2))
     pipeline.answer()
-    pipeline.answer()
     pipeline.result(0, 7)
-    pipeline.answer()
     first = runs(pipeline.answer(8, 9))
     second = runs(pipeline.answer(10, 11))
     commands = pipeline.result(1, 5)
@@ -133,9 +136,7 @@ def test_a_mismatch_cancels_the_chain_as_invalid_and_starts_a_single_run() -> No
 def test_no_single_run_is_started_for_a_token_that_is_in_flight() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2))
     pipeline.answer()
-    pipeline.answer()
     pipeline.result(0, 7)
-    pipeline.answer()
     pipeline.answer(8, 9)
     commands = pipeline.result(1, 8)
     assert Commit(0, (8,), (Origin.ACCEPTED,)) in commands
@@ -146,7 +147,7 @@ def test_the_cutoff_rises_with_unconfirmed_runs_and_falls_with_empty_drafts() ->
     pipeline = Pipeline(PipeInfer(micro_batch=2, cutoff=0.4, recovery=0.1, decay=0.2))
     pipeline.answer()
     pipeline.result(0, 7)
-    pipeline.answer()  # begun before the commitment: answered empty
+    pipeline.answer()  # empty
     assert pipeline.draft().plan.cutoff == pytest.approx(0.2)
     pipeline.answer(8, 9)
     assert pipeline.draft().plan.cutoff == pytest.approx(0.3)
@@ -158,9 +159,7 @@ def test_the_cutoff_rises_with_unconfirmed_runs_and_falls_with_empty_drafts() ->
 def test_not_continuous_means_one_speculative_run_at_a_time() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2, continuous=False))
     pipeline.answer()
-    pipeline.answer()
     pipeline.result(0, 7)
-    pipeline.answer()
     pipeline.answer(8, 9)
     assert not pipeline.machine.drafting
 
@@ -192,9 +191,7 @@ def test_cancelled_runs_are_skipped_by_the_stages() -> None:
 def test_at_the_end_of_the_text_what_is_in_flight_is_superfluous() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2), end_tokens=frozenset({8}))
     pipeline.answer()
-    pipeline.answer()
     pipeline.result(0, 7)
-    pipeline.answer()
     (speculative,) = runs(pipeline.answer(8, 9))
     commands = pipeline.result(1, 8)
     assert CancelRuns(0, 0, (speculative.run,), CancelReason.SUPERFLUOUS) in commands
