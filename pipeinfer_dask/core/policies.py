@@ -19,6 +19,9 @@ from pipeinfer_dask.core.tree import Node
 DraftChoice = tuple[DraftPlan, Sequence[Node]]
 """How to draft, and which leaves of the tree to extend."""
 
+SHORT_PROMPT = 64
+"""Tokens that a draft model reads in about the time of one pass."""
+
 FILL_CACHE: DraftChoice = (DraftPlan(size=0), ())
 """Let the draft model read the prompt while the target does."""
 
@@ -97,7 +100,7 @@ class Speculative(Policy):
 
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
         if machine.prefilling:
-            return FILL_CACHE if _depth_left(machine, machine.root) > 0 else None
+            return _fill_cache(machine)
         if not machine.root_waits or self._tried is machine.root:
             return None
         self._tried = machine.root
@@ -170,8 +173,7 @@ class PipeInfer(Policy):
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
         if machine.prefilling:
             # No guess yet: where nodes share cores, it would make the first token late.
-            read = machine.root.drafted or _depth_left(machine, machine.root) <= 0
-            return None if read else FILL_CACHE
+            return _fill_cache(machine)
         if len(machine.fresh) >= self.micro_batch:
             return None  # the pipeline is behind: a later choice is a better one
         if not self.asynchronous and not machine.idle:
@@ -235,6 +237,16 @@ def make_policy(strategy: str, /, **knobs: Any) -> Policy:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ValueError(f"strategy {strategy!r} has no knob {unknown[0]!r}: {has}")
     return kind(**knobs)
+
+
+def _fill_cache(machine: Machine) -> DraftChoice | None:
+    """Return what the draft model does before the first token: read a long prompt, if it's of use.
+
+    It reads a short one along with its first draft, at the cost of one pass either way.
+    """
+    long = len(machine.request.prompt) > SHORT_PROMPT
+    useful = not machine.root.drafted and _depth_left(machine, machine.root) > 0
+    return FILL_CACHE if long and useful else None
 
 
 def _depth_left(machine: Machine, node: Node) -> int:

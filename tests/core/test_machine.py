@@ -41,12 +41,15 @@ class AnyOrder(RuleBasedStateMachine):
 
     @initialize(
         name=st.sampled_from(sorted(POLICIES)),
-        prompt=st.lists(st.integers(0, 6), min_size=1, max_size=5),
+        prompt=st.one_of(
+            st.lists(st.integers(0, 6), min_size=1, max_size=5),
+            st.lists(st.integers(0, 6), min_size=66, max_size=68),
+        ),
         max_new_tokens=st.integers(1, 14),
         stages=st.integers(1, 4),
         quality=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
         spare=st.sampled_from([0, 1, 3, 8, 40]),
-        chunk=st.integers(1, 6),
+        chunk=st.sampled_from([1, 3, 6, 40]),
         end_tokens=st.frozensets(st.integers(0, 6), max_size=1),
     )
     def begin(

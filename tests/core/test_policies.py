@@ -86,7 +86,6 @@ def test_prompts_are_prefilled_in_chunks_and_only_the_last_one_picks() -> None:
 
 def test_standard_speculation_verifies_the_root_and_its_chain_in_one_run() -> None:
     pipeline = Pipeline(make_policy("speculative", k=2))
-    pipeline.answer()  # the draft model has read the prompt
     assert not runs(pipeline.result(0, 7))
     assert pipeline.draft().plan.size == 2
     (run,) = runs(pipeline.answer(8, 9))
@@ -98,22 +97,27 @@ def test_standard_speculation_verifies_the_root_and_its_chain_in_one_run() -> No
 
 def test_pipeinfer_starts_the_single_run_at_once_and_drafts_meanwhile() -> None:
     pipeline = Pipeline(PipeInfer())
-    pipeline.answer()
     commands = pipeline.result(0, 7)
     assert [r.batch.tokens for r in runs(commands)] == [(7,)]
     assert pipeline.machine.drafting
 
 
-def test_pipeinfer_guesses_nothing_before_the_first_token() -> None:
-    pipeline = Pipeline(PipeInfer())
+def test_the_draft_model_reads_a_long_prompt_meanwhile_but_guesses_nothing_yet() -> None:
+    pipeline = Pipeline(PipeInfer(), prompt=tuple(range(100)), capacity=200)
     assert pipeline.draft().plan.size == 0
     pipeline.answer()
     assert not pipeline.machine.drafting
 
 
+def test_a_short_prompt_is_read_with_the_first_draft() -> None:
+    pipeline = Pipeline(PipeInfer())
+    assert not pipeline.machine.drafting
+    pipeline.result(0, 7)
+    assert pipeline.draft().batch.tokens == (1, 2, 7)
+
+
 def test_pipeinfer_speculates_behind_the_single_run_and_behind_itself() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2))
-    pipeline.answer()
     pipeline.result(0, 7)
     first = runs(pipeline.answer(8, 9))
     second = runs(pipeline.answer(10, 11))
@@ -124,7 +128,6 @@ def test_pipeinfer_speculates_behind_the_single_run_and_behind_itself() -> None:
 
 def test_a_mismatch_cancels_the_chain_as_invalid_and_starts_a_single_run() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2))
-    pipeline.answer()
     pipeline.result(0, 7)
     first = runs(pipeline.answer(8, 9))
     second = runs(pipeline.answer(10, 11))
@@ -135,7 +138,6 @@ def test_a_mismatch_cancels_the_chain_as_invalid_and_starts_a_single_run() -> No
 
 def test_no_single_run_is_started_for_a_token_that_is_in_flight() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2))
-    pipeline.answer()
     pipeline.result(0, 7)
     pipeline.answer(8, 9)
     commands = pipeline.result(1, 8)
@@ -145,7 +147,6 @@ def test_no_single_run_is_started_for_a_token_that_is_in_flight() -> None:
 
 def test_the_cutoff_rises_with_unconfirmed_runs_and_falls_with_empty_drafts() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2, cutoff=0.4, recovery=0.1, decay=0.2))
-    pipeline.answer()
     pipeline.result(0, 7)
     pipeline.answer()  # empty
     assert pipeline.draft().plan.cutoff == pytest.approx(0.2)
@@ -158,7 +159,6 @@ def test_the_cutoff_rises_with_unconfirmed_runs_and_falls_with_empty_drafts() ->
 
 def test_not_continuous_means_one_speculative_run_at_a_time() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2, continuous=False))
-    pipeline.answer()
     pipeline.result(0, 7)
     pipeline.answer(8, 9)
     assert not pipeline.machine.drafting
@@ -190,7 +190,6 @@ def test_cancelled_runs_are_skipped_by_the_stages() -> None:
 
 def test_at_the_end_of_the_text_what_is_in_flight_is_superfluous() -> None:
     pipeline = Pipeline(PipeInfer(micro_batch=2), end_tokens=frozenset({8}))
-    pipeline.answer()
     pipeline.result(0, 7)
     (speculative,) = runs(pipeline.answer(8, 9))
     commands = pipeline.result(1, 8)
