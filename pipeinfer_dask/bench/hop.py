@@ -8,10 +8,8 @@ a chain of bare relays, so that both see the same machine.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,23 +154,3 @@ async def _measure(
         "floor_ms_p50": round(least, 4),
         "ratio": round(hop / least, 3),
     }
-
-
-def main() -> None:
-    """Print a table to stderr, and the result as one line of JSON to stdout."""
-    result = run_hop_bench()
-    lines = ["stages  payload  hop ms  floor ms  ratio"]
-    lines += [
-        f"{row['stages']:6}  {row['payload_bytes'] >> 10:4} KB  {row['hop_ms_p50']:6.3f}  "
-        f"{row['floor_ms_p50']:8.3f}  {row['ratio']:5.2f}"
-        for row in result["rows"]
-    ]
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stdout.write(json.dumps(result) + "\n")
-
-
-if __name__ == "__main__":
-    # Workers must find the stages under the module's own name.
-    from pipeinfer_dask.bench import hop
-
-    hop.main()
