@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "Generation", "Result", "demo_pair"]
+__all__ = ["Costs", "Engine", "Generation", "Result", "Simulation", "demo_pair", "simulate"]
 
 if TYPE_CHECKING:
     from pipeinfer_dask.engine import Engine, Generation, Result
     from pipeinfer_dask.models.demo_pair import demo_pair
+    from pipeinfer_dask.simulation import Costs, Simulation, simulate
 else:
     _HOMES = {
         "Engine": "pipeinfer_dask.engine",
         "Generation": "pipeinfer_dask.engine",
         "Result": "pipeinfer_dask.engine",
         "demo_pair": "pipeinfer_dask.models.demo_pair",
+        "Costs": "pipeinfer_dask.simulation",
+        "Simulation": "pipeinfer_dask.simulation",
+        "simulate": "pipeinfer_dask.simulation",
     }
 
     def __getattr__(name):

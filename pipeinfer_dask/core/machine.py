@@ -6,7 +6,8 @@ policy chooses, the committed text is the target's own:
 
 - only a token that the target picked is ever committed;
 - a run is cancelled when none of its tokens can become part of the text, and
-  never before, because later runs attend to the K/V that it writes;
+  never before, because later runs attend to the K/V that it writes; of a run that
+  goes on, single tokens may be pruned by the same rule;
 - a slot is given out again only when its token is pruned, and every run that
   attended to it is ahead of the new one on every stage.
 
@@ -17,11 +18,14 @@ events, and may be the real cluster or virtual time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pipeinfer_dask.core.drafts import Draft, ProtocolError, unevaluated
 from pipeinfer_dask.core.messages import (
+    LEFT_OUT,
+    NO_SLOT,
     Begin,
     CancelDraft,
     CancelReason,
@@ -34,11 +38,15 @@ from pipeinfer_dask.core.messages import (
     Finish,
     Kind,
     Origin,
+    Prune,
     RunDone,
     RunTaken,
     StartDraft,
     StartRun,
     Stop,
+    TreePlan,
+    WakeAt,
+    Woken,
 )
 from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.core.runs import RunFuture
@@ -46,21 +54,6 @@ from pipeinfer_dask.core.tree import Node, Tree, batch_of
 
 if TYPE_CHECKING:
     from pipeinfer_dask.core.policies import Policy
-
-
-class ProtocolError(RuntimeError):
-    """A driver reported something that can't have happened."""
-
-
-@dataclass(slots=True)
-class _DraftInFlight:
-    id: int
-    frontier: tuple[Node, ...]
-    nodes: dict[int, Node]
-    """By slot, as they were when the draft started: a slot may change hands meanwhile."""
-    slots: tuple[int, ...]
-    """Reserved for what it proposes."""
-    cancelled: bool = False
 
 
 class Machine:
@@ -97,9 +90,10 @@ class Machine:
         self.finished: str | None = None
         self.stale = 0
         self.now = 0.0
-        self._draft: _DraftInFlight | None = None
+        self._draft: Draft | None = None
         self._prefill: deque[list[Node]] = deque()
-        self._fresh: list[Node] = []
+        # In order of arrival. A dictionary, so that one leaves without the others being touched.
+        self._fresh: dict[Node, None] = {}
         self._waiting: set[int] = set()
         self._run_ids = 0
         self._draft_ids = 0
@@ -137,9 +131,9 @@ class Machine:
         return not self.runs
 
     @property
-    def fresh(self) -> list[Node]:
+    def fresh(self) -> Collection[Node]:
         """Drafted tokens that are in no run yet, parents first."""
-        return self._fresh
+        return self._fresh.keys()
 
     @property
     def last_position(self) -> int:
@@ -183,12 +177,18 @@ class Machine:
                 self.stale += 1
             case RunTaken():
                 self._waiting.discard(event.run)
+                if (taken := self.runs.get(event.run)) is not None:
+                    self.policy.taken(self, taken)
             case RunDone():
                 self._run_done(event)
             case Drafted():
                 self._drafted(event)
+            case Woken():
+                pass  # the policy is asked below, as after every event
         if self.finished is None:
             self._plan()
+            if (wake := self.policy.wake_at(self)) is not None:
+                commands.append(WakeAt(self.request.id, wake))
         elif not self.runs and self._draft is None:
             self._over = True
             commands.append(Finish(self.request.id, self.finished))
@@ -218,7 +218,11 @@ class Machine:
             )
         run.finish(event.tokens)
         for node, token in zip(run.nodes[len(run.nodes) - run.picks :], event.tokens, strict=True):
-            node.next = token
+            if token != LEFT_OUT:
+                node.next = token
+            elif node.alive:
+                raise ProtocolError(f"run {run.id} left out token {node.token}, which is alive")
+        self.policy.ran(self, run, event)
         if self.finished is None:
             self._commit()
 
@@ -227,35 +231,10 @@ class Machine:
         if draft is None or draft.id != event.draft:
             raise ProtocolError(f"draft {event.draft} is not in flight")
         self._draft = None
-        unused = set(draft.slots)
-        nodes: dict[int, Node | None] = dict(draft.nodes)
-        in_place = set(draft.nodes)  # slots whose whole path is in the tree as the drafter knows it
-        added = 0
-        for proposal in event.proposals:
-            if proposal.slot not in unused or proposal.parent not in nodes:
-                raise ProtocolError(f"draft {draft.id} had no right to propose {proposal}")
-            parent = nodes[proposal.parent]
-            node = None
-            if parent is not None and parent.alive and self.finished is None:
-                node = next((c for c in parent.children if c.token == proposal.token), None)
-                if node is None and parent.next is None:
-                    node = self.tree.add(parent, proposal.token, proposal.slot, proposal.confidence)
-                    unused.discard(proposal.slot)
-                    if proposal.parent in in_place:
-                        in_place.add(proposal.slot)
-                    self._fresh.append(node)
-                    added += 1
-            # Where the target was faster, its own node takes the proposal's place. It has
-            # another slot, so the draft model evaluates what hangs below it anew.
-            nodes[proposal.slot] = node
-        for slot in unused:
-            self.tree.slots.give_back(slot)
-        for slot in event.evaluated:
-            node = nodes.get(slot)
-            if node is not None and slot in in_place:
-                node.drafted = True
-        if draft.slots and not draft.cancelled:
-            self.policy.drafted(added)
+        added = draft.graft(event, self.tree, growing=self.finished is None)
+        self._fresh.update(dict.fromkeys(added))
+        if draft.frontier:
+            self.policy.drafted(self, added, cancelled=draft.cancelled)
 
     # --- what follows from them ---------------------------------------------------
 
@@ -264,14 +243,19 @@ class Machine:
         tokens: list[int] = []
         origins: list[Origin] = []
         dead: list[RunFuture] = []
+        thinned: dict[int, list[int]] = {}
         while self.root.next is not None and self.finished is None:
+            self.policy.judged(self.root.children, self.root.next)
             origin, pruned = self.tree.advance()
             tokens.append(self.root.token)
             origins.append(origin)
             self.generated += 1
+            self._fresh.pop(self.root, None)
             for node in pruned:
+                self._fresh.pop(node, None)
                 if node.run is not None and (run := self.runs.get(node.run)) is not None:
                     run.live -= 1
+                    thinned.setdefault(run.id, []).append(run.nodes.index(node))
                     if run.live == 0:
                         dead.append(run)
             if self.root.token in self.request.end_tokens:
@@ -280,17 +264,13 @@ class Machine:
                 self.finished = "length"
         if not tokens:
             return
-        self._fresh = [
-            node
-            for node in self._fresh
-            if node.alive and node.run is None and node is not self.root
-        ]
         self._cancel(dead, CancelReason.INVALID)
+        self._prune(thinned)
         draft = self._draft
         if draft is not None and draft.frontier and not any(n.alive for n in draft.frontier):
             self._cancel_draft()
         self._commands.append(Commit(self.request.id, tuple(tokens), tuple(origins)))
-        self.policy.committed(origins)
+        self.policy.committed(self, origins)
         if self.finished is not None:
             self._end(self.finished)
 
@@ -312,6 +292,17 @@ class Machine:
             self._waiting.difference_update(cancelled)
             self._commands.append(CancelRuns(self.request.id, self.generation, cancelled, reason))
 
+    def _prune(self, thinned: dict[int, list[int]]) -> None:
+        """Have the stages leave out what died of runs that go on."""
+        going_on = {
+            run: tuple(places)
+            for run, places in thinned.items()
+            if not self.runs[run].done() and self.runs[run].picks == len(self.runs[run].nodes)
+        }
+        if going_on and self.policy.pruning:
+            runs, places = tuple(going_on), tuple(going_on.values())
+            self._commands.append(Prune(self.request.id, self.generation, runs, places))
+
     def _cancel_draft(self) -> None:
         draft = self._draft
         if draft is not None and not draft.cancelled and self.policy.cancellation:
@@ -331,9 +322,20 @@ class Machine:
                 self._plan_runs()
 
     def _plan_runs(self) -> None:
-        while nodes := self.policy.choose_run(self):
+        while nodes := self._placed(self.policy.choose_run(self)):
             speculative = len(nodes) > 1 or nodes[0] is not self.root
             self._start_run(nodes, Kind.SPECULATIVE if speculative else Kind.SINGLE)
+
+    def _placed(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        """Give each node of a run a slot; return the first ones for which there are enough."""
+        spare = self.spare_slots
+        for count, node in enumerate(nodes):
+            if node.slot == NO_SLOT:
+                if spare <= 0:
+                    return nodes[:count]
+                spare -= 1
+                self.tree.place(node)
+        return nodes
 
     def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
         run_id = self._run_ids
@@ -344,6 +346,7 @@ class Machine:
         chained = True
         for node in nodes:
             node.run = run_id
+            self._fresh.pop(node, None)
             if node.parent is None:
                 continue
             holder = node.parent.run
@@ -363,35 +366,28 @@ class Machine:
             tuple(nodes),
             parents=tuple(prefix.values()) if chained else (),
             picks=(1 if kind is Kind.PREFILL else len(nodes)) if last else 0,
+            started=self.now,
         )
         self.runs[run_id] = run
         self._waiting.add(run_id)
-        self._fresh = [node for node in self._fresh if node.run is None]
         self._commands.append(
             StartRun(self.request.id, self.generation, run_id, kind, batch_of(run.nodes), run.picks)
         )
 
-    def _start_draft(self, plan: DraftPlan, frontier: Sequence[Node]) -> None:
-        size = min(plan.size, max(0, self.spare_slots))
+    def _start_draft(self, plan: DraftPlan | TreePlan, frontier: Sequence[Node]) -> None:
+        spare = max(0, self.spare_slots - sum(node.slot == NO_SLOT for node in frontier))
+        size = min(plan.size, spare)
         if size == 0 and plan.size > 0:
             return
-        # The draft model must hold all that comes before: a tree's nodes by position
-        # have their parents first, and no frontier node is before another.
-        before: dict[int, Node] = {}
-        for leaf in frontier or [self.root]:
-            node = leaf.parent if frontier else leaf
-            while node is not None and not node.drafted and node.slot not in before:
-                before[node.slot] = node
-                node = node.parent
-        nodes = [*sorted(before.values(), key=lambda node: node.position), *frontier]
+        nodes = unevaluated(frontier, self.root)
         if not nodes:
             return
+        for node in nodes:
+            self.tree.place(node)
         slots = tuple(self.tree.slots.take() for _ in range(size))
-        draft = _DraftInFlight(
-            self._draft_ids, tuple(frontier), {node.slot: node for node in nodes}, slots
-        )
+        known = {node.slot: node for node in nodes}
+        draft = self._draft = Draft(self._draft_ids, tuple(frontier), known, slots)
         self._draft_ids += 1
-        self._draft = draft
         self._commands.append(
             StartDraft(
                 self.request.id,
@@ -415,7 +411,7 @@ class Machine:
             Which one does not hold.
         """
         live = [*self._committed(), *self.tree.speculation()]
-        held = [node.slot for node in live]
+        held = [node.slot for node in live if node.slot != NO_SLOT]
         if self._draft is not None:
             held.extend(self._draft.slots)
         assert len(held) == len(set(held)), "a slot is held twice"
@@ -428,6 +424,9 @@ class Machine:
                 continue
             assert node in node.parent.children, "parent and child don't know each other"
             assert not node.drafted or node.parent.drafted, "drafted without its prefix"
+            if node.slot == NO_SLOT:
+                assert not node.drafted and node.run is None, "evaluated without a slot"
+                assert not node.children, "a slot is needed to be anybody's parent"
             if node.run is not None:
                 assert node.parent.run is not None, "a run attends to what no run evaluates"
                 assert node.parent.run <= node.run, "a run attends to what comes after it"

@@ -13,6 +13,10 @@ from enum import StrEnum
 
 NO_PARENT = -1
 """The parent slot of the first token of a text."""
+NO_SLOT = -1
+"""The slot of a token that no model has evaluated yet."""
+LEFT_OUT = -1
+"""In a run's result: the token there was pruned on the way, so nothing was picked after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A token that the draft model proposes to follow the token in slot ``parent``."""
+    """A token that the draft model proposes to follow the token in slot ``parent``.
+
+    Its own ``slot`` is `NO_SLOT` where the draft model has not evaluated it and won't.
+    """
 
     token: int
     parent: int
@@ -93,7 +100,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """How far and how wide one draft may go.
+    """How far and how wide one draft may go, every branch by one token a pass.
 
     Attributes
     ----------
@@ -113,6 +120,40 @@ class DraftPlan:
     cutoff: float = 0.0
     split: float = 1.0
     branches: int = 1
+    last_position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlan:
+    """Grow a tree best-first: in each pass the tokens that the text reaches most likely.
+
+    Attributes
+    ----------
+    size : int
+        Most proposals to evaluate; what hangs below the last of them is proposed all the same.
+    passes : int
+        Most passes of the draft model.
+    breadth : int
+        Most tokens to extend in one pass.
+    width : int
+        Most choices to propose after one token.
+    floor : float
+        A second or later choice is proposed only if it is at least this probable.
+    chances : tuple of float, [frontier]
+        How likely the text reaches each frontier token.
+    calibration : tuple of float
+        What confidences of 0, 1/n, ..., 1 are worth; empty: themselves.
+    last_position : int, optional
+        No proposal lies behind this place in the text.
+    """
+
+    size: int
+    passes: int
+    breadth: int
+    width: int
+    floor: float
+    chances: tuple[float, ...]
+    calibration: tuple[float, ...] = ()
     last_position: int | None = None
 
 
@@ -142,10 +183,24 @@ class CancelRuns:
 
 
 @dataclass(frozen=True, slots=True)
+class Prune:
+    """Tell every stage to leave out these tokens of runs that go on without them.
+
+    ``tokens`` holds for each of the runs the places of the tokens in its batch.
+    """
+
+    request: int
+    generation: int
+    runs: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StartDraft:
     """Ask the drafter to evaluate ``batch`` and to extend the last ``frontier`` tokens of it.
 
-    ``slots`` are reserved for the proposals, used in order.
+    ``slots`` are reserved for the proposals (of a `TreePlan`: for those that it evaluates),
+    used in order.
     """
 
     request: int
@@ -154,7 +209,7 @@ class StartDraft:
     batch: Batch
     frontier: int
     slots: tuple[int, ...]
-    plan: DraftPlan
+    plan: DraftPlan | TreePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +238,15 @@ class Finish:
     reason: str
 
 
-Command = StartRun | CancelRuns | StartDraft | CancelDraft | Commit | Finish
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Report `Woken` at this time, in seconds on the clock of ``now``; replaces an earlier wish."""
+
+    request: int
+    time: float
+
+
+Command = StartRun | CancelRuns | Prune | StartDraft | CancelDraft | Commit | Finish | WakeAt
 
 # --- events -------------------------------------------------------------------
 
@@ -209,8 +272,8 @@ class RunDone:
     """A run has left the pipeline.
 
     ``tokens`` holds the target's pick after each of the run's last ``picks``
-    tokens, or is None for a run that a stage skipped. ``spans`` has one entry for
-    each stage.
+    tokens (`LEFT_OUT` after one that was pruned on the way), or is None for a run
+    that a stage skipped. ``spans`` has one entry for each stage.
     """
 
     request: int
@@ -239,4 +302,11 @@ class Stop:
     request: int
 
 
-Event = Begin | RunTaken | RunDone | Drafted | Stop
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """The time that `WakeAt` named has come."""
+
+    request: int
+
+
+Event = Begin | RunTaken | RunDone | Drafted | Stop | Woken

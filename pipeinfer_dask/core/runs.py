@@ -34,6 +34,8 @@ class RunFuture:
         cancelled, so is this run.
     picks : int
         The target picks a token after each of the last ``picks`` nodes.
+    started : float
+        When it was started, in seconds.
     live : int
         Nodes that can still become part of the text.
     status : {"pending", "finished", "cancelled"}
@@ -46,6 +48,7 @@ class RunFuture:
     nodes: tuple[Node, ...]
     parents: tuple[RunFuture, ...] = ()
     picks: int = 0
+    started: float = 0.0
     live: int = field(init=False)
     status: RunStatus = "pending"
     reason: CancelReason | None = None

@@ -9,10 +9,11 @@ its slot back, and the lowest free slot is used first, so the caches stay dense.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch, Origin
+from pipeinfer_dask.core.messages import NO_PARENT, NO_SLOT, Batch, Origin
 
 
 @dataclass(slots=True, eq=False)
@@ -21,8 +22,12 @@ class Node:
 
     Attributes
     ----------
+    slot : int
+        `NO_SLOT` until a model is to evaluate it.
     confidence : float
         Probability that the draft model gave it after its parent; 1 for a committed token.
+    reach : float
+        Logarithm of the chance that the text gets here from the prompt; only differences count.
     run : int or None
         The run that evaluates it on the target, once started.
     next : int or None
@@ -38,6 +43,7 @@ class Node:
     slot: int
     parent: Node | None
     confidence: float = 1.0
+    reach: float = 0.0
     run: int | None = None
     next: int | None = None
     drafted: bool = False
@@ -51,6 +57,11 @@ class Node:
             node = stack.pop()
             yield node
             stack.extend(reversed(node.children))
+
+
+def log_chance(probability: float) -> float:
+    """Return the logarithm of a probability; of zero, that of next to nothing."""
+    return math.log(max(probability, 1e-12))
 
 
 def batch_of(nodes: Sequence[Node]) -> Batch:
@@ -122,10 +133,16 @@ class Tree:
         self.root = self.prompt[-1]
 
     def add(self, parent: Node, token: int, slot: int, confidence: float) -> Node:
-        """Hang a drafted token below ``parent``; ``slot`` has been taken for it."""
-        node = Node(token, parent.position + 1, slot, parent, confidence)
+        """Hang a drafted token below ``parent``; ``slot``, if it has one, has been taken for it."""
+        reach = parent.reach + log_chance(confidence)
+        node = Node(token, parent.position + 1, slot, parent, confidence, reach)
         parent.children.append(node)
         return node
+
+    def place(self, node: Node) -> None:
+        """Give a node a slot, if it has none yet."""
+        if node.slot == NO_SLOT:
+            node.slot = self.slots.take()
 
     def advance(self) -> tuple[Origin, list[Node]]:
         """Commit the token that the target put after the root; it becomes the new root.
@@ -147,9 +164,11 @@ class Tree:
             origin = Origin.CORRECTED if old.children else Origin.PLAIN
         for node in pruned:
             node.alive = False
-            self.slots.give_back(node.slot)
+            if node.slot != NO_SLOT:
+                self.slots.give_back(node.slot)
         if kept is None:
-            kept = Node(token, old.position + 1, self.slots.take(), old)
+            kept = Node(token, old.position + 1, NO_SLOT, old, reach=old.reach)
+        self.place(kept)
         kept.confidence = 1.0
         old.children = [kept]
         self.root = kept

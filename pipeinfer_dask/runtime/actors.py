@@ -24,6 +24,7 @@ from pipeinfer_dask.core.messages import (
     CancelDraft,
     CancelRuns,
     Drafted,
+    Prune,
     RunTaken,
     StartDraft,
     StartRun,
@@ -240,6 +241,8 @@ class StageNode(Node[StageThread]):
     def _heed(self, message: Message) -> None:
         if isinstance(message, CancelRuns):
             self.thread.cancel(message)
+        elif isinstance(message, Prune):
+            self.thread.prune(message)
         elif isinstance(message, DialNext):
             self._dialling = self._loop.create_task(self._dial(message))
         else:

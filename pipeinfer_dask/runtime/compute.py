@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Generic, TypeVar
 
-from pipeinfer_dask.core.drafting import Expansion
+from pipeinfer_dask.core.drafting import expansion_of
 from pipeinfer_dask.core.messages import (
+    LEFT_OUT,
+    Batch,
     CancelDraft,
     CancelRuns,
     Drafted,
+    Prune,
     Span,
     StartDraft,
     StartRun,
@@ -39,15 +42,17 @@ class RunPass:
     Attributes
     ----------
     run : StartRun
-    hidden : ndarray, [n, hidden_size], or None
+    hidden : ndarray, [n - left out, hidden_size], or None
         None before the first stage, behind the last, and once the run is skipped.
-    tokens : tuple of int or None
-        The target's picks; only behind the last stage.
+    tokens : tuple of int, [picks], or None
+        The target's picks, `LEFT_OUT` where there is none; only behind the last stage.
     spans : tuple of Span
         One for each stage passed so far.
     skipped : bool
         A stage saw the run cancelled. It still travels to the end, without its
         payload, so that every stage and the driver see each run go by in order.
+    left_out : tuple of int
+        Places in the run's batch that were pruned on the way, ascending.
     """
 
     run: StartRun
@@ -55,10 +60,40 @@ class RunPass:
     tokens: tuple[int, ...] | None = None
     spans: tuple[Span, ...] = ()
     skipped: bool = False
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def batch(self) -> Batch:
+        """What is left of the run's batch."""
+        whole = self.run.batch
+        if not self.left_out:
+            return whole
+        kept = [place for place in range(len(whole)) if place not in self.left_out]
+        columns = (whole.tokens, whole.positions, whole.slots, whole.parents)
+        return Batch(*(tuple(column[place] for place in kept) for column in columns))
+
+    def without(self, places: Iterable[int]) -> RunPass:
+        """Return the same run, its hidden states too, without these places of its batch."""
+        left_out = tuple(sorted({*self.left_out, *places}))
+        if left_out == self.left_out:
+            return self
+        hidden = self.hidden
+        if hidden is not None:
+            held = [p for p in range(len(self.run.batch)) if p not in self.left_out]
+            hidden = hidden[[row for row, place in enumerate(held) if place not in left_out]]
+        return replace(self, hidden=hidden, left_out=left_out)
+
+    def whole_picks(self, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Return the picks with `LEFT_OUT` in the places of what was left out."""
+        if tokens is None or not self.left_out:
+            return tokens
+        picked = iter(tokens)
+        out = set(self.left_out)
+        return tuple(LEFT_OUT if p in out else next(picked) for p in range(len(self.run.batch)))
 
 
 class Cancellations:
-    """Numbers of runs (or drafts) that nobody waits for any more.
+    """Numbers of runs (or drafts), and places in runs, that nobody waits for any more.
 
     Written by whoever hears the control link, read by the compute thread before
     each layer. Keys are (generation, request, number): they only grow, so that an
@@ -68,6 +103,7 @@ class Cancellations:
     def __init__(self) -> None:
         self._lock = Lock()
         self._keys: set[tuple[int, int, int]] = set()
+        self._places: dict[tuple[int, int, int], set[int]] = {}
         self._passed = (-1, -1, -1)
 
     def add(self, generation: int, request: int, numbers: tuple[int, ...]) -> None:
@@ -75,16 +111,29 @@ class Cancellations:
             keys = ((generation, request, number) for number in numbers)
             self._keys.update(key for key in keys if key > self._passed)
 
+    def prune(self, generation: int, request: int, number: int, places: Iterable[int]) -> None:
+        """Leave out these places of a run's batch."""
+        key = (generation, request, number)
+        with self._lock:
+            if key > self._passed:
+                self._places.setdefault(key, set()).update(places)
+
+    def pruned(self, key: tuple[int, int, int]) -> frozenset[int]:
+        """Return the places of a run's batch that nobody waits for."""
+        with self._lock:
+            return frozenset(self._places.get(key, ()))
+
     def passed(self, key: tuple[int, int, int]) -> None:
         with self._lock:
             self._passed = key
             self._keys = {other for other in self._keys if other > key}
+            self._places = {other: p for other, p in self._places.items() if other > key}
 
     def __contains__(self, key: object) -> bool:
         return key in self._keys
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._keys) + len(self._places)
 
 
 class ComputeThread(ABC, Generic[ModelT, JobT]):
@@ -180,6 +229,10 @@ class StageThread(ComputeThread[Stage, RunPass]):
     def cancel(self, command: CancelRuns) -> None:
         self.cancelled.add(command.generation, command.request, command.runs)
 
+    def prune(self, command: Prune) -> None:
+        for run, places in zip(command.runs, command.tokens, strict=True):
+            self.cancelled.prune(command.generation, command.request, run, places)
+
     def _compute(self, model: Stage, job: RunPass) -> None:
         run = job.run
         key = (run.generation, run.request, run.run)
@@ -192,8 +245,12 @@ class StageThread(ComputeThread[Stage, RunPass]):
         began = time.monotonic()
         hidden, tokens, layers = None, None, 0
         if not job.skipped and not stopped():
-            output = model.run(run.batch, job.hidden, picks=run.picks, stopped=stopped)
+            job = job.without(self.cancelled.pruned(key))
+            # Only a run that picks after each of its tokens is ever pruned.
+            picks = run.picks - len(job.left_out)
+            output = model.run(job.batch, job.hidden, picks=picks, stopped=stopped)
             hidden, tokens, layers = output.hidden, output.tokens, output.layers
+            tokens = job.whole_picks(tokens)
         if self._closing:
             return  # nobody has cancelled this run: it must not look as if
         self.cancelled.passed(key)
@@ -239,7 +296,7 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
             return self._closing or key in self.cancelled
 
         began = time.monotonic()
-        expansion = Expansion(job)
+        expansion = expansion_of(job)
         passes = 0
         while (step := expansion.next_batch()) is not None:
             batch, frontier = step

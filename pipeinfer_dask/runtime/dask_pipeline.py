@@ -19,6 +19,7 @@ from pipeinfer_dask.core.messages import (
     CancelRuns,
     Drafted,
     Event,
+    Prune,
     RunDone,
     RunTaken,
     StartDraft,
@@ -177,7 +178,7 @@ class DaskPipeline:
         match command:
             case StartRun():
                 self.feed(RunPass(command))
-            case CancelRuns():
+            case CancelRuns() | Prune():
                 for stage in self._stages:
                     stage.send(command)
             case StartDraft() | CancelDraft():

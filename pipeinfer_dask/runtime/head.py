@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop
+from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop, WakeAt, Woken
 from pipeinfer_dask.runtime.generation import Generation
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.trace import Trace
@@ -37,6 +37,7 @@ class Head:
         self._current: Generation | None = None
         self._machine: Machine | None = None
         self._trace = Trace(pipeline.stages)
+        self._alarm: asyncio.TimerHandle | None = None
         self._guard = loop.create_task(self._outlive())
         pipeline.listen(self._report, self._lost)
 
@@ -105,12 +106,20 @@ class Head:
                         self._current = self._machine = None
                         generation.finish(command.reason, self._trace)
                         self._next()
+                    case WakeAt():
+                        self._wake_at(command)
                     case _:
                         self.pipeline.send(command)
         except Exception as error:  # a bug, but the caller must not wait for ever
             self._current = self._machine = None
             generation.fail(error)
             self._next()
+
+    def _wake_at(self, command: WakeAt) -> None:
+        """Set the one alarm; a loop's clock is the monotonic one, as ours is."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self.loop.call_at(command.time, self._report, Woken(command.request))
 
     def _lost(self, error: Exception) -> None:
         if self.lost is not None:

@@ -13,6 +13,7 @@ from pipeinfer_dask.core.messages import (
     CancelRuns,
     Drafted,
     Event,
+    Prune,
     RunDone,
     RunTaken,
     StartDraft,
@@ -109,6 +110,9 @@ class LocalPipeline:
             case CancelRuns():
                 for thread in self._threads:
                     thread.cancel(command)
+            case Prune():
+                for thread in self._threads:
+                    thread.prune(command)
             case StartDraft():
                 self._the_drafter.submit(command)
             case CancelDraft():

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from pipeinfer_dask.core.messages import CancelDraft, CancelRuns, Event, StartDraft, StartRun
+from pipeinfer_dask.core.messages import (
+    CancelDraft,
+    CancelRuns,
+    Event,
+    Prune,
+    StartDraft,
+    StartRun,
+)
 
-PipelineCommand = StartRun | CancelRuns | StartDraft | CancelDraft
+PipelineCommand = StartRun | CancelRuns | Prune | StartDraft | CancelDraft
 
 
 class Pipeline(Protocol):

@@ -27,10 +27,12 @@ from pipeinfer_dask.core.messages import (
     DraftPlan,
     Kind,
     Proposal,
+    Prune,
     RunTaken,
     Span,
     StartDraft,
     StartRun,
+    TreePlan,
 )
 from pipeinfer_dask.models.stage import HiddenStates
 from pipeinfer_dask.runtime.compute import RunPass
@@ -92,6 +94,7 @@ class Close:
 Message = (
     RunPass
     | CancelRuns
+    | Prune
     | StartDraft
     | CancelDraft
     | Drafted
@@ -117,6 +120,8 @@ class Envelope:
 
 Plain = tuple[Any, ...]
 
+_PLANS: tuple[type[DraftPlan] | type[TreePlan], ...] = (DraftPlan, TreePlan)
+
 _batch = attrgetter("tokens", "positions", "slots", "parents")
 _run = attrgetter("request", "generation", "run", "kind", "picks")
 _span = attrgetter("began", "ended", "layers")
@@ -124,23 +129,27 @@ _span = attrgetter("began", "ended", "layers")
 
 def _plain_run_pass(job: RunPass) -> Plain:
     spans = tuple(map(_span, job.spans))
-    return (*_run(job.run), _batch(job.run.batch), job.tokens, spans, job.skipped)
+    batch = _batch(job.run.batch)
+    return (*_run(job.run), batch, job.tokens, spans, job.skipped, job.left_out)
 
 
 def _run_pass(plain: Plain, hidden: HiddenStates | None = None) -> RunPass:
-    request, generation, run, kind, picks, batch, tokens, spans, skipped = plain
+    request, generation, run, kind, picks, batch, tokens, spans, skipped, left_out = plain
     start = StartRun(request, generation, run, Kind(kind), Batch(*batch), picks)
-    return RunPass(start, hidden, tokens, tuple(Span(*span) for span in spans), skipped)
+    return RunPass(start, hidden, tokens, tuple(Span(*span) for span in spans), skipped, left_out)
 
 
 def _plain_draft(draft: StartDraft) -> Plain:
     whole = attrgetter("request", "generation", "draft", "frontier", "slots")(draft)
-    return (*whole, _batch(draft.batch), _fields(DraftPlan)(draft.plan))
+    kind = type(draft.plan)
+    return (*whole, _batch(draft.batch), _PLANS.index(kind), _fields(kind)(draft.plan))
 
 
 def _draft(plain: Plain) -> StartDraft:
-    request, generation, draft, frontier, slots, batch, plan = plain
-    return StartDraft(request, generation, draft, Batch(*batch), frontier, slots, DraftPlan(*plan))
+    request, generation, draft, frontier, slots, batch, kind, plan = plain
+    return StartDraft(
+        request, generation, draft, Batch(*batch), frontier, slots, _PLANS[kind](*plan)
+    )
 
 
 def _plain_drafted(drafted: Drafted) -> Plain:
@@ -182,6 +191,7 @@ _CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], 
     (StartDraft, _plain_draft, _draft),
     (Drafted, _plain_drafted, _drafted),
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
+    _flat(Prune),
 )
 _RUN_PASS = 0
 _ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(_CODECS)}

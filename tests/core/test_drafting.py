@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeinfer_dask.core.drafting import Expansion
+from pipeinfer_dask.core.drafting import Expansion, expansion_of
 from pipeinfer_dask.core.messages import Batch, DraftPlan, Proposal, StartDraft
 
 
 def expansion(plan: DraftPlan, frontier: int = 1, positions: tuple[int, ...] = (3, 4)) -> Expansion:
     batch = Batch((10, 11), positions, (0, 1), (-1, 0))
-    return Expansion(StartDraft(0, 0, 0, batch, frontier, tuple(range(5, 5 + plan.size)), plan))
+    return expansion_of(StartDraft(0, 0, 0, batch, frontier, tuple(range(5, 5 + plan.size)), plan))
 
 
 def test_the_first_batch_is_what_the_drafter_lacks_and_only_its_end_is_extended() -> None:

@@ -15,12 +15,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeinfer_dask.core.policies import Iterative, PipeInfer, Policy, Speculative
+from pipeinfer_dask.core.policies import Adaptive, Iterative, PipeInfer, Policy, Speculative
 from tests.core.world import World, plain_text
 
 POLICIES: dict[str, Policy] = {
     "iterative": Iterative(),
     "speculative": Speculative(k=3),
+    "speculative with a tree": Speculative(k=5, depth=3, breadth=2),
     "pipeinfer": PipeInfer(),
     "pipeinfer with branches": PipeInfer(sequences=3, split=0.1, micro_batch=5),
     "pipeinfer with micro-batches of one": PipeInfer(micro_batch=1, cutoff=0.0),
@@ -28,6 +29,12 @@ POLICIES: dict[str, Policy] = {
     "not asynchronous": PipeInfer(asynchronous=False),
     "not continuous": PipeInfer(continuous=False),
     "not cancelling": PipeInfer(cancellation=False),
+    "adaptive": Adaptive(),
+    "adaptive with runs of one": Adaptive(micro_batch=1),
+    "adaptive with large runs": Adaptive(micro_batch=8, ramp=8, passes=3),
+    "adaptive with a chain": Adaptive(tree=False, calibrate=False),
+    "adaptive, not pruning": Adaptive(micro_batch=6, pruning=False),
+    "adaptive, not cancelling": Adaptive(micro_batch=6, cancellation=False),
     "nothing but speculation": PipeInfer(asynchronous=False, continuous=False, cancellation=False),
 }
 

@@ -15,6 +15,7 @@ from pipeinfer_dask.core.messages import (
     Command,
     Commit,
     Drafted,
+    DraftPlan,
     Kind,
     Origin,
     Proposal,
@@ -48,6 +49,11 @@ class Pipeline:
 
     def result(self, run: int, *tokens: int) -> list[Command]:
         return self.tell(RunDone(0, 0, run, tokens))
+
+    def cutoff(self) -> float:
+        plan = self.draft().plan
+        assert isinstance(plan, DraftPlan)
+        return plan.cutoff
 
     def draft(self) -> StartDraft:
         return next(c for c in reversed(self.commands) if isinstance(c, StartDraft))
@@ -149,12 +155,12 @@ def test_the_cutoff_rises_with_unconfirmed_runs_and_falls_with_empty_drafts() ->
     pipeline = Pipeline(PipeInfer(micro_batch=2, cutoff=0.4, recovery=0.1, decay=0.2))
     pipeline.result(0, 7)
     pipeline.answer()  # empty
-    assert pipeline.draft().plan.cutoff == pytest.approx(0.2)
+    assert pipeline.cutoff() == pytest.approx(0.2)
     pipeline.answer(8, 9)
-    assert pipeline.draft().plan.cutoff == pytest.approx(0.3)
+    assert pipeline.cutoff() == pytest.approx(0.3)
     pipeline.result(1, 8)
     pipeline.answer(10, 11)
-    assert pipeline.draft().plan.cutoff == pytest.approx(0.5)
+    assert pipeline.cutoff() == pytest.approx(0.5)
 
 
 def test_not_continuous_means_one_speculative_run_at_a_time() -> None:
@@ -211,7 +217,11 @@ def test_without_spare_slots_every_policy_decodes_plainly() -> None:
         ("fastest", {}, "unknown strategy 'fastest': choose one of iterative, speculative"),
         (["pipeinfer"], {}, "unknown strategy"),
         ("iterative", {"k": 2}, "'iterative' has no knob 'k': it has none"),
-        ("speculative", {"depth": 2}, "'speculative' has no knob 'depth': it has k"),
+        (
+            "speculative",
+            {"length": 2},
+            "'speculative' has no knob 'length': it has k, depth,",
+        ),
         ("speculative", {"k": 0}, "k must be a whole number of at least 1, not 0"),
         ("speculative", {"k": 2.5}, "k must be a whole number"),
         ("pipeinfer", {"micro_batch": True}, "micro_batch must be a whole number"),

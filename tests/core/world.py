@@ -12,9 +12,10 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 
-from pipeinfer_dask.core.drafting import Expansion
+from pipeinfer_dask.core.drafting import Expansion, expansion_of
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import (
+    LEFT_OUT,
     NO_PARENT,
     Batch,
     Begin,
@@ -26,11 +27,14 @@ from pipeinfer_dask.core.messages import (
     Event,
     Finish,
     Origin,
+    Prune,
     RunDone,
     RunTaken,
     StartDraft,
     StartRun,
     Stop,
+    WakeAt,
+    Woken,
 )
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.core.request import Request
@@ -40,6 +44,8 @@ Path = tuple[int, ...]
 GARBAGE: Path = (-1,)
 """What a cancelled run may attend to, where the run before it was skipped."""
 VOCABULARY = 7
+Queued = tuple[StartRun, bool, frozenset[int]]
+"""A run, whether it was skipped, and the places of its batch that were pruned."""
 
 
 def _digest(path: Path, salt: str) -> int:
@@ -110,9 +116,13 @@ class World:
         self.machine = Machine(self.request, policy)
         self.quality = quality
         self.stages = [Cache() for _ in range(stages)]
-        self.queues: list[deque[tuple[StartRun, bool]]] = [deque() for _ in range(stages)]
+        self.queues: list[deque[Queued]] = [deque() for _ in range(stages)]
         self.cancelled: list[set[int]] = [set() for _ in range(stages)]
         self.pending_cancels: list[deque[int]] = [deque() for _ in range(stages)]
+        self.pruned: list[dict[int, set[int]]] = [{} for _ in range(stages)]
+        self.pending_prunes: list[deque[Prune]] = [deque() for _ in range(stages)]
+        self.left_out = 0
+        self.wanted_wake = False
         self.taken: deque[int] = deque()
         self.done: deque[RunDone] = deque()
         self.draft_cache = Cache()
@@ -141,13 +151,18 @@ class World:
         self.commands.append(command)
         match command:
             case StartRun():
-                self.queues[0].append((command, False))
+                self.queues[0].append((command, False, frozenset()))
             case CancelRuns():
                 for pending in self.pending_cancels:
                     pending.extend(command.runs)
+            case Prune():
+                for prunes in self.pending_prunes:
+                    prunes.append(command)
+            case WakeAt():
+                self.wanted_wake = True
             case StartDraft():
                 assert self.draft is None, "two drafts at once"
-                self.draft = Expansion(command)
+                self.draft = expansion_of(command)
                 self.draft_cancelled = False
             case CancelDraft():
                 self.draft_cancelled = True
@@ -165,6 +180,10 @@ class World:
                 moves.append(lambda i=i: self.compute(i))  # type: ignore[misc]
             if self.pending_cancels[i]:
                 moves.append(lambda i=i: self.hear_cancel(i))  # type: ignore[misc]
+            if self.pending_prunes[i]:
+                moves.append(lambda i=i: self.hear_prune(i))  # type: ignore[misc]
+        if self.wanted_wake:
+            moves.append(self.wake)
         if self.taken:
             moves.append(lambda: self.tell(RunTaken(0, 0, self.taken.popleft())))
         if self.done:
@@ -174,21 +193,39 @@ class World:
         return moves
 
     def compute(self, i: int) -> None:
-        run, skipped = self.queues[i].popleft()
+        run, skipped, out = self.queues[i].popleft()
         if i == 0:
             self.taken.append(run.run)
         skipped = skipped or run.run in self.cancelled[i]
-        paths = [] if skipped else self.stages[i].write(run.batch)
+        out |= self.pruned[i].get(run.run, set())
+        kept = [place for place in range(len(run.batch)) if place not in out]
+        paths: dict[int, Path] = {}
+        if not skipped:
+            batch = run.batch
+            columns = (batch.tokens, batch.positions, batch.slots, batch.parents)
+            rest = Batch(*(tuple(column[place] for place in kept) for column in columns))
+            paths = dict(zip(kept, self.stages[i].write(rest), strict=True))
+            self.left_out += len(out)
         self.computed += not skipped
         self.skipped += skipped
         if i + 1 < len(self.stages):
-            self.queues[i + 1].append((run, skipped))
+            self.queues[i + 1].append((run, skipped, out))
             return
-        picked = tuple(target_token(path) for path in paths[len(paths) - run.picks :])
+        places = range(len(run.batch) - run.picks, len(run.batch))
+        picked = tuple(target_token(paths[p]) if p in paths else LEFT_OUT for p in places)
         self.done.append(RunDone(0, 0, run.run, None if skipped else picked))
 
     def hear_cancel(self, i: int) -> None:
         self.cancelled[i].add(self.pending_cancels[i].popleft())
+
+    def hear_prune(self, i: int) -> None:
+        prune = self.pending_prunes[i].popleft()
+        for run, places in zip(prune.runs, prune.tokens, strict=True):
+            self.pruned[i].setdefault(run, set()).update(places)
+
+    def wake(self) -> None:
+        self.wanted_wake = False
+        self.tell(Woken(0))
 
     def draft_step(self) -> None:
         draft = self.draft
@@ -202,14 +239,16 @@ class World:
         batch, frontier = step
         paths = self.draft_cache.write(batch)
         assert GARBAGE not in paths, "the draft model's cache is not what the machine thinks"
-        draft.grow([self._candidates(path) for path in paths[len(paths) - frontier :]])
+        ends = paths[len(paths) - frontier :]
+        draft.grow([self._candidates(path)[: draft.width] for path in ends])
 
     def _candidates(self, path: Path) -> list[tuple[int, float]]:
         truth = target_token(path)
         right = _digest(path, "draft") % 1000 < self.quality * 1000
         first = truth if right else (truth + 1) % VOCABULARY
         confidence = 0.5 + _digest(path, "confidence") % 500 / 1000
-        return [(first, confidence), ((first + 1) % VOCABULARY, 1 - confidence)]
+        others = [(first + rank) % VOCABULARY for rank in range(1, 4)]
+        return [(first, confidence), *((t, (1 - confidence) / 2**r) for r, t in enumerate(others))]
 
     def stop(self) -> None:
         self.tell(Stop(0))

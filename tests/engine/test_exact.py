@@ -15,12 +15,15 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 STRATEGIES: dict[str, dict[str, Any]] = {
     "iterative": {"strategy": "iterative"},
     "speculative": {"strategy": "speculative"},
+    "speculative, a tree": {"strategy": "speculative", "depth": 3},
     "pipeinfer": {"strategy": "pipeinfer"},
     "pipeinfer, a chain": {"strategy": "pipeinfer", "sequences": 1},
     "pipeinfer, a tree": {"strategy": "pipeinfer", "sequences": 3, "split": 0.05},
     "pipeinfer, synchronous": {"strategy": "pipeinfer", "asynchronous": False},
     "pipeinfer, not continuous": {"strategy": "pipeinfer", "continuous": False},
     "pipeinfer, nothing cancelled": {"strategy": "pipeinfer", "cancellation": False},
+    "adaptive": {"strategy": "adaptive"},
+    "adaptive, large runs": {"strategy": "adaptive", "micro_batch": 6, "ramp": 6},
 }
 # Every family with every quality, every family with every number of stages, and every
 # quality with every number of stages.

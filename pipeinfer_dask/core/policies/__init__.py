@@ -1,0 +1,54 @@
+"""The policies by name: what `strategy` means."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from pipeinfer_dask.core.policies.adaptive import Adaptive
+from pipeinfer_dask.core.policies.base import Policy
+from pipeinfer_dask.core.policies.iterative import Iterative
+from pipeinfer_dask.core.policies.pipeinfer import PipeInfer
+from pipeinfer_dask.core.policies.speculative import Speculative
+
+__all__ = [
+    "STRATEGIES",
+    "Adaptive",
+    "Iterative",
+    "PipeInfer",
+    "Policy",
+    "Speculative",
+    "make_policy",
+]
+
+STRATEGIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Iterative, Speculative, PipeInfer, Adaptive)
+}
+
+
+def make_policy(strategy: str, /, **knobs: Any) -> Policy:
+    """Return a fresh policy by name.
+
+    Parameters
+    ----------
+    strategy : str
+        One of `STRATEGIES`.
+    **knobs
+        The policy's own attributes.
+
+    Raises
+    ------
+    ValueError
+        If there is no such strategy, or it has no such knob, or a value is out of range.
+    """
+    try:
+        kind = STRATEGIES[strategy]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}"
+        ) from None
+    known = [knob.name for knob in fields(kind) if knob.init]  # type: ignore[arg-type]
+    if unknown := [name for name in knobs if name not in known]:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"strategy {strategy!r} has no knob {unknown[0]!r}: {has}")
+    return kind(**knobs)

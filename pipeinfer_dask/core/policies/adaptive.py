@@ -1,0 +1,245 @@
+"""`adaptive`: a token tree that grows where the text most likely goes, fed by measured costs.
+
+Three questions, each asked as late as possible:
+
+- *What to draft?* The tokens that the text reaches most likely and that the draft model
+  has not evaluated yet, several in one pass.
+- *What to run?* When the first stage is about to be free: the tokens that the text
+  reaches most likely and that are in no run yet. Depth and breadth compete on equal
+  terms: a second choice near the root wins over a first choice far below it when its
+  chance is the better one.
+- *How many in one run?* Each token more makes the run, and all behind it, slower on every
+  stage. So the size follows from what a token costs here (measured) and grows from run to
+  run behind a fresh start, when the first answers are needed soonest.
+
+Chances are products of the draft model's confidences, calibrated by what the target made
+of earlier ones. Where speculation turns out slower than plain decoding, it pauses.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pipeinfer_dask.core.calibration import Calibration, worth
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.messages import Kind, Origin, RunDone, TreePlan
+from pipeinfer_dask.core.pace import Pace
+from pipeinfer_dask.core.policies.base import (
+    DraftChoice,
+    Policy,
+    at_least,
+    depth_left,
+    fill_cache,
+    probability,
+)
+from pipeinfer_dask.core.runs import RunFuture
+from pipeinfer_dask.core.tree import Node, log_chance
+from pipeinfer_dask.core.trial import Trial
+
+LARGEST = 16
+"""Most tokens of one run, however cheap."""
+
+
+@dataclass(slots=True)
+class Adaptive(Policy):
+    """Ours: see the top of this file.
+
+    Attributes
+    ----------
+    micro_batch : int
+        Most tokens of a run; 0: as many as pay.
+    ramp : int
+        By so many tokens a run may be larger than the largest one before it in the pipeline.
+    passes, breadth, width : int
+        Of a draft: passes of the draft model, tokens extended in each, choices for each.
+    floor : float
+        A second choice less probable than this is not considered.
+    tree : bool
+        Whether second choices are considered at all. If not, there is one chain.
+    calibrate : bool
+        Whether confidences are calibrated. If not, they are taken at their word.
+    cancellation : bool
+        Cancel runs as soon as they are of no use. If not, they run to the end.
+    pruning : bool
+        Leave out of a run what has become useless, while the rest goes on.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of its range.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    micro_batch: int = 0
+    ramp: int = 2
+    passes: int = 2
+    breadth: int = 4
+    width: int = 4
+    floor: float = 0.01
+    tree: bool = True
+    calibrate: bool = True
+    cancellation: bool = True
+    pruning: bool = True
+    _pace: Pace = field(default_factory=Pace, init=False)
+    _calibration: Calibration = field(default_factory=Calibration, init=False)
+    _trial: Trial = field(default_factory=Trial, init=False)
+    _count: int = field(default=0, init=False)
+    # Heaps of (-reach, number, node). A node's reach never changes, and what the text has
+    # passed by comes up first and is dropped then.
+    _unevaluated: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
+    _ready: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
+    _on_first: RunFuture | None = field(default=None, init=False)
+    _first_free_at: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        at_least(self, "micro_batch", 0)
+        for name in ("ramp", "passes", "breadth", "width"):
+            at_least(self, name, 1)
+        probability(self, "floor")
+
+    # --- what to run ------------------------------------------------------------------
+
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        if machine.root_waits and not self._trial.speculate:
+            return [machine.root]
+        if machine.root_waits:
+            return self._grown([machine.root], self._largest(), machine)
+        if self._quiet(machine) or self.wake_at(machine) is not None:
+            return []
+        ahead = max((run.live for run in machine.runs.values() if not run.done()), default=0)
+        return self._grown([], min(self._largest(), ahead + self.ramp), machine)
+
+    def wake_at(self, machine: Machine) -> float | None:
+        """Return when the first stage is about to be free, if there is something to choose then."""
+        if self._quiet(machine):
+            return None
+        at = self._first_free_at - self._pace.trip / 2
+        return at if machine.now < at - 1e-9 else None
+
+    def _quiet(self, machine: Machine) -> bool:
+        """Whether there is nothing to choose a speculative run from, or no use in one now."""
+        waiting = machine.prefilling or not machine.has_room
+        return waiting or not machine.fresh or not self._trial.speculate
+
+    def _grown(self, nodes: list[Node], size: int, machine: Machine) -> list[Node]:
+        """Add the likeliest tokens to a run, each behind its parent, until it has this size."""
+        for node in nodes:
+            self._open_children(node)
+        size = min(size, len(nodes) + max(0, machine.spare_slots))
+        while self._ready and len(nodes) < size:
+            node = heapq.heappop(self._ready)[2]
+            if node.alive and node.run is None and node is not machine.root and node not in nodes:
+                nodes.append(node)
+                self._open_children(node)
+        nodes.sort(key=lambda node: node.position)
+        return nodes
+
+    def _largest(self) -> int:
+        """Return how many tokens of a run pay.
+
+        A token more makes the whole way through the pipeline longer, and what it adds becomes
+        less and less; in between lies an optimum that hardly depends on anything else. Found
+        by simulation: see docs/policies.md.
+        """
+        if self.micro_batch:
+            return self.micro_batch
+        pays = (0.35 + 0.6 / self._pace.stages) / max(self._pace.share, 1e-3)
+        return max(1, min(LARGEST, round(pays)))
+
+    def _open_children(self, node: Node) -> None:
+        for child in node.children:
+            if child.run is None:
+                heapq.heappush(self._ready, (-child.reach, self._next_number(), child))
+
+    def _next_number(self) -> int:
+        self._count += 1
+        return self._count
+
+    # --- what to draft ----------------------------------------------------------------
+
+    def choose_draft(self, machine: Machine) -> DraftChoice | None:
+        if machine.prefilling:
+            return fill_cache(machine)
+        if not self._trial.speculate:
+            return None
+        frontier = self._frontier(machine)
+        if not frontier or self._enough(machine, frontier[0]):
+            return None
+        root = machine.root.reach
+        plan = TreePlan(
+            size=self.breadth * (self.passes - 1),
+            passes=self.passes,
+            breadth=self.breadth,
+            width=self.width if self.tree else 1,
+            floor=self.floor,
+            chances=tuple(math.exp(node.reach - root) for node in frontier),
+            calibration=self._calibration.table if self.calibrate else (),
+        )
+        return plan, frontier
+
+    def _frontier(self, machine: Machine) -> list[Node]:
+        """Return what to extend next: the likeliest tokens that the draft model does not hold."""
+        root = machine.root
+        if not root.drafted:
+            return [root] if depth_left(machine, root) > 0 else []
+        chosen: list[Node] = []
+        kept: list[tuple[float, int, Node]] = []
+        while self._unevaluated and len(chosen) < self.breadth:
+            entry = heapq.heappop(self._unevaluated)
+            node = entry[2]
+            if not node.alive or node.drafted or node.position <= root.position:
+                continue
+            kept.append(entry)
+            assert node.parent is not None
+            if node.parent.drafted and depth_left(machine, node) > 0:
+                chosen.append(node)
+            elif len(kept) > 4 * self.breadth:
+                break
+        for entry in kept:
+            heapq.heappush(self._unevaluated, entry)
+        return chosen
+
+    def _enough(self, machine: Machine, likeliest: Node) -> bool:
+        """Whether the next two runs are known: no new token could get into them."""
+        count = 2 * self._largest()
+        if len(machine.fresh) < count:
+            return False
+        best = heapq.nlargest(count, (node.reach for node in machine.fresh))
+        return best[-1] >= likeliest.reach
+
+    # --- what it learns ------------------------------------------------------------------
+
+    def judged(self, proposed: Sequence[Node], token: int) -> None:
+        for node in proposed:
+            self._calibration.learn(node.confidence, node.token == token)
+
+    def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
+        table = self._calibration.table if self.calibrate else ()
+        for node in added:
+            assert node.parent is not None
+            node.reach = node.parent.reach + log_chance(worth(node.confidence, table))
+            number = self._next_number()
+            heapq.heappush(self._unevaluated, (-node.reach, number, node))
+            if node.parent.run is not None:
+                heapq.heappush(self._ready, (-node.reach, number, node))
+
+    def taken(self, machine: Machine, run: RunFuture) -> None:
+        pace = self._pace
+        if run.started >= self._first_free_at:
+            pace.taken_at_once(machine.now - run.started)
+        self._on_first = run
+        tokens = run.live if run.kind is not Kind.PREFILL else len(run.nodes)
+        self._first_free_at = machine.now - pace.trip / 2 + pace.stage_s(tokens)
+
+    def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
+        self._trial.committed(len(origins), machine.now, self._pace.latency)
+        if self._on_first is not None and self._on_first.cancelled():
+            self._first_free_at = machine.now  # it stops at its next layer
+
+    def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
+        if run.kind is not Kind.PREFILL:
+            self._pace.ran(len(run.nodes), machine.now - run.started, done.spans)

@@ -1,0 +1,101 @@
+"""What a policy is: what to run next, and what to draft next.
+
+A policy looks at the machine and chooses; it changes nothing. It is asked after
+every event, with what it was told in between. One policy object serves one
+request.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Self
+
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.messages import DraftPlan, Origin, RunDone, TreePlan
+from pipeinfer_dask.core.runs import RunFuture
+from pipeinfer_dask.core.tree import Node
+
+DraftChoice = tuple[DraftPlan | TreePlan, Sequence[Node]]
+"""How to draft, and which leaves of the tree to extend."""
+
+SHORT_PROMPT = 64
+"""Tokens that a draft model reads in about the time of one pass."""
+
+FILL_CACHE: DraftChoice = (DraftPlan(size=0), ())
+"""Let the draft model read the prompt while the target does."""
+
+
+class Policy(ABC):
+    """What a strategy is: two choices, and what it learns in between."""
+
+    name: ClassVar[str]
+    needs_draft: ClassVar[bool] = True
+    cancellation: bool = True
+    """Whether runs that nobody needs are cancelled (the paper's early inference cancellation)."""
+    pruning: bool = False
+    """Whether single tokens that nobody needs are left out of runs that go on."""
+
+    @abstractmethod
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        """Return the nodes of a run to start now, parents first; none to wait.
+
+        Called again until it returns none.
+        """
+
+    def choose_draft(self, machine: Machine) -> DraftChoice | None:
+        """Return what to draft now, or None. Called only while no draft is under way."""
+        return None
+
+    def fresh(self) -> Self:
+        """Return a policy with the same settings that has heard nothing yet."""
+        return replace(self)  # type: ignore[type-var]
+
+    def wake_at(self, machine: Machine) -> float | None:
+        """Return when to be asked again, should nothing happen before; None for never."""
+        return None
+
+    def judged(self, proposed: Sequence[Node], token: int) -> None:
+        """Hear which token the target put where the draft model had proposed these."""
+
+    def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
+        """Hear where the tokens that were just committed came from."""
+
+    def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
+        """Hear which tokens the last draft added to the tree, parents first."""
+
+    def taken(self, machine: Machine, run: RunFuture) -> None:
+        """Hear that the first stage has turned to a run."""
+
+    def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
+        """Hear of a run that has come to its end without being cancelled."""
+
+
+def fill_cache(machine: Machine) -> DraftChoice | None:
+    """Return what the draft model does before the first token: read a long prompt, if it's of use.
+
+    It reads a short one along with its first draft, at the cost of one pass either way.
+    """
+    long = len(machine.request.prompt) > SHORT_PROMPT
+    useful = not machine.root.drafted and depth_left(machine, machine.root) > 0
+    return FILL_CACHE if long and useful else None
+
+
+def depth_left(machine: Machine, node: Node) -> int:
+    """Return how many tokens below ``node`` could be of use."""
+    return machine.last_position - node.position
+
+
+def at_least(policy: Policy, name: str, least: int) -> None:
+    """Raise a ValueError unless this setting is a whole number of at least ``least``."""
+    value = getattr(policy, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def probability(policy: Policy, name: str) -> None:
+    """Raise a ValueError unless this setting is a number from 0 to 1."""
+    value = getattr(policy, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")

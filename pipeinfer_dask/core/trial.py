@@ -1,0 +1,81 @@
+"""Whether speculation pays: measured against plain decoding, in the same text.
+
+While tokens come clearly faster than a run takes from end to end, nothing needs to be
+tried. Where they don't (a draft model that is never right, or that takes the target's
+cores), a few tokens are decoded plainly. If these come faster, speculation pauses, for
+longer each time.
+"""
+
+from __future__ import annotations
+
+WINDOW = 24
+"""Tokens after which speculation is judged."""
+PROBE = 6
+"""Tokens that are decoded plainly to compare."""
+SETTLE = 2
+"""Tokens after a change that don't count: runs of before may still be in flight."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 64, 1024
+"""Tokens."""
+CLEARLY = 0.9
+"""Speculation is above suspicion while a token takes less than this share of a run's time."""
+
+
+class Trial:
+    """Hears of each commit, and says whether to speculate.
+
+    Attributes
+    ----------
+    speculate : bool
+    """
+
+    def __init__(self) -> None:
+        self.speculate = True
+        self._tokens = 0
+        self._since: float | None = None
+        self._length = WINDOW
+        self._settling = 0
+        self._pause = SHORTEST_PAUSE
+        self._speculating_s = 0.0
+        self._probing = False
+
+    def committed(self, tokens: int, now: float, latency: float) -> None:
+        """Take in a commit.
+
+        Parameters
+        ----------
+        tokens : int
+        now : float, seconds
+        latency : float, seconds
+            What a run takes from start to result, of late; 0 if that is not known.
+        """
+        if self._settling > 0 or self._since is None:
+            self._settling -= tokens
+            self._since = now
+            return
+        self._tokens += tokens
+        if self._tokens < self._length or latency == 0:
+            return
+        token_s = (now - self._since) / self._tokens
+        self._since = now
+        if self.speculate:
+            if token_s > CLEARLY * latency:
+                self._speculating_s = token_s
+                self._turn(speculate=False, length=PROBE)
+                self._probing = True
+            else:
+                self._pause = SHORTEST_PAUSE
+                self._turn(speculate=True, length=WINDOW)
+        elif self._probing and token_s < self._speculating_s:
+            self._turn(speculate=False, length=self._pause)
+            self._probing = False
+            self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+        else:
+            # Either plain decoding was no better, or the pause is over.
+            self._turn(speculate=True, length=self._pause if self._probing else WINDOW)
+            self._probing = False
+
+    def _turn(self, *, speculate: bool, length: int) -> None:
+        self._settling = 0 if speculate == self.speculate else SETTLE
+        self.speculate = speculate
+        self._length = length
+        self._tokens = 0

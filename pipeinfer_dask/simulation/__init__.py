@@ -1,0 +1,140 @@
+"""The same machine and policies in virtual time: what a pipeline would do, without one.
+
+`simulate` runs one request with a cost model and a synthetic target and draft; seconds of
+a large cluster take milliseconds here. Nothing of it is a second scheduler: see `world`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs_of_nodes
+from pipeinfer_dask.simulation.truth import SyntheticPair
+from pipeinfer_dask.simulation.world import World
+from pipeinfer_dask.trace import Metrics, Trace
+
+__all__ = [
+    "Costs",
+    "Curve",
+    "NodeDescription",
+    "Simulation",
+    "SyntheticPair",
+    "costs_of_nodes",
+    "simulate",
+]
+
+PROMPT_TOKENS = 16
+SLOTS = 2048
+"""Slots for speculation: enough for the widest tree in the longest pipeline."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A generation in virtual time.
+
+    Attributes
+    ----------
+    token_ids : list of int
+        Synthetic: ranks among the draft model's choices.
+    origins : list of Origin
+        Where each token came from.
+    finish_reason : {"length"}
+    strategy : str
+    costs : Costs
+    trace : Trace
+        As that of a real generation, in virtual seconds.
+    """
+
+    token_ids: list[int]
+    origins: list[Origin]
+    finish_reason: str
+    strategy: str
+    costs: Costs
+    trace: Trace
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """The figures, in virtual seconds."""
+        return self.trace.metrics()
+
+    def __repr__(self) -> str:
+        return (
+            f"Simulation(strategy={self.strategy!r}, stages={len(self.costs.stages)}, "
+            f"tokens={len(self.token_ids)}, tokens_per_s={self.metrics.tokens_per_s:.4g})"
+        )
+
+
+def simulate(
+    strategy: str | Policy = "adaptive",
+    *,
+    stages: int = 8,
+    acceptance: float = 0.8,
+    costs: Costs | None = None,
+    max_new_tokens: int = 200,
+    prompt_tokens: int = PROMPT_TOKENS,
+    seed: int = 0,
+    overconfidence: float = 0.0,
+    clairvoyant: bool = False,
+    **knobs: Any,
+) -> Simulation:
+    """Generate in virtual time.
+
+    Parameters
+    ----------
+    strategy : str or Policy
+        As for `Engine.generate`.
+    stages : int
+        Equal stages of 50 ms, unless ``costs`` says otherwise.
+    acceptance : float
+        Mean chance, from 0 to 1, that the draft model's first choice is the target's. At each
+        place it is drawn anew, from a Beta distribution.
+    costs : Costs, optional
+        What everything costs; then ``stages`` is left out. See `Costs.even`,
+        `costs_of_nodes` and `Engine.measure_costs`.
+    max_new_tokens, prompt_tokens : int
+    seed : int
+        Of the text and of the draft model's guesses; the same for all strategies.
+    overconfidence : float
+        0: the draft model's confidences are its chances.
+    clairvoyant : bool
+        The draft model knows which of its choices is right: a bound, not a strategy.
+    **knobs
+        The strategy's own settings.
+
+    Returns
+    -------
+    Simulation
+        With the trace and the metrics that a real generation has.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range, or strategy and knobs are not to be had.
+    """
+    counts: dict[str, Any] = {
+        "stages": stages,
+        "max_new_tokens": max_new_tokens,
+        "prompt_tokens": prompt_tokens,
+    }
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
+    if isinstance(strategy, Policy):
+        if knobs:
+            raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
+        policy = strategy.fresh()
+    else:
+        policy = make_policy(strategy, **knobs)
+    pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)
+    costs = costs if costs is not None else Costs.even(stages)
+    prompt = pair.text(prompt_tokens)
+    request = Request(0, prompt, max_new_tokens, prompt_tokens + max_new_tokens + SLOTS)
+    world = World(request, policy, costs, pair)
+    world.run()
+    assert world.finished is not None
+    return Simulation(world.tokens, world.origins, world.finished, policy.name, costs, world.trace)

@@ -1,0 +1,203 @@
+"""What a pipeline's parts cost in time: the cost model of the simulator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds that a pass takes, by the number of its tokens.
+
+    Attributes
+    ----------
+    seconds : tuple of float
+        For 1, 2, ... tokens. Beyond the last one each token costs as much more as the last
+        one did.
+    """
+
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.seconds or not all(0 <= s < math.inf for s in self.seconds):
+            raise ValueError(
+                f"expected the seconds of a pass of 1, 2, ... tokens, each at least 0 and finite, "
+                f"got {self.seconds!r}"
+            )
+
+    @classmethod
+    def line(cls, first: float, share: float = 0.0) -> Self:
+        """Return a curve where each token beyond the first adds ``share`` of the first's time."""
+        return cls((first, first * (1 + share)))
+
+    @classmethod
+    def roofline(cls, read_s: float, token_s: float) -> Self:
+        """Return the larger of two times: reading the weights, and computing each token.
+
+        Parameters
+        ----------
+        read_s : float
+            Seconds to read all weights once.
+        token_s : float
+            Seconds of arithmetic for each token.
+        """
+        # Up to the knee reading hides the arithmetic; behind it the line goes through zero.
+        knee = 1 if token_s == 0 else min(4096, max(1, math.ceil(read_s / token_s)))
+        return cls(tuple(max(read_s, n * token_s) for n in range(1, knee + 3)))
+
+    def __call__(self, tokens: int) -> float:
+        """Return the seconds of a pass of ``tokens`` tokens, at least 1."""
+        known = len(self.seconds)
+        if tokens <= known:
+            return self.seconds[tokens - 1]
+        slope = self.seconds[-1] - self.seconds[-2] if known > 1 else 0.0
+        return self.seconds[-1] + (tokens - known) * max(0.0, slope)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What one pipeline costs.
+
+    Attributes
+    ----------
+    stages : tuple of Curve, [stages]
+        A run's time on each stage.
+    draft : Curve
+        A pass of the draft model.
+    hop_s : float
+        Seconds from one node to the next, whatever the size.
+    bandwidth : float
+        Bytes a second over each hop.
+    token_bytes : int
+        Hidden states of one token.
+    layers : int
+        Decoder layers of each stage: a cancelled run stops at the next one.
+    """
+
+    stages: tuple[Curve, ...]
+    draft: Curve
+    hop_s: float = 0.0
+    bandwidth: float = math.inf
+    token_bytes: int = 0
+    layers: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("expected at least one stage, got none")
+        if not 0 <= self.hop_s < math.inf:
+            raise ValueError(f"expected hop_s of at least 0 seconds, got {self.hop_s!r}")
+        if not self.bandwidth > 0:
+            raise ValueError(f"expected a bandwidth above 0 bytes a second, got {self.bandwidth!r}")
+        if self.token_bytes < 0 or self.layers < 1:
+            raise ValueError(
+                f"expected token_bytes of at least 0 and at least 1 layer, got "
+                f"{self.token_bytes!r} and {self.layers!r}"
+            )
+
+    @classmethod
+    def even(
+        cls,
+        stages: int,
+        *,
+        stage_s: float = 0.05,
+        token_cost: float = 0.05,
+        draft_cost: float = 0.15,
+        draft_token_cost: float = 0.05,
+        hop_cost: float = 0.02,
+        bandwidth: float = math.inf,
+        token_bytes: int = 0,
+        layers: int = 8,
+    ) -> Self:
+        """Return the costs of ``stages`` equal stages, relative to the time of one.
+
+        Parameters
+        ----------
+        stages : int
+        stage_s : float
+            Seconds of a one-token run on one stage.
+        token_cost : float
+            What each further token of a run adds, as a share of ``stage_s``.
+        draft_cost : float
+            A one-token pass of the draft model, as a share of ``stage_s``.
+        draft_token_cost : float
+            What each further token of a pass adds, as a share of that.
+        hop_cost : float
+            The latency of a hop, as a share of ``stage_s``.
+        bandwidth, token_bytes, layers
+            As the attributes.
+        """
+        return cls(
+            (Curve.line(stage_s, token_cost),) * stages,
+            Curve.line(draft_cost * stage_s, draft_token_cost),
+            hop_cost * stage_s,
+            bandwidth,
+            token_bytes,
+            layers,
+        )
+
+    def hop(self, tokens: int) -> float:
+        """Return the seconds for which a run of ``tokens`` tokens occupies a link."""
+        return tokens * self.token_bytes / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDescription:
+    """A machine, as a data sheet gives it.
+
+    Attributes
+    ----------
+    memory_bandwidth : float
+        Bytes a second.
+    flops : float
+        Operations a second.
+    """
+
+    memory_bandwidth: float
+    flops: float
+
+
+def costs_of_nodes(
+    nodes: Sequence[NodeDescription],
+    *,
+    weight_bytes: float,
+    draft_node: NodeDescription,
+    draft_weight_bytes: float,
+    bytes_per_weight: float = 2.0,
+    hop_s: float = 0.0,
+    bandwidth: float = math.inf,
+    token_bytes: int = 0,
+    layers: int = 8,
+) -> Costs:
+    """Return what an even split of a model would cost on real nodes.
+
+    A pass takes the larger of two times: reading the weights once, and two operations for
+    each weight and token.
+
+    Parameters
+    ----------
+    nodes : sequence of NodeDescription, [stages]
+    weight_bytes : float
+        Bytes of the whole target; each stage holds an equal share.
+    draft_node : NodeDescription
+    draft_weight_bytes : float
+    bytes_per_weight : float
+    hop_s, bandwidth, token_bytes, layers
+        As those of `Costs`.
+    """
+
+    def curve(node: NodeDescription, size: float) -> Curve:
+        return Curve.roofline(
+            size / node.memory_bandwidth, 2 * size / bytes_per_weight / node.flops
+        )
+
+    return Costs(
+        tuple(curve(node, weight_bytes / len(nodes)) for node in nodes),
+        curve(draft_node, draft_weight_bytes),
+        hop_s,
+        bandwidth,
+        token_bytes,
+        layers,
+    )

@@ -1,0 +1,302 @@
+"""Virtual time: stages, links and a drafter that cost what a cost model says.
+
+The machine, its policies and the growing of drafts are the very ones that drive real
+clusters. What this world adds is only when things happen.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeinfer_dask.core.drafting import Expansion, expansion_of
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.messages import (
+    LEFT_OUT,
+    Begin,
+    CancelDraft,
+    CancelRuns,
+    Commit,
+    Drafted,
+    Event,
+    Finish,
+    Origin,
+    Prune,
+    RunDone,
+    RunTaken,
+    Span,
+    StartDraft,
+    StartRun,
+    WakeAt,
+    Woken,
+)
+from pipeinfer_dask.core.policies import Policy
+from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.simulation.costs import Costs
+from pipeinfer_dask.simulation.truth import Places, SyntheticPair
+from pipeinfer_dask.trace import Trace
+
+
+class Clock:
+    """Virtual seconds, and what will happen when."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._numbers = itertools.count()
+        self._agenda: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+
+    def after(self, delay: float, what: Callable[..., None], *arguments: object) -> None:
+        """Have ``what(*arguments)`` happen in ``delay`` seconds, behind all that was due then."""
+        entry = (self.now + delay, next(self._numbers), what, arguments)
+        heapq.heappush(self._agenda, entry)
+
+    def run(self) -> None:
+        """Let everything happen, until nothing is left."""
+        while self._agenda:
+            self.now, _, what, arguments = heapq.heappop(self._agenda)
+            what(*arguments)
+
+
+class World:
+    """One request in virtual time.
+
+    Parameters
+    ----------
+    request : Request
+    policy : Policy
+    costs : Costs
+    pair : SyntheticPair
+
+    Attributes
+    ----------
+    trace : Trace
+    tokens : list of int
+    origins : list of Origin
+    finished : str or None
+    """
+
+    def __init__(self, request: Request, policy: Policy, costs: Costs, pair: SyntheticPair) -> None:
+        self.trace = Trace(len(costs.stages))
+        self.tokens: list[int] = []
+        self.origins: list[Origin] = []
+        self.finished: str | None = None
+        self._machine = Machine(request, policy)
+        self._costs = costs
+        self._clock = Clock()
+        self._wakes = 0
+        places = Places(pair)
+
+        def pick(passing: _Passing) -> None:
+            """Take what has passed the last stage to the client."""
+            run, out = passing.run, passing.left_out
+            tokens: tuple[int, ...] | None = None
+            if not passing.skipped:
+                reached = places.take(run.batch)
+                picked = map(pair.target, reached[len(reached) - run.picks :])
+                tokens = tuple(LEFT_OUT if i in out else token for i, token in enumerate(picked))
+            spans = tuple(passing.spans)
+            self._tell_later(RunDone(run.request, run.generation, run.run, tokens, spans))
+
+        onward = pick
+        self._stages: list[_Stage] = []
+        for index in reversed(range(len(costs.stages))):
+            taken = self._taken if index == 0 else None
+            stage = _Stage(self._clock, costs, index, onward, taken)
+            self._stages.insert(0, stage)
+            onward = stage.send
+        self._drafter = _Drafter(self._clock, costs, pair, self._tell_later)
+
+    def run(self) -> None:
+        """Live from the request's begin until nothing happens any more."""
+        self._tell(Begin(self._machine.request.id))
+        self._clock.run()
+
+    def _tell(self, event: Event) -> None:
+        """Hand an event to the machine, and carry out what it answers."""
+        clock, hop = self._clock, self._costs.hop_s
+        self.trace.add(clock.now, event)
+        for command in self._machine.handle(event, clock.now):
+            self.trace.add(clock.now, command)
+            match command:
+                case StartRun():
+                    # Token ids alone: nothing that would occupy a link.
+                    clock.after(hop, self._stages[0].arrive, _Passing(command))
+                case CancelRuns():
+                    for stage in self._stages:
+                        clock.after(hop, stage.cancel, command)
+                case Prune():
+                    for stage in self._stages:
+                        clock.after(hop, stage.prune, command)
+                case StartDraft():
+                    clock.after(hop, self._drafter.start, command)
+                case CancelDraft():
+                    clock.after(hop, self._drafter.cancel, command)
+                case Commit():
+                    self.tokens.extend(command.tokens)
+                    self.origins.extend(command.origins)
+                case WakeAt():
+                    self._wakes += 1
+                    clock.after(max(0.0, command.time - clock.now), self._wake, self._wakes)
+                case Finish():
+                    self.finished = command.reason
+
+    def _tell_later(self, event: Event) -> None:
+        self._clock.after(self._costs.hop_s, self._tell, event)
+
+    def _taken(self, run: StartRun) -> None:
+        self._tell_later(RunTaken(run.request, run.generation, run.run))
+
+    def _wake(self, wake: int) -> None:
+        if wake == self._wakes and self.finished is None:
+            self._tell(Woken(self._machine.request.id))
+
+
+@dataclass(slots=True)
+class _Passing:
+    """A run on its way through the stages."""
+
+    run: StartRun
+    spans: list[Span] = field(default_factory=list)
+    skipped: bool = False
+    left_out: set[int] = field(default_factory=set)
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.skipped else len(self.run.batch) - len(self.left_out)
+
+
+class _Stage:
+    """Takes one run at a time, in order, and sends it on; the link behind it is its own."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        costs: Costs,
+        index: int,
+        onward: Callable[[_Passing], None],
+        taken: Callable[[StartRun], None] | None,
+    ) -> None:
+        self._clock = clock
+        self._costs = costs
+        self._curve = costs.stages[index]
+        self._onward = onward
+        self._taken = taken
+        self._queue: deque[_Passing] = deque()
+        self._computing: _Passing | None = None
+        self._began = self._ends = 0.0
+        self._layers = 0
+        self._plans = 0
+        """Counts the ends that were planned: a cancellation plans an earlier one."""
+        self._cancelled: set[int] = set()
+        self._pruned: dict[int, set[int]] = {}
+        self._link_free = 0.0
+
+    def send(self, passing: _Passing) -> None:
+        """Bring a run over the link to here: one message at a time occupies it."""
+        clock = self._clock
+        self._link_free = max(clock.now, self._link_free) + self._costs.hop(passing.tokens)
+        clock.after(self._link_free - clock.now + self._costs.hop_s, self.arrive, passing)
+
+    def arrive(self, passing: _Passing) -> None:
+        self._queue.append(passing)
+        self._turn_to_next()
+
+    def cancel(self, command: CancelRuns) -> None:
+        self._cancelled.update(command.runs)
+        passing, now = self._computing, self._clock.now
+        if passing is None or passing.skipped or passing.run.run not in self._cancelled:
+            return
+        # It stops before its next layer.
+        passing.skipped = True
+        layer_s = (self._ends - self._began) / self._costs.layers
+        if layer_s > 0:
+            self._layers = min(self._layers, math.ceil((now - self._began) / layer_s))
+            self._plan_end(max(now, self._began + self._layers * layer_s))
+
+    def prune(self, command: Prune) -> None:
+        for run, tokens in zip(command.runs, command.tokens, strict=True):
+            self._pruned.setdefault(run, set()).update(tokens)
+
+    def _turn_to_next(self) -> None:
+        while self._computing is None and self._queue:
+            passing, now = self._queue.popleft(), self._clock.now
+            number = passing.run.run
+            if self._taken is not None:
+                self._taken(passing.run)
+            if passing.skipped or number in self._cancelled:
+                passing.skipped = True
+                passing.spans.append(Span(now, now, 0))
+                self._onward(passing)
+                continue
+            passing.left_out |= self._pruned.get(number, set())
+            self._computing = passing
+            self._began, self._layers = now, self._costs.layers
+            self._plan_end(now + self._curve(passing.tokens))
+
+    def _plan_end(self, ends: float) -> None:
+        self._ends = ends
+        self._plans += 1
+        self._clock.after(ends - self._clock.now, self._end, self._plans)
+
+    def _end(self, plan: int) -> None:
+        passing = self._computing
+        if plan != self._plans or passing is None:
+            return  # the run was cut short
+        self._computing = None
+        passing.spans.append(Span(self._began, self._clock.now, self._layers))
+        self._onward(passing)
+        self._turn_to_next()
+
+
+class _Drafter:
+    """The draft model: grows one draft at a time, pass by pass."""
+
+    def __init__(
+        self, clock: Clock, costs: Costs, pair: SyntheticPair, tell: Callable[[Event], None]
+    ) -> None:
+        self._clock = clock
+        self._costs = costs
+        self._pair = pair
+        self._tell = tell
+        self._places = Places(pair)
+        self._cancelled: set[int] = set()
+        self._began = 0.0
+        self._passes = 0
+
+    def start(self, draft: StartDraft) -> None:
+        self._began, self._passes = self._clock.now, 0
+        self._next_pass(expansion_of(draft))
+
+    def cancel(self, command: CancelDraft) -> None:
+        # A pass that has begun is computed to its end: draft models are small.
+        self._cancelled.add(command.draft)
+
+    def _next_pass(self, expansion: Expansion) -> None:
+        draft = expansion.draft
+        step = expansion.next_batch()
+        if step is not None and draft.draft not in self._cancelled:
+            self._clock.after(self._costs.draft(len(step[0])), self._end_pass, expansion)
+            return
+        self._tell(
+            Drafted(
+                draft.request,
+                draft.generation,
+                draft.draft,
+                tuple(expansion.proposals),
+                tuple(expansion.evaluated),
+                Span(self._began, self._clock.now, self._passes),
+            )
+        )
+
+    def _end_pass(self, expansion: Expansion) -> None:
+        step = expansion.next_batch()
+        assert step is not None
+        batch, frontier = step
+        self._passes += 1
+        ends = self._places.take(batch)[len(batch) - frontier :]
+        expansion.grow([self._pair.candidates(place, expansion.width) for place in ends])
+        self._next_pass(expansion)
