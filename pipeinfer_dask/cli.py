@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipeinfer_dask.engine import Engine, Result
     from pipeinfer_dask.runtime.admission import Admission
 
-BENCHES = {"hop": "run_hop_bench", "head": "run_head_bench", "ttft": "run_ttft_bench"}
-"""Suites of `pipeinfer_dask.bench`: the module, and the function in it."""
+SUITES = ("ablation", "head", "hop", "policies", "ttft")
+"""Modules of `pipeinfer_dask.bench`, each with a function ``run_SUITE_bench``."""
 
 
 class Failure(click.ClickException):
@@ -120,7 +120,7 @@ def demo(
 
     console.print(terminal.legend())
     console.print()
-    console.print(terminal.table(results))
+    console.print(terminal.table([(r.strategy, r.metrics) for r in results]))
     console.print("cancelled: invalid + superfluous (still in flight at the end of the text)")
     different = [result for result in results if result.token_ids != results[0].token_ids]
     if different:
@@ -140,7 +140,7 @@ def demo(
 @click.argument("prompt")
 @click.option("--target", help="Directory or hub name of the target. By default the embedded one.")
 @click.option("--draft", help="Directory or hub name of the draft.")
-@click.option("--strategy", help="By default pipeinfer, or iterative where there is no draft.")
+@click.option("--strategy", help="By default adaptive, or iterative where there is no draft.")
 @click.option(
     "--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A setting of the strategy."
 )
@@ -204,16 +204,96 @@ def generate(
     else:
         from pipeinfer_dask import terminal
 
-        console.print(terminal.table([result]))
+        console.print(terminal.table([(result.strategy, result.metrics)]))
 
 
 @main.command()
-@click.argument("suite", type=click.Choice(sorted(BENCHES)))
+@click.option("--stages", default=8, show_default=True, help="Equal stages.")
+@click.option(
+    "--acceptance", default=0.8, show_default=True, help="Mean chance of the draft's first choice."
+)
+@click.option("--stage-ms", default=50.0, show_default=True, help="A one-token run on a stage.")
+@click.option(
+    "--token-cost", default=0.05, show_default=True, help="Each further token, relative to that."
+)
+@click.option(
+    "--draft-cost", default=0.15, show_default=True, help="A draft pass, relative to that."
+)
+@click.option("--hop-cost", default=0.02, show_default=True, help="A hop, relative to that.")
+@click.option("--strategy", "strategies", multiple=True, help="May be given several times.")
+@click.option("--max-new-tokens", default=200, show_default=True, help="Tokens to generate.")
+@click.option("--seed", default=0, show_default=True, help="Of the synthetic text.")
+@click.option("--timeline/--no-timeline", default=True, help="Draw who worked on what, and when.")
+@as_json
+def simulate(
+    stages: int,
+    acceptance: float,
+    stage_ms: float,
+    token_cost: float,
+    draft_cost: float,
+    hop_cost: float,
+    strategies: tuple[str, ...],
+    max_new_tokens: int,
+    seed: int,
+    timeline: bool,
+    as_json: bool,
+) -> None:
+    """Show in virtual time what each strategy would do on a pipeline that you describe."""
+    from pipeinfer_dask import timeline as pictures
+    from pipeinfer_dask.core.policies import STRATEGIES
+    from pipeinfer_dask.simulation import Costs, best_chain
+    from pipeinfer_dask.simulation import simulate as run
+    from pipeinfer_dask.terminal import table
+
+    costs = Costs.even(
+        stages,
+        stage_s=stage_ms / 1e3,
+        token_cost=token_cost,
+        draft_cost=draft_cost,
+        hop_cost=hop_cost,
+    )
+    world: dict[str, Any] = {
+        "acceptance": acceptance,
+        "costs": costs,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    results = {}
+    for name in strategies or tuple(STRATEGIES):
+        results[f"{name} k=4" if name == "speculative" else name] = run(name, **world)
+        if name == "speculative":
+            best = best_chain(**world)
+            results[f"{name} k={best}, best"] = run(name, k=best, **world)
+    console = _console(as_json)
+    for label, result in results.items():
+        if timeline:
+            console.rule(label, align="left")
+            console.print(pictures.draw(result.trace, max(20, console.width - 10)), no_wrap=True)
+    if timeline:
+        console.print(pictures.legend())
+        console.print()
+    console.print(table([(label, result.metrics) for label, result in results.items()]))
+    console.print("cancelled: invalid + superfluous. All figures are of virtual time.")
+    if as_json:
+        rows = [
+            {
+                "strategy": result.strategy,
+                "label": label,
+                "token_ids": result.token_ids,
+                "metrics": result.metrics.to_dict(),
+            }
+            for label, result in results.items()
+        ]
+        click.echo(json.dumps({"results": rows}))
+
+
+@main.command()
+@click.argument("suite", type=click.Choice(SUITES))
 @as_json
 def bench(suite: str, as_json: bool) -> None:
     """Measure one part on this machine. The last line of stdout is one JSON object."""
     measure: Callable[[], dict[str, Any]] = getattr(
-        import_module(f"pipeinfer_dask.bench.{suite}"), BENCHES[suite]
+        import_module(f"pipeinfer_dask.bench.{suite}"), f"run_{suite}_bench"
     )
     report = measure()
     if not as_json:

@@ -264,8 +264,8 @@ class Engine:
             Text, or token ids.
         max_new_tokens : int
         strategy : str or Policy, optional
-            ``"iterative"``, ``"speculative"`` or ``"pipeinfer"``; by default ``"pipeinfer"``,
-            or ``"iterative"`` for an engine without a draft.
+            ``"iterative"``, ``"speculative"``, ``"pipeinfer"`` or ``"adaptive"``; by default
+            ``"adaptive"``, or ``"iterative"`` for an engine without a draft.
         **knobs
             The strategy's own settings, such as ``micro_batch``; see
             `pipeinfer_dask.core.policies`.

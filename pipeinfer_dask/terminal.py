@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeinfer_dask.core.messages import Origin
-from pipeinfer_dask.engine import Generation, Result
-from pipeinfer_dask.engine import Progress as LoadProgress
+from pipeinfer_dask.trace import Metrics
+
+if TYPE_CHECKING:  # for the names alone: what only shows figures need not wait for torch
+    from pipeinfer_dask.engine import Generation
+    from pipeinfer_dask.engine import Progress as LoadProgress
 
 # Never by colour alone: accepted tokens are underlined too.
 STYLES = {
@@ -71,8 +75,8 @@ def stream(console: Console, prompt: str, generation: Generation) -> None:
         console.print()
 
 
-def table(results: Sequence[Result]) -> Table:
-    """Return the figures of each result, a row a strategy."""
+def table(results: Sequence[tuple[str, Metrics]]) -> Table:
+    """Return the figures of each strategy, a row for one (its name, metrics)."""
     view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     view.add_column("strategy", no_wrap=True)
     for heading in (
@@ -85,19 +89,24 @@ def table(results: Sequence[Result]) -> Table:
         "stages busy",
     ):
         view.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        metrics = result.metrics
+    for strategy, metrics in results:
         view.add_row(
-            result.strategy,
+            strategy,
             _figure(metrics.tokens_per_s, "{:.1f}"),
             _figure(metrics.ttft_s, "{:.1f}", 1e3),
             _figure(metrics.itl_s, "{:.1f}", 1e3),
             _figure(metrics.acceptance_rate, "{:.0f}%", 100),
             str(metrics.runs),
             f"{metrics.runs_cancelled_invalid} + {metrics.runs_cancelled_superfluous}",
-            " ".join(f"{share:.0%}" for share in metrics.stage_utilization),
+            _shares(metrics.stage_utilization),
         )
     return view
+
+
+def _shares(shares: Sequence[float]) -> str:
+    """Return each stage's share; of a long pipeline the first's and the last's."""
+    ends = shares if len(shares) <= 3 else (shares[0], shares[-1])
+    return (" " if len(shares) <= 3 else " .. ").join(f"{share:.0%}" for share in ends)
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -6,8 +6,10 @@ that it gave, with the time. All figures are folds over it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from pipeinfer_dask.core.messages import (
@@ -36,6 +38,8 @@ class Metrics:
         Seconds from the start to the first token.
     itl_s : float or None
         Mean seconds between tokens after the first.
+    itl_p95_s : float or None
+        The 95th percentile of the seconds between tokens; tokens of one commitment come at once.
     tokens_per_s : float or None
         Generated tokens by the seconds from the start to the last of them (wall time).
     generated_tokens : int
@@ -66,6 +70,7 @@ class Metrics:
 
     ttft_s: float | None
     itl_s: float | None
+    itl_p95_s: float | None
     tokens_per_s: float | None
     generated_tokens: int
     drafted_tokens: int
@@ -108,6 +113,7 @@ class Trace:
         began = next((time for time, what in self.records if isinstance(what, Begin)), 0.0)
         commits = [(time, what) for time, what in self.records if isinstance(what, Commit)]
         origins = [origin for _, commit in commits for origin in commit.origins]
+        times = [time for time, commit in commits for _ in commit.tokens]
         generated = len(origins)
         first, last = (commits[0][0], commits[-1][0]) if commits else (began, began)
         accepted = origins.count(Origin.ACCEPTED)
@@ -149,6 +155,7 @@ class Trace:
         return Metrics(
             ttft_s=first - began if commits else None,
             itl_s=(last - first) / (generated - 1) if generated > 1 else None,
+            itl_p95_s=_percentile_95(times),
             tokens_per_s=generated / (last - began) if last > began else None,
             generated_tokens=generated,
             drafted_tokens=drafted,
@@ -170,6 +177,12 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def _percentile_95(times: list[float]) -> float | None:
+    """Return the 95th percentile of the differences between neighbours, None without any."""
+    gaps = sorted(after - before for before, after in pairwise(times))
+    return gaps[max(0, math.ceil(0.95 * len(gaps)) - 1)] if gaps else None
 
 
 def _share(spans: list[Span], began: float, ended: float) -> float:

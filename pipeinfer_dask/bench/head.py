@@ -1,97 +1,92 @@
-"""How long the machine takes for an event while many drafted tokens are in flight."""
+"""How long the machine takes for an event, from small trees to huge ones.
+
+The simulator supplies the events: a target that nearly always agrees with its draft, in
+pipelines so long that thousands of drafted tokens are in flight.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import (
-    Begin,
-    CancelDraft,
-    Command,
-    Drafted,
-    Event,
-    Proposal,
-    RunDone,
-    RunTaken,
-    StartDraft,
-    StartRun,
-)
-from pipeinfer_dask.core.policies import PipeInfer
+from pipeinfer_dask.core.messages import Command, Event
+from pipeinfer_dask.core.policies import Policy, make_policy
 from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.simulation import Costs, SyntheticPair
+from pipeinfer_dask.simulation.world import World
 
-NEW_TOKENS = 2000
+SETUPS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("pipeinfer", 4, {"micro_batch": 4}),
+    ("pipeinfer", 32, {"micro_batch": 4}),
+    ("pipeinfer", 256, {"micro_batch": 16}),
+    ("adaptive", 4, {"micro_batch": 4}),
+    ("adaptive", 16, {"micro_batch": 8}),
+    ("adaptive", 64, {"micro_batch": 16}),
+    ("adaptive", 256, {"micro_batch": 16}),
+)
+"""Strategy, stages and settings of each row."""
 
 
-def run_head_bench(live_nodes: tuple[int, ...] = (10, 100, 300)) -> dict[str, Any]:
+def run_head_bench(
+    setups: Sequence[tuple[str, int, dict[str, Any]]] = SETUPS, *, tokens: int = 2000
+) -> dict[str, Any]:
     """Measure `Machine.handle`.
 
     Parameters
     ----------
-    live_nodes : tuple of int
-        Sizes of the token tree to measure at.
+    setups : sequence of (strategy, stages, settings)
+    tokens : int
+        Length of each text.
 
     Returns
     -------
     dict
-        ``{"suite": "head", "rows": [{"live_nodes", "events", "event_us_p50", "event_us_p99"}]}``:
-        microseconds an event.
+        ``{"suite": "head", "rows": [{"strategy", "stages", "live_nodes", "events",
+        "event_us_p50", "event_us_p99"}]}``: microseconds an event, over the events for which at
+        least half of the most live nodes (evaluated, or about to be) were in the tree.
     """
-    return {"suite": "head", "rows": [_measure(count) for count in live_nodes]}
-
-
-def _measure(live: int) -> dict[str, Any]:
-    """Let a pipeline hold back its results until ``live`` drafted tokens are in flight."""
-    policy = PipeInfer(micro_batch=4, cutoff=0.0, recovery=0.0, sequences=2, split=0.4)
-    request = Request(0, tuple(range(16)), NEW_TOKENS, 16 + NEW_TOKENS + 2 * live + 64)
-    machine = Machine(request, policy)
-    runs: list[StartRun] = []
-    events: list[Event] = [Begin(0)]
-    times: list[float] = []
-    finished = False
-    while not finished:
-        if not events:
-            events.append(_result(runs.pop(0)))
-        began = time.perf_counter()
-        commands = machine.handle(events.pop(0))
-        elapsed = time.perf_counter() - began
-        size = sum(1 for _ in machine.tree.speculation())
-        if 0.8 * live <= size <= 1.2 * live:
-            times.append(elapsed * 1e6)
-        for command in commands:
-            finished = finished or machine.finished is not None
-            events.extend(_answer(command, runs))
-        while runs and size > live:
-            events.append(_result(runs.pop(0)))
-            size -= 4
     return {
-        "live_nodes": live,
-        "events": len(times),
-        "event_us_p50": statistics.median(times),
-        "event_us_p99": statistics.quantiles(times, n=100)[98],
+        "suite": "head",
+        "rows": [_measure(strategy, stages, knobs, tokens) for strategy, stages, knobs in setups],
     }
 
 
-def _answer(command: Command, runs: list[StartRun]) -> list[Event]:
-    match command:
-        case StartRun():
-            runs.append(command)
-            return [RunTaken(0, 0, command.run)]
-        case StartDraft():
-            batch, slots = command.batch, command.slots
-            parent, proposals = batch.slots[-1], []
-            for slot in slots:
-                proposals.append(Proposal(1, parent, slot, 0.9))
-                parent = slot
-            return [Drafted(0, 0, command.draft, tuple(proposals), (*batch.slots, *slots[:-1]))]
-        case CancelDraft():
-            raise AssertionError("nothing is cancelled before the end")
-        case _:
-            return []
+class TimedMachine(Machine):
+    """Notes for each event how long it took, and how many nodes were live then."""
+
+    def __init__(self, request: Request, policy: Policy) -> None:
+        super().__init__(request, policy)
+        self.times: list[tuple[int, float]] = []
+
+    def handle(self, event: Event, now: float = 0.0) -> list[Command]:
+        """Handle an event, and note how long it took."""
+        began = time.perf_counter()
+        commands = super().handle(event, now)
+        took = time.perf_counter() - began
+        slots = self.tree.slots
+        text = len(self.request.prompt) + self.generated
+        self.times.append((slots.capacity - slots.free - text, took * 1e6))
+        return commands
 
 
-def _result(run: StartRun) -> RunDone:
-    """Return the result of a target that always agrees with the draft."""
-    return RunDone(0, 0, run.run, (1,) * run.picks)
+def _measure(strategy: str, stages: int, knobs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    pair = SyntheticPair(0.995, 0)
+    prompt = pair.text(16)
+    request = Request(0, prompt, tokens, 16 + tokens + 8192)
+    machine = TimedMachine(request, make_policy(strategy, **knobs))
+    # Fast hops and drafts: the pipeline is always full.
+    costs = Costs.even(stages, stage_s=1.0, token_cost=0.01, draft_cost=0.05, hop_cost=0.001)
+    World(request, machine.policy, costs, pair, machine=machine).run()
+    most = max(live for live, _ in machine.times)
+    times = [took for live, took in machine.times if live >= most / 2]
+    return {
+        "strategy": strategy,
+        "stages": stages,
+        "live_nodes": most,
+        "events": len(times),
+        "event_us_p50": round(statistics.median(times), 1),
+        "event_us_p99": round(statistics.quantiles(times, n=100)[98], 1),
+    }

@@ -47,7 +47,7 @@ class Admission:
                 raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
             policy = strategy.fresh()
         else:
-            default = "pipeinfer" if self.has_draft else "iterative"
+            default = "adaptive" if self.has_draft else "iterative"
             policy = make_policy(default if strategy is None else strategy, **knobs)
         if policy.needs_draft and not self.has_draft:
             raise ValueError(

@@ -19,11 +19,14 @@ from pipeinfer_dask.simulation.world import World
 from pipeinfer_dask.trace import Metrics, Trace
 
 __all__ = [
+    "CHAINS",
+    "PROMPT_TOKENS",
     "Costs",
     "Curve",
     "NodeDescription",
     "Simulation",
     "SyntheticPair",
+    "best_chain",
     "costs_of_nodes",
     "simulate",
 ]
@@ -138,3 +141,22 @@ def simulate(
     world.run()
     assert world.finished is not None
     return Simulation(world.tokens, world.origins, world.finished, policy.name, costs, world.trace)
+
+
+CHAINS = (1, 2, 4, 6, 8, 12)
+"""Lengths of a chain that standard speculation is tuned over."""
+
+
+def best_chain(**world: Any) -> int:
+    """Return the k of `CHAINS` with which ``speculative`` is fastest.
+
+    Parameters
+    ----------
+    **world
+        As for `simulate`.
+    """
+
+    def speed(k: int) -> float:
+        return simulate("speculative", k=k, **world).metrics.tokens_per_s or 0.0
+
+    return max(CHAINS, key=speed)

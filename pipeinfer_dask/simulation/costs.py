@@ -129,6 +129,20 @@ class Costs:
         bandwidth, token_bytes, layers
             As the attributes.
         """
+        shares = {
+            "token_cost": token_cost,
+            "draft_cost": draft_cost,
+            "draft_token_cost": draft_token_cost,
+            "hop_cost": hop_cost,
+        }
+        count: object = stages
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"expected stages as a whole number of at least 1, got {stages!r}")
+        if not 0 < stage_s < math.inf:
+            raise ValueError(f"expected stage_s above 0 seconds, got {stage_s!r}")
+        for name, share in shares.items():
+            if not 0 <= share < math.inf:
+                raise ValueError(f"expected {name} as a share of at least 0, got {share!r}")
         return cls(
             (Curve.line(stage_s, token_cost),) * stages,
             Curve.line(draft_cost * stage_s, draft_token_cost),

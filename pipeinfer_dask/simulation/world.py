@@ -70,6 +70,8 @@ class World:
     policy : Policy
     costs : Costs
     pair : SyntheticPair
+    machine : Machine, optional
+        For whoever wants to watch it: of this request, with this policy.
 
     Attributes
     ----------
@@ -79,12 +81,20 @@ class World:
     finished : str or None
     """
 
-    def __init__(self, request: Request, policy: Policy, costs: Costs, pair: SyntheticPair) -> None:
+    def __init__(
+        self,
+        request: Request,
+        policy: Policy,
+        costs: Costs,
+        pair: SyntheticPair,
+        *,
+        machine: Machine | None = None,
+    ) -> None:
         self.trace = Trace(len(costs.stages))
         self.tokens: list[int] = []
         self.origins: list[Origin] = []
         self.finished: str | None = None
-        self._machine = Machine(request, policy)
+        self._machine = Machine(request, policy) if machine is None else machine
         self._costs = costs
         self._clock = Clock()
         self._wakes = 0

@@ -42,6 +42,8 @@ from pipeinfer_dask.core.trial import Trial
 
 LARGEST = 16
 """Most tokens of one run, however cheap."""
+AGREEMENT_STEP = 0.03
+"""How fast the share of the draft model's right first choices is learned."""
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ class Adaptive(Policy):
 
     name: ClassVar[str] = "adaptive"
     micro_batch: int = 0
-    ramp: int = 2
+    ramp: int = 3
     passes: int = 2
     breadth: int = 4
     width: int = 4
@@ -87,6 +89,7 @@ class Adaptive(Policy):
     _pace: Pace = field(default_factory=Pace, init=False)
     _calibration: Calibration = field(default_factory=Calibration, init=False)
     _trial: Trial = field(default_factory=Trial, init=False)
+    _agreement: float = field(default=0.75, init=False)
     _count: int = field(default=0, init=False)
     # Heaps of (-reach, number, node). A node's reach never changes, and what the text has
     # passed by comes up first and is dropped then.
@@ -141,13 +144,16 @@ class Adaptive(Policy):
     def _largest(self) -> int:
         """Return how many tokens of a run pay.
 
-        A token more makes the whole way through the pipeline longer, and what it adds becomes
-        less and less; in between lies an optimum that hardly depends on anything else. Found
-        by simulation: see docs/policies.md.
+        A token more makes the way through the pipeline longer for this run and all behind it;
+        what it adds becomes less and less. The optimum is flat, and lies where all further
+        tokens together cost about half of the first; higher where the pipeline is short, or
+        the draft nearly always right, since then it's throughput that counts. Fitted to
+        simulations: see docs/policies.md.
         """
         if self.micro_batch:
             return self.micro_batch
-        pays = (0.35 + 0.6 / self._pace.stages) / max(self._pace.share, 1e-3)
+        sure = 1 + min(0.5, max(0.0, (self._agreement - 0.79) / 0.32))
+        pays = (0.4 + 0.4 / self._pace.stages) * sure / max(self._pace.share, 1e-3)
         return max(1, min(LARGEST, round(pays)))
 
     def _open_children(self, node: Node) -> None:
@@ -216,6 +222,9 @@ class Adaptive(Policy):
     def judged(self, proposed: Sequence[Node], token: int) -> None:
         for node in proposed:
             self._calibration.learn(node.confidence, node.token == token)
+        if proposed:
+            first = max(proposed, key=lambda node: node.confidence)
+            self._agreement += AGREEMENT_STEP * ((first.token == token) - self._agreement)
 
     def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
         table = self._calibration.table if self.calibrate else ()
