@@ -19,8 +19,9 @@ class Pace:
         A one-token run on the first stage; 0 until one is known.
     share : float
         What each further token of a run adds, as a share of `first`.
-    latency : float
-        From the start of a run to its result; 0 until one is known.
+    plain : float
+        From the start of a one-token run to its result when nothing is in its way, which is what
+        plain decoding takes for a token; 0 until one is known.
     trip : float
         From the start of a run to the news that an idle first stage has turned to it.
     stages : int
@@ -29,7 +30,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.stages = 1
-        self.first = self.latency = self.trip = 0.0
+        self.first = self.plain = self.trip = 0.0
         self.share = PRIOR_SHARE
 
     def stage_s(self, tokens: int) -> float:
@@ -38,7 +39,8 @@ class Pace:
 
     def ran(self, tokens: int, seconds: float, spans: Sequence[Span]) -> None:
         """Take in a run of ``tokens`` tokens that took ``seconds`` from start to result."""
-        self.latency = _toward(self.latency, seconds)
+        if tokens == 1:
+            self.plain = _least_of_late(self.plain, seconds)
         if not spans:
             return
         self.stages = len(spans)
@@ -50,8 +52,12 @@ class Pace:
 
     def taken_at_once(self, seconds: float) -> None:
         """Take in how long the news took that an idle first stage has turned to a run."""
-        # The least of late: more than that is something else than the way.
-        self.trip = seconds if self.trip == 0 else min(seconds, 1.002 * self.trip)
+        self.trip = _least_of_late(self.trip, seconds)
+
+
+def _least_of_late(old: float, new: float) -> float:
+    """Return the smaller one, where the old one slowly loses its validity."""
+    return new if old == 0 else min(new, 1.002 * old)
 
 
 def _toward(old: float, new: float) -> float:

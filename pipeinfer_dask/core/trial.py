@@ -1,14 +1,14 @@
 """Whether speculation pays: measured against plain decoding, in the same text.
 
-While tokens come clearly faster than a run takes from end to end, nothing needs to be
-tried. Where they don't (a draft model that is never right, or that takes the target's
+While tokens come clearly faster than a run alone takes from end to end, nothing needs to
+be tried. Where they don't (a draft model that is never right, or that takes the target's
 cores), a few tokens are decoded plainly. If these come faster, speculation pauses, for
 longer each time.
 """
 
 from __future__ import annotations
 
-WINDOW = 24
+WINDOW = 16
 """Tokens after which speculation is judged."""
 PROBE = 6
 """Tokens that are decoded plainly to compare."""
@@ -17,7 +17,7 @@ SETTLE = 2
 SHORTEST_PAUSE, LONGEST_PAUSE = 64, 1024
 """Tokens."""
 CLEARLY = 0.9
-"""Speculation is above suspicion while a token takes less than this share of a run's time."""
+"""Speculation is above suspicion while a token takes less than this share of plain's time."""
 
 
 class Trial:
@@ -38,32 +38,32 @@ class Trial:
         self._speculating_s = 0.0
         self._probing = False
 
-    def committed(self, tokens: int, now: float, latency: float) -> None:
+    def committed(self, tokens: int, now: float, plain_s: float) -> None:
         """Take in a commit.
 
         Parameters
         ----------
         tokens : int
         now : float, seconds
-        latency : float, seconds
-            What a run takes from start to result, of late; 0 if that is not known.
+        plain_s : float, seconds
+            What plain decoding would take for a token, by all that is known; 0 if nothing is.
         """
         if self._settling > 0 or self._since is None:
             self._settling -= tokens
             self._since = now
             return
         self._tokens += tokens
-        if self._tokens < self._length or latency == 0:
+        if self._tokens < self._length or plain_s == 0:
             return
         token_s = (now - self._since) / self._tokens
         self._since = now
         if self.speculate:
-            if token_s > CLEARLY * latency:
+            if token_s > CLEARLY * plain_s:
                 self._speculating_s = token_s
                 self._turn(speculate=False, length=PROBE)
                 self._probing = True
             else:
-                self._pause = SHORTEST_PAUSE
+                self._pause = max(SHORTEST_PAUSE, self._pause // 2)
                 self._turn(speculate=True, length=WINDOW)
         elif self._probing and token_s < self._speculating_s:
             self._turn(speculate=False, length=self._pause)

@@ -245,7 +245,7 @@ class Adaptive(Policy):
         self._first_free_at = machine.now - pace.trip / 2 + pace.stage_s(tokens)
 
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
-        self._trial.committed(len(origins), machine.now, self._pace.latency)
+        self._trial.committed(len(origins), machine.now, self._pace.plain)
         if self._on_first is not None and self._on_first.cancelled():
             self._first_free_at = machine.now  # it stops at its next layer
 

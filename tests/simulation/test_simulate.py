@@ -1,0 +1,233 @@
+"""Virtual time, worked out by hand where it can be, and the strategies in it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.core.messages import CancelRuns, Commit, RunDone, StartRun
+from pipeinfer_dask.core.policies import Adaptive
+from pipeinfer_dask.simulation import CHAINS, Costs, SyntheticPair, best_chain, simulate
+
+STRATEGIES: list[tuple[str, dict[str, Any]]] = [
+    ("iterative", {}),
+    ("speculative", {}),
+    ("speculative", {"k": 8, "depth": 3}),
+    ("pipeinfer", {}),
+    ("pipeinfer", {"sequences": 1, "micro_batch": 2}),
+    ("pipeinfer", {"asynchronous": False}),
+    ("pipeinfer", {"continuous": False}),
+    ("pipeinfer", {"cancellation": False}),
+    ("adaptive", {}),
+    ("adaptive", {"tree": False}),
+    ("adaptive", {"pruning": False}),
+    ("adaptive", {"cancellation": False}),
+    ("adaptive", {"calibrate": False, "micro_batch": 12}),
+]
+
+
+def test_plain_decoding_takes_the_time_of_all_stages_and_hops_for_each_token() -> None:
+    costs = Costs.even(4, stage_s=1.0, token_cost=0.1, hop_cost=0.05)
+    metrics = simulate("iterative", costs=costs, prompt_tokens=1, max_new_tokens=50).metrics
+    token = 4 * 1.0 + 5 * 0.05
+    assert metrics.ttft_s == pytest.approx(token)
+    assert metrics.itl_s == pytest.approx(token)
+    assert metrics.itl_p95_s == pytest.approx(token)
+    assert metrics.stage_utilization == pytest.approx([1 / token] * 4)
+
+
+def test_standard_speculation_takes_the_draft_and_one_run_of_all_its_tokens() -> None:
+    costs = Costs.even(
+        2, stage_s=1.0, token_cost=0.1, draft_cost=0.2, draft_token_cost=0.0, hop_cost=0.05
+    )
+    metrics = simulate(
+        "speculative", k=3, acceptance=1.0, costs=costs, prompt_tokens=1, max_new_tokens=401
+    ).metrics
+    # there and back to the drafter, three passes, then four tokens through both stages
+    round_s = 2 * 0.05 + 3 * 0.2 + 2 * 1.3 + 3 * 0.05
+    assert metrics.itl_s == pytest.approx(round_s / 4, rel=1e-2)
+
+
+def test_unequal_stages_go_at_the_pace_of_the_slowest() -> None:
+    fast, slow = Costs.even(1, stage_s=1.0).stages[0], Costs.even(1, stage_s=3.0).stages[0]
+    costs = Costs((fast, slow, fast), Costs.even(1, draft_cost=0.01).draft, 0.0)
+    metrics = simulate(
+        "pipeinfer",
+        costs=costs,
+        acceptance=1.0,
+        micro_batch=1,
+        sequences=1,
+        cutoff=0.0,
+        recovery=0.0,
+        max_new_tokens=400,
+    ).metrics
+    assert metrics.itl_s == pytest.approx(3.0, rel=0.05)
+    assert metrics.stage_utilization[1] > 0.95
+
+
+def test_a_narrow_link_holds_the_tokens_of_a_long_prompt_back() -> None:
+    wide = simulate("iterative", stages=3, prompt_tokens=100, max_new_tokens=2).metrics
+    costs = Costs.even(3, bandwidth=1e6, token_bytes=16384)
+    narrow = simulate("iterative", costs=costs, prompt_tokens=100, max_new_tokens=2).metrics
+    assert wide.ttft_s is not None
+    assert narrow.ttft_s == pytest.approx(wide.ttft_s + 2 * 100 * 0.016384)
+
+
+def test_a_cancelled_run_stops_at_its_next_layer_or_costs_nothing_where_it_has_not_begun() -> None:
+    result = simulate("pipeinfer", acceptance=0.4, costs=Costs.even(6, stage_s=1.0, layers=4))
+    cancelled: dict[int, float] = {}
+    for time, what in result.trace:
+        if isinstance(what, CancelRuns):
+            cancelled.update(dict.fromkeys(what.runs, time))
+    cut = skipped = 0
+    for _, what in result.trace:
+        if not isinstance(what, RunDone) or what.run not in cancelled:
+            continue
+        for span in what.spans:
+            heard = cancelled[what.run] + result.costs.hop_s
+            if span.began > heard:
+                assert span.layers == 0
+                assert span.ended == span.began
+                skipped += 1
+            elif span.ended > heard:
+                layer_s = 1.15 / 4 if span.layers < 4 else 1.15
+                assert span.ended - heard <= layer_s + 1e-9
+                cut += span.layers < 4
+    assert cut > 10
+    assert skipped > 10
+
+
+def test_a_stage_computes_one_run_at_a_time_in_order() -> None:
+    result = simulate("adaptive", stages=5, acceptance=0.7)
+    for stage in range(5):
+        spans = [what.spans[stage] for _, what in result.trace if isinstance(what, RunDone)]
+        for before, after in pairwise(spans):
+            assert before.ended <= after.began + 1e-9
+
+
+@pytest.mark.parametrize(("strategy", "knobs"), STRATEGIES)
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.79, 1.0])
+@pytest.mark.parametrize("stages", [1, 3, 8])
+def test_every_strategy_gives_the_targets_own_text(
+    strategy: str, knobs: dict[str, Any], acceptance: float, stages: int
+) -> None:
+    result = simulate(
+        strategy, stages=stages, acceptance=acceptance, max_new_tokens=80, seed=7, **knobs
+    )
+    text = SyntheticPair(acceptance, 7).text(96)
+    assert result.token_ids == list(text[16:])
+    assert result.finish_reason == "length"
+    assert len(result.origins) == 80
+    assert result.trace.stages == stages
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "pipeinfer", "adaptive"])
+def test_the_same_arguments_give_the_same_trace(strategy: str) -> None:
+    one, other = (simulate(strategy, acceptance=0.6, seed=2) for _ in range(2))
+    assert one.trace.records == other.trace.records
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.1, 0.2])
+@pytest.mark.parametrize("token_cost", [0.05, 0.3])
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_adaptive_is_never_slower_than_plain_decoding(
+    acceptance: float, token_cost: float, stages: int
+) -> None:
+    world: dict[str, Any] = {
+        "acceptance": acceptance,
+        "costs": Costs.even(stages, token_cost=token_cost),
+        "max_new_tokens": 400,
+    }
+    plain = simulate("iterative", **world).metrics.tokens_per_s
+    ours = simulate("adaptive", **world).metrics.tokens_per_s
+    assert plain is not None and ours is not None
+    assert ours >= 0.97 * plain
+
+
+@pytest.mark.parametrize("stages", [4, 8, 16])
+@pytest.mark.parametrize("acceptance", [0.52, 0.66, 0.79])
+def test_the_strategies_come_in_the_order_that_they_promise(stages: int, acceptance: float) -> None:
+    world: dict[str, Any] = {"acceptance": acceptance, "costs": Costs.even(stages)}
+    chain: dict[str, Any] = {"sequences": 1}
+    speeds = [
+        simulate("iterative", **world).metrics.tokens_per_s or 0,
+        simulate("speculative", k=best_chain(**world), **world).metrics.tokens_per_s or 0,
+        simulate("pipeinfer", **world, **chain).metrics.tokens_per_s or 0,
+        simulate("adaptive", **world).metrics.tokens_per_s or 0,
+    ]
+    assert speeds == sorted(speeds)
+
+
+def test_the_first_token_is_no_later_than_with_plain_decoding() -> None:
+    plain, ours = (simulate(s, prompt_tokens=200).metrics for s in ("iterative", "adaptive"))
+    assert ours.ttft_s == plain.ttft_s
+
+
+def test_a_clairvoyant_chooser_is_a_bound() -> None:
+    ours = simulate("adaptive", acceptance=0.6).metrics.tokens_per_s or 0
+    bound = simulate("adaptive", acceptance=0.6, clairvoyant=True).metrics.tokens_per_s or 0
+    assert bound > 1.5 * ours
+
+
+def test_calibration_pays_where_the_draft_model_boasts() -> None:
+    def speed(**knobs: Any) -> float:
+        runs = [
+            simulate("adaptive", acceptance=0.66, overconfidence=2.0, seed=seed, **knobs)
+            for seed in range(3)
+        ]
+        return sum(run.metrics.tokens_per_s or 0 for run in runs)
+
+    assert speed() > 1.04 * speed(calibrate=False)
+
+
+def test_pruning_leaves_out_tokens_and_saves_time() -> None:
+    ours = simulate("adaptive", acceptance=0.66)
+    left_out = sum(
+        what.tokens.count(-1)
+        for _, what in ours.trace
+        if isinstance(what, RunDone) and what.tokens is not None
+    )
+    assert left_out > 20
+    whole = simulate("adaptive", acceptance=0.66, pruning=False)
+    assert (ours.metrics.tokens_per_s or 0) > (whole.metrics.tokens_per_s or 0)
+
+
+def test_a_trace_holds_what_a_real_one_holds() -> None:
+    trace = simulate("adaptive", max_new_tokens=20).trace
+    kinds = {type(what) for _, what in trace}
+    assert {StartRun, RunDone, Commit, CancelRuns} <= kinds
+    times = [time for time, _ in trace]
+    assert times == sorted(times)
+
+
+def test_the_best_chain_is_one_that_was_tried() -> None:
+    assert best_chain(acceptance=0.95, stages=4) in CHAINS
+    assert best_chain(acceptance=0.1, stages=4) == 1
+
+
+def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
+    policy = Adaptive(micro_batch=3)
+    result = pi.simulate(policy, max_new_tokens=10)
+    assert result.strategy == "adaptive"
+    assert max(len(w.batch) for _, w in result.trace if isinstance(w, StartRun)) == 16  # the prompt
+    assert repr(result).startswith("Simulation(strategy='adaptive', stages=8, tokens=10,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": 0}, "expected stages as a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 0}, "expected max_new_tokens as a whole number of at least 1"),
+        ({"prompt_tokens": 1.5}, "expected prompt_tokens as a whole number"),
+        ({"acceptance": -0.1}, "expected an acceptance from 0 to 1"),
+        ({"strategy": "fast"}, "unknown strategy 'fast'"),
+        ({"k": 3}, "'adaptive' has no knob 'k'"),
+        ({"strategy": Adaptive(), "ramp": 2}, "expected knobs or a policy of your own, got both"),
+    ],
+)
+def test_what_can_not_be_simulated_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        simulate(**arguments)
