@@ -61,7 +61,7 @@ def expected(target: str) -> pi.Result:
         return engine.generate("def main", max_new_tokens=20)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["simulate"], ["bench"]])
 def test_help_is_no_error(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
@@ -265,8 +265,8 @@ def test_mistakes_read_the_same_where_dask_mounts_the_commands(target: str) -> N
 
 
 def test_without_arguments_the_commands_are_listed() -> None:
-    assert {"demo", "generate", "bench"} <= set(run().output.split())
-    assert {"demo", "generate", "bench"} <= set(run("--help").stdout.split())
+    assert {"demo", "generate", "simulate", "bench"} <= set(run().output.split())
+    assert {"demo", "generate", "simulate", "bench"} <= set(run("--help").stdout.split())
 
 
 def pipeinfer(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -302,6 +302,59 @@ def test_a_user_sees_one_line_and_no_traceback(
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", line)
 
 
+# --- virtual time ------------------------------------------------------------------------------
+
+
+def test_simulate_shows_every_strategy_its_settings_and_a_picture() -> None:
+    ran = run("simulate", "--stages", "3", "--max-new-tokens", "30")
+    assert ran.exit_code == 0, ran.output
+    for expected in ("iterative", "speculative k=4", "best", "pipeinfer", "adaptive", "stage 2 "):
+        assert expected in ran.output
+    assert "virtual time" in ran.output
+
+
+def test_simulate_without_a_picture_is_a_table() -> None:
+    ran = run("simulate", "--no-timeline", "--strategy", "iterative", "--max-new-tokens", "5")
+    assert ran.exit_code == 0, ran.output
+    assert "stage 0" not in ran.output
+    assert "speculative" not in ran.output
+
+
+def test_simulate_gives_json_as_the_other_commands_do() -> None:
+    ran = run("simulate", "--json", "--max-new-tokens", "10", "--seed", "3")
+    assert ran.exit_code == 0, ran.output
+    results = json.loads(ran.stdout)["results"]
+    assert [result["strategy"] for result in results] == [
+        "iterative",
+        "speculative",
+        "speculative",
+        "pipeinfer",
+        "adaptive",
+    ]
+    assert len({tuple(result["token_ids"]) for result in results}) == 1
+    assert {"ttft_s", "itl_s", "itl_p95_s", "tokens_per_s"} <= set(results[0]["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "0"], "Error: expected stages as a whole number of at least 1, got 0"),
+        (["--acceptance", "2"], "Error: expected an acceptance from 0 to 1, got 2.0"),
+        (["--stage-ms", "-1"], "Error: expected stage_s above 0 seconds"),
+        (["--hop-cost", "nan"], "Error: expected hop_cost as a share of at least 0, got nan"),
+        (["--strategy", "fast"], "Error: unknown strategy 'fast'"),
+        (["--max-new-tokens", "0"], "Error: expected max_new_tokens as a whole number"),
+        (["--seed", "x"], "Error: Invalid value for '--seed'"),
+    ],
+)
+def test_what_can_not_be_simulated_is_a_mistake(arguments: list[str], message: str) -> None:
+    ran = run("simulate", *arguments)
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith(message)
+    assert ran.stderr.count("\n") == 1
+    assert ran.stdout == ""
+
+
 # --- the demo --------------------------------------------------------------------------------
 
 
@@ -310,7 +363,8 @@ def test_the_demo_shows_that_all_strategies_generate_the_same() -> None:
     ran = pipeinfer("demo", "--json", "--max-new-tokens", "24")
     assert ran.returncode == 0, ran.stderr
     results = last_object(ran.stdout)["results"]
-    assert [result["strategy"] for result in results] == ["iterative", "speculative", "pipeinfer"]
+    strategies = ["iterative", "speculative", "pipeinfer", "adaptive"]
+    assert [result["strategy"] for result in results] == strategies
     first, *others = results
     assert len(first["token_ids"]) == 24
     for result in results:
@@ -322,7 +376,7 @@ def test_the_demo_shows_that_all_strategies_generate_the_same() -> None:
         assert other["metrics"]["drafted_tokens"] > 0
     shown = " ".join(ran.stderr.split())
     assert "drafted and accepted" in shown
-    assert "All 3 outputs are identical, token for token." in shown
+    assert "All 4 outputs are identical, token for token." in shown
     assert "These workers share one machine's cores" in shown
     assert "Traceback" not in shown and "Warning" not in shown
 

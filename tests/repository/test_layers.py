@@ -18,6 +18,7 @@ LAYERS = (
     "runtime",
     "engine",
     "terminal",
+    "timeline",
     "hpc",
     "widgets",
     "bench",

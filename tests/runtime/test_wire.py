@@ -16,10 +16,12 @@ from pipeinfer_dask.core.messages import (
     DraftPlan,
     Kind,
     Proposal,
+    Prune,
     RunTaken,
     Span,
     StartDraft,
     StartRun,
+    TreePlan,
 )
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.wire import (
@@ -53,13 +55,26 @@ passes = st.builds(
     st.none() | numbers,
     st.lists(spans, max_size=3).map(tuple),
     st.booleans(),
+    numbers,
 )
-proposals = st.builds(Proposal, counts, counts, counts, st.floats(0, 1))
+proposals = st.builds(Proposal, counts, counts, st.integers(-1, 2**40), st.floats(0, 1))
 plans = st.builds(DraftPlan, counts, st.floats(0, 1), st.floats(0, 1), counts, st.none() | counts)
+trees = st.builds(
+    TreePlan,
+    counts,
+    counts,
+    counts,
+    counts,
+    st.floats(0, 1),
+    st.lists(st.floats(0, 1), max_size=4).map(tuple),
+    st.lists(st.floats(0, 1), max_size=4).map(tuple),
+    st.none() | counts,
+)
 messages = st.one_of(
     passes,
+    st.builds(Prune, counts, counts, numbers, st.lists(numbers, max_size=3).map(tuple)),
     st.builds(CancelRuns, counts, counts, numbers, st.sampled_from(CancelReason)),
-    st.builds(StartDraft, counts, counts, counts, batches, counts, numbers, plans),
+    st.builds(StartDraft, counts, counts, counts, batches, counts, numbers, plans | trees),
     st.builds(CancelDraft, counts, counts, counts),
     st.builds(
         Drafted,
