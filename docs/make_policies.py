@@ -1,0 +1,133 @@
+"""Puts the benchmarks' tables and pictures into docs/policies.md.
+
+    pipeinfer bench policies > policies.json
+    pipeinfer bench ablation > ablation.json
+    python docs/make_policies.py policies.json ablation.json
+
+Each file's last line is the benchmark's JSON object. Needs ``pip install -e '.[docs]'``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+COLUMNS = (
+    "iterative",
+    "speculative",
+    "speculative_tree",
+    "pipeinfer",
+    "pipeinfer_tree",
+    "adaptive",
+    "bound",
+    "clairvoyant",
+)
+STYLES = {  # markers too: never by colour alone
+    "iterative": ("0.5", "o"),
+    "speculative": ("tab:orange", "s"),
+    "pipeinfer": ("tab:blue", "^"),
+    "adaptive": ("tab:green", "D"),
+}
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def policies_table(report: dict[str, Any]) -> str:
+    rows = []
+    for row in report["rows"]:
+        chain = row["settings"]["speculative"]["k"]
+        setting = row["settings"]["pipeinfer"]
+        tuned = f"{row['pipeinfer']:.3f} ({setting['micro_batch']}, {setting['cutoff']})"
+        cells = {column: f"{row[column]:.3f}" for column in COLUMNS}
+        cells |= {"speculative": f"{row['speculative']:.3f} (k={chain})", "pipeinfer": tuned}
+        cells["adaptive"] = f"**{row['adaptive']:.3f}**"
+        rows.append([row["stages"], row["acceptance"], row["token_cost"], *cells.values()])
+    headings = ["N", "a", "b", *(column.replace("_", " ") for column in COLUMNS)]
+    return table(headings, rows)
+
+
+def summary_table(report: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{found['geometric_mean']:.2f}", f"{found['least']:.2f} to {found['most']:.2f}"]
+        for name, found in report["summary"].items()
+    ]
+    return table(["ratio", "geometric mean", "rows"], rows)
+
+
+def ablation_table(report: dict[str, Any]) -> str:
+    keys = ["overconfidence", "strategy", "without", "ttft", "itl", "itl_p95"]
+    rows = [
+        [*(row[key] for key in keys), row["tokens_per_s"], f"{row['ratio']:.2f}", row["wasted"]]
+        for row in report["rows"]
+    ]
+    headings = ["boast", "strategy", "without", "TTFT", "ITL", "ITL p95"]
+    return table([*headings, "tokens per T", "ratio", "wasted layers"], rows)
+
+
+def picture(report: dict[str, Any], target: Path) -> None:
+    """Draw speed over the number of stages, one panel for each acceptance and token cost."""
+    acceptances = sorted({row["acceptance"] for row in report["rows"]}, reverse=True)
+    costs = sorted({row["token_cost"] for row in report["rows"]})
+    plt.rcParams["svg.hashsalt"] = "policies"  # the same figures give the same file
+    figure, panels = plt.subplots(
+        len(costs), len(acceptances), figsize=(10, 6), sharex=True, squeeze=False
+    )
+    for line, cost in zip(panels, costs, strict=True):
+        for panel, acceptance in zip(line, acceptances, strict=True):
+            rows = [
+                row
+                for row in report["rows"]
+                if (row["acceptance"], row["token_cost"]) == (acceptance, cost)
+            ]
+            for column, (colour, marker) in STYLES.items():
+                stages = [row["stages"] for row in rows]
+                speeds = [row[column] * row["stages"] for row in rows]
+                panel.plot(stages, speeds, color=colour, marker=marker, label=column)
+            panel.set_title(f"acceptance {acceptance}, token cost {cost}", fontsize=9)
+            panel.set_xscale("log", base=2)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("stages")
+        panel.set_xticks(
+            [row["stages"] for row in report["rows"]][:: len(costs) * len(acceptances)]
+        )
+        panel.xaxis.set_major_formatter("{x:.0f}")
+    for line in panels:
+        line[0].set_ylabel("tokens per pass of the pipeline")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+
+
+def main(policies: str, ablation: str) -> None:
+    reports = [json.loads(Path(name).read_text().splitlines()[-1]) for name in (policies, ablation)]
+    parts = {
+        "policies": policies_table(reports[0]),
+        "summary": summary_table(reports[0]),
+        "ablation": ablation_table(reports[1]),
+    }
+    page = HERE / "policies.md"
+    text = page.read_text()
+    for name, part in parts.items():
+        marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(marked, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.S)
+    page.write_text(text)
+    picture(reports[0], HERE / "images" / "policies.svg")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
