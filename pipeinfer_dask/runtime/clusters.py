@@ -6,8 +6,12 @@ import asyncio
 import os
 import signal
 from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
-from threading import Event, Thread, current_thread, main_thread
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
+from math import inf
+from queue import Empty, SimpleQueue
+from threading import Thread, current_thread, main_thread
+from time import monotonic
 from typing import Any, Self, TypeVar
 
 import dask
@@ -43,27 +47,60 @@ class LoopThread:
 CLEANUP_TIMEOUT_S = 30.0
 """How long an interrupted call waits for what it has begun to be taken back."""
 
+GLANCE_S = 0.5
+"""Who waits looks up so often: a signal that comes just before the thread sleeps wakes nobody."""
+
 
 def call_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on a loop of another thread, and wait for it.
 
     An interrupt cancels the coroutine, and waits until it has cleaned up.
+
+    Raises
+    ------
+    CancelledError
+        If the coroutine was cancelled.
+    RuntimeError
+        If the loop has ended.
     """
-    over = Event()
+    # `Future.result` is not safe to interrupt: the exception may leave the future's lock held,
+    # on which the loop would then wait for ever, or come out as another one. A `SimpleQueue`
+    # waits in one step, and holds nothing.
+    begun: list[asyncio.Task[T]] = []
+    ended: SimpleQueue[None] = SimpleQueue()
 
-    async def watched() -> T:
-        try:
-            return await work
-        finally:
-            over.set()
+    def begin() -> None:
+        begun.append(loop.create_task(work))
+        begun[0].add_done_callback(lambda _: ended.put(None))
 
-    future = asyncio.run_coroutine_threadsafe(watched(), loop)
+    def cancel() -> None:
+        if not begun:  # nor will it be
+            begin()
+        begun[0].cancel()
+
+    def wait(deadline: float = inf) -> None:
+        while not (begun and begun[0].done()) and monotonic() < deadline:
+            if loop.is_closed():
+                raise RuntimeError("the event loop has ended")
+            with suppress(Empty):
+                ended.get(timeout=GLANCE_S)
+
     try:
-        return future.result()
+        loop.call_soon_threadsafe(begin)
+        wait()
     except BaseException:
-        if future.cancel():
-            over.wait(CLEANUP_TIMEOUT_S)
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(cancel)
+            wait(monotonic() + CLEANUP_TIMEOUT_S)
+        if not begun and loop.is_closed():
+            work.close()  # nobody will begin it any more
         raise
+    try:
+        if begun[0].cancelled():
+            raise CancelledError
+        return begun[0].result()
+    finally:
+        begun.clear()  # or an error would hold itself, by the frame that it passed through
 
 
 def loop_of(client: Client) -> asyncio.AbstractEventLoop:

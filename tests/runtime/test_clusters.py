@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
-import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -30,7 +31,6 @@ def test_an_interrupt_waits_until_the_workers_stand() -> None:
 def test_an_interrupted_call_waits_until_what_it_began_is_taken_back() -> None:
     steps: list[str] = []
     begun = threading.Event()
-    caller = threading.get_ident()
 
     async def work() -> None:
         try:
@@ -42,9 +42,7 @@ def test_an_interrupted_call_waits_until_what_it_began_is_taken_back() -> None:
 
     def interrupt() -> None:
         begun.wait()
-        while sys._current_frames()[caller].f_code.co_name != "wait":
-            pass  # the caller is not waiting for the result yet
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # at whatever the caller is by now
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
@@ -52,6 +50,45 @@ def test_an_interrupted_call_waits_until_what_it_began_is_taken_back() -> None:
         call_on(thread.loop, work())
     interrupter.join()
     assert steps == ["taken back"]
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_an_interrupt_before_the_loop_has_begun_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, handed_over: bool
+) -> None:
+    async def work() -> None:
+        pass
+
+    with LoopThread() as thread, monkeypatch.context() as patched:
+        hand_over = thread.loop.call_soon_threadsafe
+
+        def interrupted(begin: Callable[[], None]) -> None:
+            patched.undo()
+            patched.setattr("pipeinfer_dask.runtime.clusters.CLEANUP_TIMEOUT_S", math.inf)
+            if handed_over:
+                hand_over(begin)
+            raise KeyboardInterrupt
+
+        patched.setattr(thread.loop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call_on(thread.loop, work())
+
+
+def test_a_call_on_a_loop_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.new_event_loop()
+    hand_over = loop.call_soon_threadsafe
+
+    async def work() -> None:
+        pass
+
+    def hand_over_too_late(callback: Callable[[], None]) -> None:
+        hand_over(callback)
+        loop.close()
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", hand_over_too_late)
+    for error in ("the event loop has ended", "Event loop is closed"):
+        with pytest.raises(RuntimeError, match=error):
+            call_on(loop, work())
 
 
 def test_an_error_of_the_call_is_the_callers() -> None:
