@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,59 +17,86 @@ from distributed import Client, LocalCluster, Worker
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.runtime.links import Link
 from tests.engine.pairs import PROMPT, Pair
 from tests.tiny import make_tiny
 
 TIMES = 50
 LONG = 480
 
+PATIENCE_S = 60.0
+"""What is let go of in the background must be gone after so long."""
 
-POOLED = TIMES // 10
-"""Threads and connections of distributed's own that may come and go meanwhile."""
+ROOM = {"threads": TIMES // 2, "files": TIMES // 2}
+"""How many more there may be of what can't be told from others' own.
+
+distributed and transformers keep pools of threads and connections, which grow and shrink
+meanwhile. What every second engine left behind would still be seen. That it is not less does
+no harm: an engine's own threads, links and shards are counted by themselves, to the last one.
+"""
+
+
+def until_empty(look: Callable[[], dict[str, Any]]) -> None:
+    """Look again and again until nothing is left."""
+    deadline = time.monotonic() + PATIENCE_S
+    while left := look():
+        assert time.monotonic() < deadline, f"still there after {PATIENCE_S:g} s: {left}"
+        time.sleep(0.05)
 
 
 def held_here() -> dict[str, int]:
     """Count what this process holds."""
-    gc.collect()
     return {
         "threads": threading.active_count(),
         "files": psutil.Process().num_fds(),
-        "shards": sum(type(thing) is Shard for thing in gc.get_objects()),
+        **held_by_engines(),
     }
 
 
-def assert_no_more_is_held(now: dict[str, int], before: dict[str, int]) -> None:
-    assert now["shards"] == before["shards"]
-    assert now["threads"] <= before["threads"] + POOLED
-    assert now["files"] <= before["files"] + POOLED
-    assert threads_of_engines() == []
+def held_by_engines() -> dict[str, int]:
+    """Count what a process holds for engines, and nobody else has."""
+    gc.collect()
+    things = gc.get_objects()
+    return {
+        "engines' threads": len(threads_of_engines()),
+        "shards": sum(type(thing) is Shard for thing in things),
+        "open links": sum(type(thing) is Link and not thing.closed for thing in things),
+    }
+
+
+def assert_no_more_is_held(before: dict[str, int]) -> None:
+    def more() -> dict[str, str]:
+        now = held_here()
+        return {
+            what: f"{before[what]} before, {now[what]} now"
+            for what in now
+            if now[what] > before[what] + ROOM.get(what, 0)
+        }
+
+    until_empty(more)
 
 
 def held_by(dask_worker: Worker) -> dict[str, Any]:
-    """Return what a worker holds for engines."""
-    import gc
-    import threading
-
-    from pipeinfer_dask.models.shard import Shard
-
-    gc.collect()
-    return {
+    """Return what a worker holds for engines; nothing that is zero."""
+    held = {
         "actors": len(dask_worker.state.actors),
         "tasks": len(dask_worker.state.tasks),
         "handlers": [name for name in dask_worker.handlers if name.startswith("pipeinfer")],
-        "threads": [t.name for t in threading.enumerate() if t.name.startswith("pipeinfer")],
-        "shards": sum(type(thing) is Shard for thing in gc.get_objects()),
+        **held_by_engines(),
     }
-
-
-NOTHING = {"actors": 0, "tasks": 0, "handlers": [], "threads": [], "shards": 0}
+    return {what: count for what, count in held.items() if count}
 
 
 def wait_until_workers_hold_nothing(client: Client) -> None:
-    """Ask again and again, for workers hear of what is released a moment later."""
-    while any(held != NOTHING for held in client.run(held_by).values()):
-        pass
-    assert client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) == 0
+    """Wait, for workers hear of what is released a moment later."""
+
+    def held() -> dict[str, Any]:
+        by_workers = {worker: held for worker, held in client.run(held_by).items() if held}
+        tasks = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+        by_others = {"scheduler": tasks, "client": list(client.futures)}
+        return by_workers | {who: keys for who, keys in by_others.items() if keys}
+
+    until_empty(held)
 
 
 def use(pair: Pair, **options: Any) -> None:
@@ -83,7 +111,7 @@ def test_engines_of_threads_leave_nothing_behind(pair: Pair) -> None:
     before = held_here()
     for _ in range(TIMES):
         use(pair, in_process=True)
-    assert_no_more_is_held(held_here(), before)
+    assert_no_more_is_held(before)
 
 
 @pytest.mark.slow
@@ -98,13 +126,15 @@ def test_engines_on_workers_of_this_process_leave_nothing_behind(
     for _ in range(TIMES):
         use(pair, client=inproc_client)
     wait_until_workers_hold_nothing(inproc_client)
-    assert_no_more_is_held(held_here(), before)
-    assert not inproc_client.futures
+    assert_no_more_is_held(before)
+
+
+LAYER_BYTES = 6_000_000
 
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 6 MB a layer: what stays in memory of fifty such is seen."""
+    """A model of `LAYER_BYTES` a layer: what stays in memory of fifty such is seen."""
     folder = tmp_path_factory.mktemp("heavy")
     return make_tiny(folder, "llama", layers=2, seed=0, intermediate_size=16384)
 
@@ -115,26 +145,29 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_engines_on_workers_of_their_own_processes_leave_nothing_behind(
     heavy: Path, tcp_client: Client
 ) -> None:
-    def use_heavy(times: int) -> dict[str, tuple[int, int]]:
+    def use_heavy(times: int) -> None:
         for _ in range(times):
             with pi.Engine.from_pretrained(heavy, heavy, client=tcp_client, stages=2) as engine:
                 engine.generate(PROMPT, max_new_tokens=5)
         wait_until_workers_hold_nothing(tcp_client)
-        held: dict[str, tuple[int, int]] = tcp_client.run(files_and_memory)
-        return held
 
-    earlier = use_heavy(TIMES // 5)
-    here = held_here()
-    later = use_heavy(TIMES)
-    assert_no_more_is_held(held_here(), here)
-    for worker, (files, memory) in later.items():
-        assert files <= earlier[worker][0] + POOLED
-        assert memory - earlier[worker][1] < 60e6
+    use_heavy(TIMES // 5)
+    here, earlier = held_here(), tcp_client.run(files_and_memory)
+    use_heavy(TIMES)
+    assert_no_more_is_held(here)
+
+    def grown() -> dict[str, Any]:
+        return {
+            worker: (earlier[worker], now)
+            for worker, now in tcp_client.run(files_and_memory).items()
+            if now[0] > earlier[worker][0] + ROOM["files"]
+            or now[1] > earlier[worker][1] + TIMES * LAYER_BYTES // 3
+        }
+
+    until_empty(grown)
 
 
 def files_and_memory() -> tuple[int, int]:
-    import psutil
-
     process = psutil.Process()
     return process.num_fds(), process.memory_info().rss
 
