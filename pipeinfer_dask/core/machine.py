@@ -53,7 +53,7 @@ from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, Tree, batch_of
 
 if TYPE_CHECKING:
-    from pipeinfer_dask.core.policies import Policy
+    from pipeinfer_dask.core.policies.base import Policy
 
 
 class Machine:

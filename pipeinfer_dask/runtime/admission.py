@@ -14,7 +14,7 @@ from pipeinfer_dask.models.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPECULATIVE_SLOTS = 256
+SPECULATIVE_SLOTS = 1024
 """Slots of each KV cache beyond the text itself: room for drafts at any one time."""
 
 
