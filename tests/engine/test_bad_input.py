@@ -208,8 +208,8 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "strategy of another type": ({"strategy": 3}, "unknown strategy 3"),
     "unknown knob": ({"strategy": "iterative", "k": 3}, "'iterative' has no knob 'k'"),
-    "knob out of range": ({"micro_batch": 0}, "micro_batch must be .* at least 1, not 0"),
-    "knob of text": ({"cutoff": "high"}, "cutoff must be a number from 0 to 1, not 'high'"),
+    "knob out of range": ({"ramp": 0}, "ramp must be .* at least 1, not 0"),
+    "knob of text": ({"floor": "high"}, "floor must be a number from 0 to 1, not 'high'"),
     "policy and knobs": ({"strategy": PipeInfer(), "split": 1}, "expected knobs or a policy"),
     "empty text": ({"prompt": ""}, "a prompt of at least one token, got an empty one"),
     "no tokens": ({"prompt": []}, "a prompt of at least one token, got an empty one"),
@@ -246,7 +246,7 @@ def test_a_request_that_can_not_be_served_is_refused(
     assert engine.generate(PROMPT, max_new_tokens=2).token_ids == pair.greedy[:2]
 
 
-@pytest.mark.parametrize("strategy", ["speculative", "pipeinfer", PipeInfer()])
+@pytest.mark.parametrize("strategy", ["speculative", "pipeinfer", "adaptive", PipeInfer()])
 def test_a_strategy_that_needs_a_draft_model_is_refused_without_one(
     pair: Pair, strategy: Any
 ) -> None:

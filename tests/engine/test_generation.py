@@ -135,7 +135,7 @@ def test_a_text_as_long_as_the_context_is_generated_to_its_end(
 
 
 def test_one_new_token_is_enough(engine: pi.Engine, pair: Pair) -> None:
-    for strategy in ("iterative", "speculative", "pipeinfer"):
+    for strategy in ("iterative", "speculative", "pipeinfer", "adaptive"):
         result = engine.generate(PROMPT, max_new_tokens=1, strategy=strategy)
         assert result.token_ids == pair.greedy[:1]
 
