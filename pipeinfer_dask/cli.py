@@ -170,6 +170,8 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
+    if in_process and scheduler is not None:
+        raise ValueError("expected --in-process or --scheduler, got both: leave one out")
     if target is None:
         if draft is not None:
             raise ValueError("expected --target along with --draft, got a draft alone")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -185,9 +186,17 @@ class Engine:
                     placement = place(workers_of(client), stages, drafter=has_draft)
                 loop = loop_of(client)
 
+            if placement is not None:
+                admission = replace(admission, draft_apart=placement.draft_apart)
             specs, draft_spec = _specs(opened, opened_draft, ranges, placement)
 
-            async def open_pipeline() -> Pipeline:
+            # Noted on the loop itself: an interrupt may come before we hear of it.
+            opened_pipelines: list[Pipeline] = []
+
+            async def open_pipeline() -> None:
+                opened_pipelines.append(await new_pipeline())
+
+            async def new_pipeline() -> Pipeline:
                 if client is None:
                     local = LocalPipeline(
                         [spec.load for spec in specs],
@@ -206,18 +215,17 @@ class Engine:
                     progress=progress,
                 )
 
-            pipeline = call_on(loop, open_pipeline())
-
             def close_pipeline() -> None:
                 # The loop ends with the client: then its links are closed, and the workers know.
                 with suppress(RuntimeError, CancelledError):
-                    if loop.is_running():
-                        call_on(loop, pipeline.close())
+                    while opened_pipelines and loop.is_running():
+                        call_on(loop, opened_pipelines.pop().close())
 
             resources.callback(close_pipeline)
+            call_on(loop, open_pipeline())
 
             async def start_head() -> Head:
-                return Head(pipeline, asyncio.get_running_loop())
+                return Head(opened_pipelines[0], asyncio.get_running_loop())
 
             head = call_on(loop, start_head())
             return cls(admission, opened_draft, ranges, head, resources.pop_all())

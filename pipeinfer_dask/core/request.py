@@ -22,6 +22,9 @@ class Request:
         The text ends after any of these.
     prefill_chunk : int
         Most prompt tokens in one run: several let the stages overlap.
+    reads_ahead : bool
+        Whether the draft model may read a long prompt while the target does. Only where it has
+        cores of its own: elsewhere the first token would be late.
     """
 
     id: int
@@ -30,6 +33,7 @@ class Request:
     capacity: int
     end_tokens: frozenset[int] = frozenset()
     prefill_chunk: int = 128
+    reads_ahead: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -28,11 +28,14 @@ class Admission:
     tokenizer : PreTrainedTokenizerBase
     has_draft : bool
         Whether there is a draft model.
+    draft_apart : bool
+        Whether the draft model is on a machine that holds no stage.
     """
 
     target: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     has_draft: bool
+    draft_apart: bool = False
 
     def policy(self, strategy: str | Policy | None, knobs: Mapping[str, Any]) -> Policy:
         """Return a fresh policy.
@@ -82,6 +85,7 @@ class Admission:
             max_new_tokens=max_new_tokens,
             capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
             end_tokens=frozenset(self.target.eos_token_ids),
+            reads_ahead=self.draft_apart,
         )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:

@@ -133,15 +133,16 @@ def workers_of(client: Client) -> dict[str, int]:
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Let Ctrl-C wait: processes that lose their parent while they start end in tracebacks."""
-    if current_thread() is not main_thread():
-        yield
+    ours = current_thread() is main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # whoever ignores interrupts, or handles them otherwise, goes on doing so
         return
     held: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGINT, before)
     if held:
         raise KeyboardInterrupt
 

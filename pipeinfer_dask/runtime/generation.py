@@ -11,13 +11,18 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from threading import Condition
+from time import monotonic
 from typing import Any, Literal, Protocol
 
 from pipeinfer_dask.core.messages import Commit, Origin
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.trace import Metrics, Trace
+
+GLANCE_S = 0.5
+"""Who waits looks up so often, for an interrupt that woke nobody."""
 
 Status = Literal["queued", "running", "finished", "stopped", "failed"]
 
@@ -177,14 +182,23 @@ class Generation:
         GenerationInterrupted
             If the pipeline was lost; it holds the text so far.
         """
-        return self._future.result(timeout)
+        deadline = inf if timeout is None else monotonic() + timeout
+        while not self.done():
+            # Not the future's own wait: an interrupt just before the thread sleeps wakes nobody.
+            left = deadline - monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no result after {timeout:g} s; the generation goes on")
+            with self._changed:
+                if not self.done():
+                    self._changed.wait(min(GLANCE_S, left))
+        return self._future.result(0)
 
     def __iter__(self) -> Iterator[Piece]:
         seen = 0
         while True:
             with self._changed:
                 while len(self._pieces) == seen and not self.done():
-                    self._changed.wait()
+                    self._changed.wait(GLANCE_S)
                 new = self._pieces[seen:]
             if not new:
                 break

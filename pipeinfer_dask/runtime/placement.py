@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distributed.comm import get_address_host
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -21,6 +23,14 @@ class Placement:
     stages: tuple[str, ...]
     drafter: str | None
     threads: dict[str, int]
+
+    @property
+    def draft_apart(self) -> bool:
+        """Whether the drafter is on a machine that holds no stage, by the addresses' hosts."""
+        if self.drafter is None:
+            return False
+        hosts = {get_address_host(address) for address in self.stages}
+        return get_address_host(self.drafter) not in hosts
 
 
 def default_stages(workers: int, layers: int, *, drafter: bool) -> int:

@@ -136,7 +136,8 @@ def simulate(
     pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)
     costs = costs if costs is not None else Costs.even(stages)
     prompt = pair.text(prompt_tokens)
-    request = Request(0, prompt, max_new_tokens, prompt_tokens + max_new_tokens + SLOTS)
+    slots = prompt_tokens + max_new_tokens + SLOTS
+    request = Request(0, prompt, max_new_tokens, slots, reads_ahead=True)
     world = World(request, policy, costs, pair)
     world.run()
     assert world.finished is not None

@@ -109,14 +109,22 @@ def test_pipeinfer_starts_the_single_run_at_once_and_drafts_meanwhile() -> None:
 
 
 def test_the_draft_model_reads_a_long_prompt_meanwhile_but_guesses_nothing_yet() -> None:
-    pipeline = Pipeline(PipeInfer(), prompt=tuple(range(100)), capacity=200)
+    long: dict[str, Any] = {"prompt": tuple(range(100)), "capacity": 200}
+    pipeline = Pipeline(PipeInfer(), **long, reads_ahead=True)
     assert pipeline.draft().plan.size == 0
     pipeline.answer()
     assert not pipeline.machine.drafting
 
 
+def test_a_draft_model_that_shares_the_stages_cores_reads_nothing_before_the_first_token() -> None:
+    pipeline = Pipeline(PipeInfer(), prompt=tuple(range(100)), capacity=200)
+    assert not pipeline.machine.drafting
+    pipeline.result(0, 7)
+    assert len(pipeline.draft().batch) == 101
+
+
 def test_a_short_prompt_is_read_with_the_first_draft() -> None:
-    pipeline = Pipeline(PipeInfer())
+    pipeline = Pipeline(PipeInfer(), reads_ahead=True)
     assert not pipeline.machine.drafting
     pipeline.result(0, 7)
     assert pipeline.draft().batch.tokens == (1, 2, 7)

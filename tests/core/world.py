@@ -112,6 +112,7 @@ class World:
             len(prompt) + max_new_tokens + spare,
             end_tokens,
             prefill_chunk,
+            reads_ahead=True,
         )
         self.machine = Machine(self.request, policy)
         self.quality = quality

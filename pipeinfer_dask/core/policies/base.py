@@ -73,11 +73,12 @@ class Policy(ABC):
 
 
 def fill_cache(machine: Machine) -> DraftChoice | None:
-    """Return what the draft model does before the first token: read a long prompt, if it's of use.
+    """Return what the draft model does before the first token: read a long prompt, if it may.
 
     It reads a short one along with its first draft, at the cost of one pass either way.
     """
-    long = len(machine.request.prompt) > SHORT_PROMPT
+    request = machine.request
+    long = request.reads_ahead and len(request.prompt) > SHORT_PROMPT
     useful = not machine.root.drafted and depth_left(machine, machine.root) > 0
     return FILL_CACHE if long and useful else None
 
