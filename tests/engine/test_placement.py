@@ -72,3 +72,17 @@ def test_by_default_every_worker_but_the_drafters_is_a_stage(
     workers: int, layers: int, drafter: bool, stages: int
 ) -> None:
     assert default_stages(workers, layers, drafter=drafter) == stages
+
+
+@pytest.mark.parametrize(
+    ("workers", "apart"),
+    [
+        (["tcp://10.0.0.1:1", "tcp://10.0.0.2:1", "tcp://10.0.0.3:1"], True),
+        (["tcp://10.0.0.1:1", "tcp://10.0.0.2:1", "tcp://10.0.0.2:2"], False),
+        (["tls://127.0.0.1:1", "tls://127.0.0.1:2", "tls://127.0.0.1:3"], False),
+        (["inproc://10.0.0.1/1/1", "inproc://10.0.0.1/1/2", "inproc://10.0.0.1/1/3"], False),
+    ],
+)
+def test_a_drafter_is_apart_on_a_machine_without_stages(workers: list[str], apart: bool) -> None:
+    assert place(dict.fromkeys(workers, 1), 2, drafter=True).draft_apart is apart
+    assert not place(dict.fromkeys(workers, 1), 2, drafter=False).draft_apart
