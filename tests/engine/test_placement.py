@@ -80,7 +80,6 @@ def test_by_default_every_worker_but_the_drafters_is_a_stage(
         (["tcp://10.0.0.1:1", "tcp://10.0.0.2:1", "tcp://10.0.0.3:1"], True),
         (["tcp://10.0.0.1:1", "tcp://10.0.0.2:1", "tcp://10.0.0.2:2"], False),
         (["tls://127.0.0.1:1", "tls://127.0.0.1:2", "tls://127.0.0.1:3"], False),
-        (["inproc://10.0.0.1/1/1", "inproc://10.0.0.1/1/2", "inproc://10.0.0.1/1/3"], False),
     ],
 )
 def test_a_drafter_is_apart_on_a_machine_without_stages(workers: list[str], apart: bool) -> None:
