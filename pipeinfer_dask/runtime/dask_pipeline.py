@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from distributed import Client
 from distributed import Future as DaskFuture
@@ -63,6 +63,9 @@ class DaskPipeline:
     ----------
     stages : int
     """
+
+    stage_node: ClassVar[type[StageNode]] = StageNode
+    """What holds a stage on its worker."""
 
     def __init__(self, client: Client, session: Session, stages: int) -> None:
         self.stages = stages
@@ -211,7 +214,7 @@ class DaskPipeline:
         deadline: float,
     ) -> None:
         placing = [
-            self._place(StageNode, f"stage-{index}", spec, worker, progress, deadline)
+            self._place(self.stage_node, f"stage-{index}", spec, worker, progress, deadline)
             for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
         ]
         if draft_spec is not None and draft_worker is not None:

@@ -9,13 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop, WakeAt, Woken
 from pipeinfer_dask.runtime.generation import Generation
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.trace import Trace
+
+
+class HeadBusyError(RuntimeError):
+    """Something was asked for that needs an idle pipeline."""
 
 
 class Head:
@@ -38,6 +43,7 @@ class Head:
         self._machine: Machine | None = None
         self._trace = Trace(pipeline.stages)
         self._alarm: asyncio.TimerHandle | None = None
+        self._lent = False
         self._guard = loop.create_task(self._outlive())
         pipeline.listen(self._report, self._lost)
 
@@ -59,6 +65,44 @@ class Head:
         """Fail all generations, and any that is started later."""
         self._lost(error)
         self._guard.cancel()
+
+    @contextmanager
+    def lend(
+        self, report: Callable[[Event], None], lost: Callable[[Exception], None]
+    ) -> Iterator[None]:
+        """Let somebody else use the pipeline; generations that are started meanwhile wait.
+
+        Parameters
+        ----------
+        report, lost : callable
+            Told of the pipeline's events and of its end instead of us.
+
+        Raises
+        ------
+        HeadBusyError
+            If a generation runs or waits, or somebody has it already.
+        Exception
+            What the pipeline was lost by.
+        """
+        if self.lost is not None:
+            raise self.lost
+        if self._current is not None or self._queue or self._lent:
+            raise HeadBusyError(
+                "expected an idle pipeline, got a busy one: wait for what runs, or cancel it"
+            )
+
+        def both(error: Exception) -> None:
+            self._lost(error)
+            lost(error)
+
+        self._lent = True
+        self.pipeline.listen(report, both)
+        try:
+            yield
+        finally:
+            self._lent = False
+            self.pipeline.listen(self._report, self._lost)
+            self._next()
 
     async def _outlive(self) -> None:
         """Fail what is left when the loop ends, as a client's does that is closed."""
@@ -82,7 +126,7 @@ class Head:
             generation.finish("stopped", Trace(self.pipeline.stages))
 
     def _next(self) -> None:
-        if self._current is None and self._queue:
+        if self._current is None and self._queue and not self._lent:
             self._current = generation = self._queue.popleft()
             self._machine = Machine(generation.request, generation.policy)
             self._trace = Trace(self.pipeline.stages)

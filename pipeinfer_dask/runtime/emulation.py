@@ -1,0 +1,246 @@
+"""An emulated engine: real processes, links and scheduling around models that only wait."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, fields, replace
+from types import TracebackType
+from typing import Any, Self
+
+from distributed import Client
+
+from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
+from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.generation import Generation, Result
+from pipeinfer_dask.runtime.head import Head
+from pipeinfer_dask.runtime.lags import (
+    Distance,
+    DistantSpec,
+    LaggingHead,
+    LaggingLocalPipeline,
+    LaggingPipeline,
+)
+from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
+from pipeinfer_dask.runtime.measuring import measure_costs, measure_hop
+from pipeinfer_dask.runtime.paced import paced_specs
+from pipeinfer_dask.runtime.pipeline import Pipeline
+from pipeinfer_dask.runtime.placement import place
+from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs, SyntheticPair
+
+PROCESSES = 4
+"""Worker processes of an emulation of its own, however many nodes: they hardly compute."""
+
+
+@dataclass(frozen=True)
+class EmulatedResult(Result):
+    """A generation by emulated models: the times are real, the computing was not."""
+
+    def __repr__(self) -> str:
+        return (
+            f"EmulatedResult(strategy={self.strategy!r}, tokens={len(self.token_ids)}, "
+            f"finish_reason={self.finish_reason!r})"
+        )
+
+
+class Emulation:
+    """Emulated stages and an emulated drafter, and the real head that drives them.
+
+    Made by `open`. Use it in a ``with`` block, or call `close`.
+
+    Attributes
+    ----------
+    costs : Costs
+    acceptance : float
+    seed : int
+    """
+
+    def __init__(
+        self, costs: Costs, acceptance: float, seed: int, head: Head, resources: ExitStack
+    ) -> None:
+        self.costs = costs
+        self.acceptance = acceptance
+        self.seed = seed
+        self._head = head
+        self._resources = resources
+        self._requests = itertools.count()
+
+    @classmethod
+    def open(
+        cls,
+        costs: Costs,
+        *,
+        acceptance: float = 0.8,
+        seed: int = 0,
+        client: Client | None = None,
+        in_process: bool = False,
+        distance: Distance | None = None,
+    ) -> Self:
+        """Start the nodes.
+
+        Parameters
+        ----------
+        costs : Costs
+            Only its computing is emulated: hops take what they take here.
+        acceptance, seed
+            Of the synthetic text, as for `simulate`.
+        client : distributed.Client, optional
+            The cluster to use; a worker may hold several nodes. Without one a cluster of a
+            few processes is started, and ended with this.
+        in_process : bool
+            No cluster at all: nodes are threads of this process.
+        distance : Distance, optional
+            What every hop is to add to the real one: an emulated network, too.
+
+        Raises
+        ------
+        ValueError
+            If the acceptance is no chance, or there is a client as well as ``in_process``.
+        """
+        if client is not None and in_process:
+            raise ValueError("expected a client or in_process=True, got both: leave one out")
+        specs, draft_spec = paced_specs(costs, acceptance, seed)
+        stages = len(specs)
+        with ExitStack() as resources:
+            if in_process:
+                loop = resources.enter_context(LoopThread()).loop
+            else:
+                if client is None:
+                    client = own_cluster(min(PROCESSES, stages + 1), resources)
+                loop = loop_of(client)
+                where = place(workers_of(client), stages, drafter=True, share=True)
+
+            async def open_pipeline() -> Pipeline:
+                here = asyncio.get_running_loop()
+                pipeline: Pipeline
+                if client is None:
+                    loads = [spec.load for spec in specs]
+                    local = (
+                        LocalPipeline(loads, draft_spec.load, here)
+                        if distance is None
+                        else LaggingLocalPipeline(loads, draft_spec.load, here, distance=distance)
+                    )
+                    await local.loaded()
+                    pipeline = local
+                else:
+                    arguments = (where.stages, draft_spec, where.drafter)
+                    if distance is None:
+                        pipeline = await DaskPipeline.open(client, specs, *arguments)
+                    else:
+                        distant = [
+                            DistantSpec(spec, distance, last=spec is specs[-1]) for spec in specs
+                        ]
+                        pipeline = await LaggingPipeline.open(client, distant, *arguments)
+                return pipeline if distance is None else LaggingHead(pipeline, distance, here)
+
+            pipeline = call_on(loop, open_pipeline())
+
+            def close_pipeline() -> None:
+                with suppress(RuntimeError, CancelledError):
+                    if loop.is_running():
+                        call_on(loop, pipeline.close())
+
+            resources.callback(close_pipeline)
+
+            async def start_head() -> Head:
+                return Head(pipeline, asyncio.get_running_loop())
+
+            head = call_on(loop, start_head())
+            return cls(costs, acceptance, seed, head, resources.pop_all())
+
+    def generate(
+        self,
+        strategy: str | Policy = "adaptive",
+        *,
+        max_new_tokens: int = 200,
+        prompt_tokens: int = PROMPT_TOKENS,
+        timeout: float | None = None,
+        **knobs: Any,
+    ) -> EmulatedResult:
+        """Generate the synthetic text, and wait for it.
+
+        Parameters
+        ----------
+        strategy, max_new_tokens, prompt_tokens, **knobs
+            As for `simulate`.
+        timeout : float, optional
+            Most seconds to wait.
+
+        Raises
+        ------
+        ValueError
+            If strategy and knobs are not to be had.
+        TimeoutError
+            If it takes longer.
+        GenerationInterrupted
+            If the pipeline was lost.
+        """
+        policy = (
+            strategy.fresh() if isinstance(strategy, Policy) else make_policy(strategy, **knobs)
+        )
+        prompt = SyntheticPair(self.acceptance, self.seed).text(prompt_tokens)
+        capacity = prompt_tokens + max_new_tokens + SLOTS
+        request = Request(next(self._requests), prompt, max_new_tokens, capacity)
+        generation = Generation(request, policy.fresh(), _Numbers(), cancel=self._head.cancel)
+        self._head.start(generation)
+        try:
+            result = generation.result(timeout)
+        except (KeyboardInterrupt, TimeoutError):
+            generation.cancel()
+            raise
+        return EmulatedResult(**{f.name: getattr(result, f.name) for f in fields(result)})
+
+    def text(self, max_new_tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> list[int]:
+        """Return what `generate` must give, whatever the strategy."""
+        whole = SyntheticPair(self.acceptance, self.seed).text(prompt_tokens + max_new_tokens)
+        return list(whole[prompt_tokens:])
+
+    def measure_costs(self) -> Costs:
+        """Measure the emulated nodes and the real links as `Engine.measure_costs` does."""
+        return call_on(
+            self._head.loop, measure_costs(self._head, next(self._requests), drafter=True)
+        )
+
+    def calibrated(self) -> Costs:
+        """Return the cost model with the hops that there really are, those of a distance included.
+
+        What the simulator needs to tell how fast this emulation is.
+        """
+        hop = call_on(self._head.loop, measure_hop(self._head, next(self._requests)))
+        return replace(self.costs, hop_s=hop)
+
+    def close(self) -> None:
+        """Release every node, thread and link; can be called twice."""
+        with suppress(RuntimeError):
+            self._head.loop.call_soon_threadsafe(
+                self._head.end, ConnectionError("the emulation was closed meanwhile")
+            )
+        self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Emulation {len(self.costs.stages)} emulated stages>"
+
+
+class _Numbers:
+    """Synthetic tokens as text: their numbers."""
+
+    def step(self, token: int) -> str:
+        return f"{token} "
+
+    def flush(self) -> str:
+        return ""

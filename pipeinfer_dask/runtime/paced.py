@@ -1,0 +1,187 @@
+"""Emulated models: they wait for as long as a cost model says, and speak a synthetic text.
+
+Everything around them is the real thing: compute threads, links, worker processes, the
+head. So a machine of 2 cores runs 32 nodes, and what a cluster of slow stages would do is
+measured rather than computed. Neither torch nor Dask is loaded here: such nodes are small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.simulation.costs import Costs, Curve
+from pipeinfer_dask.simulation.truth import Places, SyntheticPair
+
+_PR_SET_TIMERSLACK = 29
+
+
+def wake_on_time() -> None:
+    """Ask Linux to end this thread's sleeps within a microsecond, not within 50."""
+    with suppress(OSError, AttributeError):  # Elsewhere sleeps end when they end.
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+
+
+def sleep_until(due: float) -> None:
+    """Sleep until ``due``, in seconds on the monotonic clock; not at all if it has passed."""
+    left = due - time.monotonic()
+    if left > 0:
+        time.sleep(left)
+
+
+class PacedStage:
+    """A `Stage` that computes nothing but takes its time.
+
+    Parameters
+    ----------
+    curve : Curve
+        Seconds of a run by its tokens.
+    layers : int
+        A run that is cancelled ends at the next of so many equal parts of its time.
+    width : int
+        float32 numbers for each token that go on to the next stage.
+    pair : SyntheticPair, optional
+        Of the last stage: whose text to pick tokens from.
+    """
+
+    def __init__(
+        self, curve: Curve, layers: int, width: int, pair: SyntheticPair | None = None
+    ) -> None:
+        self._curve = curve
+        self._layers = layers
+        self._width = width
+        self._pair = pair
+        self._places = Places(pair) if pair is not None else None
+
+    def run(
+        self,
+        batch: Batch,
+        hidden: HiddenStates | None,
+        *,
+        picks: int,
+        stopped: Callable[[], bool],
+    ) -> StageOutput:
+        """Wait for the time of these tokens: see `Stage`."""
+        began = time.monotonic()
+        seconds = self._curve(len(batch))
+        # What this thread really has to do, it does within the time that it is given.
+        out: HiddenStates | None = None
+        tokens: tuple[int, ...] | None = None
+        if self._places is not None and self._pair is not None:
+            reached = self._places.take(batch)
+            tokens = tuple(map(self._pair.target, reached[len(reached) - picks :]))
+        else:
+            out = np.zeros((len(batch), self._width), np.float32)
+        for layer in range(self._layers):
+            if stopped():
+                return StageOutput(None, None, layer)
+            # Each layer's end follows from the run's begin: what one is late, the next makes up.
+            sleep_until(began + seconds * (layer + 1) / self._layers)
+        return StageOutput(out, tokens, self._layers)
+
+
+class PacedDraft:
+    """A `DraftModel` that guesses at the synthetic text, and takes its time.
+
+    A pass that has begun is taken to its end, as in the simulator: draft models are small.
+
+    Parameters
+    ----------
+    curve : Curve
+        Seconds of a pass by its tokens.
+    pair : SyntheticPair
+    """
+
+    def __init__(self, curve: Curve, pair: SyntheticPair) -> None:
+        self._curve = curve
+        self._pair = pair
+        self._places = Places(pair)
+
+    def candidates(
+        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+    ) -> list[list[tuple[int, float]]] | None:
+        """Wait for the time of these tokens: see `DraftModel`."""
+        if stopped():
+            return None
+        due = time.monotonic() + self._curve(len(batch))
+        ends = self._places.take(batch)[len(batch) - frontier :]
+        found = [self._pair.candidates(place, width) for place in ends]
+        sleep_until(due)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class PacedStageSpec:
+    """Makes a `PacedStage` on a worker.
+
+    Attributes
+    ----------
+    curve : Curve
+    layers : int
+    width : int
+    text : (float, int), optional
+        Of the last stage: acceptance and seed of the `SyntheticPair`.
+    name : str
+    """
+
+    curve: Curve
+    layers: int
+    width: int
+    text: tuple[float, int] | None = None
+    name: str = "emulated"
+
+    def load(self) -> PacedStage:
+        """Make the stage, in the thread that will wait for it."""
+        wake_on_time()
+        pair = SyntheticPair(*self.text) if self.text is not None else None
+        return PacedStage(self.curve, self.layers, self.width, pair)
+
+
+@dataclass(frozen=True, slots=True)
+class PacedDraftSpec:
+    """Makes a `PacedDraft` on a worker.
+
+    Attributes
+    ----------
+    curve : Curve
+    text : (float, int)
+        Acceptance and seed of the `SyntheticPair`.
+    name : str
+    """
+
+    curve: Curve
+    text: tuple[float, int]
+    name: str = "emulated"
+
+    def load(self) -> PacedDraft:
+        """Make the draft model, in the thread that will wait for it."""
+        wake_on_time()
+        return PacedDraft(self.curve, SyntheticPair(*self.text))
+
+
+def paced_specs(
+    costs: Costs, acceptance: float, seed: int
+) -> tuple[list[PacedStageSpec], PacedDraftSpec]:
+    """Return what the stages and the drafter of a cost model load.
+
+    Raises
+    ------
+    ValueError
+        If the acceptance is no chance.
+    """
+    SyntheticPair(acceptance, seed)
+    text = (acceptance, seed)
+    width = max(1, costs.token_bytes // np.dtype(np.float32).itemsize)
+    last = len(costs.stages) - 1
+    stages = [
+        PacedStageSpec(curve, costs.layers, width, text if index == last else None)
+        for index, curve in enumerate(costs.stages)
+    ]
+    return stages, PacedDraftSpec(costs.draft, text)
