@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import os
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
@@ -32,8 +34,14 @@ from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import place
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs, SyntheticPair
 
-PROCESSES = 4
-"""Worker processes of an emulation of its own, however many nodes: they hardly compute."""
+
+def default_processes(stages: int) -> int:
+    """Return how many worker processes serve best: as many as can run at once, at least two.
+
+    Nodes hardly compute, so they share processes; more of them only make hops slower. With
+    two some hops are from process to process, as on a cluster.
+    """
+    return max(2, min(os.cpu_count() or 1, stages + 1))
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,18 @@ class Emulation:
     """
 
     def __init__(
-        self, costs: Costs, acceptance: float, seed: int, head: Head, resources: ExitStack
+        self,
+        costs: Costs,
+        acceptance: float,
+        seed: int,
+        distance: Distance | None,
+        head: Head,
+        resources: ExitStack,
     ) -> None:
         self.costs = costs
         self.acceptance = acceptance
         self.seed = seed
+        self._distance = distance
         self._head = head
         self._resources = resources
         self._requests = itertools.count()
@@ -110,7 +125,7 @@ class Emulation:
                 loop = resources.enter_context(LoopThread()).loop
             else:
                 if client is None:
-                    client = own_cluster(min(PROCESSES, stages + 1), resources)
+                    client = own_cluster(default_processes(stages), resources)
                 loop = loop_of(client)
                 where = place(workers_of(client), stages, drafter=True, share=True)
 
@@ -150,7 +165,7 @@ class Emulation:
                 return Head(pipeline, asyncio.get_running_loop())
 
             head = call_on(loop, start_head())
-            return cls(costs, acceptance, seed, head, resources.pop_all())
+            return cls(costs, acceptance, seed, distance, head, resources.pop_all())
 
     def generate(
         self,
@@ -205,13 +220,19 @@ class Emulation:
             self._head.loop, measure_costs(self._head, next(self._requests), drafter=True)
         )
 
-    def calibrated(self) -> Costs:
+    def calibrated(self, rounds: int = 10) -> Costs:
         """Return the cost model with the hops that there really are, those of a distance included.
 
-        What the simulator needs to tell how fast this emulation is.
+        What the simulator needs to tell how fast this emulation is. Measured with ``rounds``
+        runs of one token.
         """
-        hop = call_on(self._head.loop, measure_hop(self._head, next(self._requests)))
-        return replace(self.costs, hop_s=hop)
+        hop_s = call_on(self._head.loop, measure_hop(self._head, next(self._requests), rounds))
+        bandwidth = self._distance.bandwidth if self._distance is not None else math.inf
+        costs = replace(self.costs, bandwidth=bandwidth)
+        # All hops but the first and the last are between stages, and carry hidden states.
+        stages = len(costs.stages)
+        carrying = costs.hop(1) * (stages - 1) / (stages + 1)
+        return replace(costs, hop_s=max(0.0, hop_s - carrying))
 
     def close(self) -> None:
         """Release every node, thread and link; can be called twice."""

@@ -95,7 +95,7 @@ async def measure_costs(head: Head, request: int, *, drafter: bool, rounds: int 
     return Costs(stages, draft, _hop(runs[1]), layers=max(1, round(layers)))
 
 
-async def measure_hop(head: Head, request: int, *, rounds: int = 20) -> float:
+async def measure_hop(head: Head, request: int, rounds: int) -> float:
     """Return what a hop of an idle pipeline costs, in seconds: see `measure_costs`."""
     probe = _Probe(head.pipeline, request)
     with head.lend(probe.hear, probe.fail):
