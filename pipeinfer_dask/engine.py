@@ -31,9 +31,11 @@ from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head import Head
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
+from pipeinfer_dask.runtime.measuring import measure_costs
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import Placement, default_stages, place
 from pipeinfer_dask.runtime.text import DecodedText
+from pipeinfer_dask.simulation import Costs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -300,6 +302,37 @@ class Engine:
             except RuntimeError:
                 raise EngineClosedError("this engine is closed: open another one") from None
         return generation
+
+    def measure_costs(self) -> Costs:
+        """Measure what each part of this pipeline costs, for ``simulate(costs=...)``.
+
+        Some runs of 1 to 8 tokens go through the pipeline, one at a time; generations that
+        are started meanwhile wait. Stages on one machine share its cores: each is measured
+        while the others idle, so a simulation with these costs is of machines of their own.
+
+        Returns
+        -------
+        Costs
+            Seconds of 1 to 8 tokens on each stage and on the draft model (0 where there is
+            none), and of a hop.
+
+        Raises
+        ------
+        EngineClosedError
+            If the engine is closed, or its pipeline is lost.
+        PipelineBusyError
+            If a generation runs or waits: a `RuntimeError`.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("this engine is closed: open another one")
+            if self._head.lost is not None:
+                raise EngineClosedError(
+                    f"the pipeline is lost ({self._head.lost}): open another one"
+                )
+            request = next(self._requests)
+        drafter = self.draft is not None
+        return call_on(self._head.loop, measure_costs(self._head, request, drafter=drafter))
 
     def close(self) -> None:
         """Release every model, thread and link. Running generations fail; can be called twice."""

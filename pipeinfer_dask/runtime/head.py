@@ -19,7 +19,7 @@ from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.trace import Trace
 
 
-class HeadBusyError(RuntimeError):
+class PipelineBusyError(RuntimeError):
     """Something was asked for that needs an idle pipeline."""
 
 
@@ -43,7 +43,7 @@ class Head:
         self._machine: Machine | None = None
         self._trace = Trace(pipeline.stages)
         self._alarm: asyncio.TimerHandle | None = None
-        self._lent = False
+        self._borrower: Callable[[Exception], None] | None = None
         self._guard = loop.create_task(self._outlive())
         pipeline.listen(self._report, self._lost)
 
@@ -74,33 +74,30 @@ class Head:
 
         Parameters
         ----------
-        report, lost : callable
-            Told of the pipeline's events and of its end instead of us.
+        report : callable
+            Told of the pipeline's events instead of us.
+        lost : callable
+            Told of the pipeline's end, or of ours.
 
         Raises
         ------
-        HeadBusyError
+        PipelineBusyError
             If a generation runs or waits, or somebody has it already.
         Exception
             What the pipeline was lost by.
         """
         if self.lost is not None:
             raise self.lost
-        if self._current is not None or self._queue or self._lent:
-            raise HeadBusyError(
+        if self._current is not None or self._queue or self._borrower is not None:
+            raise PipelineBusyError(
                 "expected an idle pipeline, got a busy one: wait for what runs, or cancel it"
             )
-
-        def both(error: Exception) -> None:
-            self._lost(error)
-            lost(error)
-
-        self._lent = True
-        self.pipeline.listen(report, both)
+        self._borrower = lost
+        self.pipeline.listen(report, self._lost)
         try:
             yield
         finally:
-            self._lent = False
+            self._borrower = None
             self.pipeline.listen(self._report, self._lost)
             self._next()
 
@@ -126,7 +123,7 @@ class Head:
             generation.finish("stopped", Trace(self.pipeline.stages))
 
     def _next(self) -> None:
-        if self._current is None and self._queue and not self._lent:
+        if self._current is None and self._queue and self._borrower is None:
             self._current = generation = self._queue.popleft()
             self._machine = Machine(generation.request, generation.policy)
             self._trace = Trace(self.pipeline.stages)
@@ -175,3 +172,5 @@ class Head:
         self._queue.clear()
         for generation in failed:
             generation.fail(error)
+        if self._borrower is not None:
+            self._borrower(error)

@@ -61,7 +61,7 @@ async def measure_costs(head: Head, request: int, *, drafter: bool, rounds: int 
 
     Raises
     ------
-    HeadBusyError
+    PipelineBusyError
         If a generation runs or waits.
     ConnectionError or RuntimeError
         If the pipeline is lost.
