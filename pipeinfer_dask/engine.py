@@ -32,6 +32,7 @@ from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted,
 from pipeinfer_dask.runtime.head import Head
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.measuring import measure_costs
+from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import Placement, default_stages, place
 from pipeinfer_dask.runtime.text import DecodedText
@@ -225,6 +226,7 @@ class Engine:
 
             resources.callback(close_pipeline)
             call_on(loop, open_pipeline())
+            resources.enter_context(short_collections())
 
             async def start_head() -> Head:
                 return Head(opened_pipelines[0], asyncio.get_running_loop())

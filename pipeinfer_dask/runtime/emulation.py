@@ -30,6 +30,7 @@ from pipeinfer_dask.runtime.lags import (
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.measuring import measure_costs, measure_hop
 from pipeinfer_dask.runtime.paced import paced_specs
+from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import place
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs, SyntheticPair
@@ -153,6 +154,8 @@ class Emulation:
                 return pipeline if distance is None else LaggingHead(pipeline, distance, here)
 
             pipeline = call_on(loop, open_pipeline())
+
+            resources.enter_context(short_collections())
 
             def close_pipeline() -> None:
                 with suppress(RuntimeError, CancelledError):
