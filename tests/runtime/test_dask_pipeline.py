@@ -466,7 +466,7 @@ def descriptors() -> int:
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "inproc"])
-def test_ten_pipelines_leave_nothing_behind(protocol: str) -> None:
+def test_thirty_pipelines_leave_nothing_behind(protocol: str) -> None:
     async def main() -> None:
         async with cluster(workers=2, protocol=protocol) as (client, workers):
 
@@ -483,10 +483,10 @@ def test_ten_pipelines_leave_nothing_behind(protocol: str) -> None:
             await open_and_close()
             await until(lambda: not left_behind())
             files = descriptors()
-            for _ in range(10):
+            for _ in range(30):
                 await open_and_close()
             # distributed opens and closes some meanwhile, but not one for each pipeline.
-            await until(lambda: not left_behind() and descriptors() < files + 10)
+            await until(lambda: not left_behind() and descriptors() < files + 25)
 
     asyncio.run(main())
 
