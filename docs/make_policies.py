@@ -108,8 +108,8 @@ def picture(report: dict[str, Any], target: Path) -> None:
         panel.xaxis.set_major_formatter("{x:.0f}")
     for line in panels:
         line[0].set_ylabel("tokens per pass of the pipeline")
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(STYLES))
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(target, metadata={"Date": None})
 
 
