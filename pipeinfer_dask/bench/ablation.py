@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from pipeinfer_dask.core.messages import LEFT_OUT, RunDone
 from pipeinfer_dask.simulation import Costs, simulate
+from pipeinfer_dask.simulation.truth import ELSEWHERE
+from pipeinfer_dask.trace import Trace
 
 OFF: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("iterative", "", {}),
@@ -52,7 +55,7 @@ def run_ablation_bench(
         ``{"suite": "ablation", "rows": [...]}``. A row holds stages, overconfidence, strategy,
         without (the mechanism), ttft, itl, itl_p95 (in times of a stage), tokens_per_s (per time
         of a stage), ratio (of that to the whole strategy's), and wasted: the share of computed
-        layers that belong to cancelled runs.
+        layers that belong to runs off the text, cancelled or not.
     """
     rows: list[dict[str, Any]] = []
     for count in stages:
@@ -68,10 +71,11 @@ def run_ablation_bench(
                         seed=seed,
                         overconfidence=excess,
                         **knobs,
-                    ).metrics
+                    )
                     for seed in range(seeds)
                 ]
-                speed = fmean(run.tokens_per_s or 0.0 for run in runs)
+                figures = [run.metrics for run in runs]
+                speed = fmean(run.tokens_per_s or 0.0 for run in figures)
                 whole.setdefault(strategy, speed)
                 rows.append(
                     {
@@ -79,14 +83,25 @@ def run_ablation_bench(
                         "overconfidence": excess,
                         "strategy": strategy,
                         "without": without,
-                        "ttft": round(fmean(run.ttft_s or 0.0 for run in runs), 3),
-                        "itl": round(fmean(run.itl_s or 0.0 for run in runs), 3),
-                        "itl_p95": round(fmean(run.itl_p95_s or 0.0 for run in runs), 3),
+                        "ttft": round(fmean(run.ttft_s or 0.0 for run in figures), 3),
+                        "itl": round(fmean(run.itl_s or 0.0 for run in figures), 3),
+                        "itl_p95": round(fmean(run.itl_p95_s or 0.0 for run in figures), 3),
                         "tokens_per_s": round(speed, 4),
                         "ratio": round(speed / whole[strategy], 3),
-                        "wasted": round(
-                            fmean(run.layers_wasted / run.layers_computed for run in runs), 3
-                        ),
+                        "wasted": round(fmean(_wasted(run.trace) for run in runs), 3),
                     }
                 )
     return {"suite": "ablation", "rows": rows}
+
+
+def _wasted(trace: Trace) -> float:
+    """Return the share of computed layers in runs of which no token lies on the text."""
+    computed = wasted = 0
+    for _, what in trace:
+        if isinstance(what, RunDone):
+            layers = sum(span.layers for span in what.spans)
+            computed += layers
+            # A prompt's first chunks pick nothing, and are of use.
+            if what.tokens is None or (what.tokens and set(what.tokens) <= {ELSEWHERE, LEFT_OUT}):
+                wasted += layers
+    return wasted / computed
