@@ -297,7 +297,8 @@ class Machine:
         going_on = {
             run: tuple(places)
             for run, places in thinned.items()
-            if not self.runs[run].done() and self.runs[run].picks == len(self.runs[run].nodes)
+            # Without cancellation what is dead as a whole goes on as it is: no pass may be empty.
+            if self.runs[run].live > 0 and self.runs[run].picks == len(self.runs[run].nodes)
         }
         if going_on and self.policy.pruning:
             runs, places = tuple(going_on), tuple(going_on.values())
@@ -375,9 +376,9 @@ class Machine:
         )
 
     def _start_draft(self, plan: DraftPlan | TreePlan, frontier: Sequence[Node]) -> None:
-        spare = max(0, self.spare_slots - sum(node.slot == NO_SLOT for node in frontier))
-        size = min(plan.size, spare)
-        if size == 0 and plan.size > 0:
+        spare = self.spare_slots - sum(node.slot == NO_SLOT for node in frontier)
+        size = max(0, min(plan.size, spare))
+        if spare < 0 or (size == 0 and plan.size > 0):
             return
         nodes = unevaluated(frontier, self.root)
         if not nodes:
@@ -417,6 +418,7 @@ class Machine:
         assert len(held) == len(set(held)), "a slot is held twice"
         assert set(held) == self.tree.slots.taken(), "a slot is lost, or given back too early"
         assert all(node.alive for node in live), "a pruned node is still in the tree"
+        assert self.spare_slots >= 0, "speculation has taken slots that the text needs"
         assert self._waiting <= self.runs.keys(), "a run waits that is not in flight"
         assert self.generated <= self.request.max_new_tokens, "more tokens than asked for"
         for node in live:

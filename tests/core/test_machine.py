@@ -32,6 +32,7 @@ POLICIES: dict[str, Policy] = {
     "adaptive": Adaptive(),
     "adaptive with runs of one": Adaptive(micro_batch=1),
     "adaptive with large runs": Adaptive(micro_batch=8, ramp=8, passes=3),
+    "adaptive with drafts of one pass": Adaptive(passes=1, breadth=8),
     "adaptive with a chain": Adaptive(tree=False, calibrate=False),
     "adaptive, not pruning": Adaptive(micro_batch=6, pruning=False),
     "adaptive, not cancelling": Adaptive(micro_batch=6, cancellation=False),

@@ -202,6 +202,7 @@ class World:
         kept = [place for place in range(len(run.batch)) if place not in out]
         paths: dict[int, Path] = {}
         if not skipped:
+            assert kept, "a pass of no token at all"
             batch = run.batch
             columns = (batch.tokens, batch.positions, batch.slots, batch.parents)
             rest = Batch(*(tuple(column[place] for place in kept) for column in columns))
