@@ -9,6 +9,9 @@ from pipeinfer_dask.core.messages import Span
 PRIOR_SHARE = 0.1
 """What a further token adds to a run, as a share of the first one's time, until it's known."""
 
+FARTHEST = 2.0
+"""A run that takes longer than so many times what was expected counts as if it took that."""
+
 
 class Pace:
     """Estimates of one pipeline's times, in seconds.
@@ -45,9 +48,12 @@ class Pace:
             return
         self.stages = len(spans)
         took = spans[0].ended - spans[0].began
-        if tokens == 1:
+        if self.first > 0:
+            # One run that was held up says nothing of the others.
+            took = min(took, FARTHEST * self.stage_s(tokens))
+        if tokens == 1 or took < self.first:
             self.first = _toward(self.first, took)
-        elif self.first > 0:  # there was a run of one token before: the first one is
+        if tokens > 1 and self.first > 0:  # there was a run of one token before: the first one is
             self.share = max(0.0, _toward(self.share, (took / self.first - 1) / (tokens - 1)))
 
     def taken_at_once(self, seconds: float) -> None:

@@ -157,6 +157,28 @@ def test_the_next_run_is_chosen_when_the_first_stage_is_about_to_be_free() -> No
     assert len(pipeline.runs()) == 4
 
 
+def test_a_first_stage_that_is_known_to_be_free_is_not_waited_for() -> None:
+    pipeline = begun(Adaptive(micro_batch=1))
+    policy = pipeline.machine.policy
+    assert isinstance(policy, Adaptive)
+    policy._pace.first = 100.0  # far too long
+    pipeline.answer((8, 0.6), (9, 0.3))
+    pipeline.take(2, now=1.0)
+    assert policy._first_free_at > 50
+    pipeline.result(1, 8, now=2.0)
+    pipeline.result(2, 5, now=3.0)
+    assert policy._first_free_at <= 3.0
+
+
+def test_drafts_of_one_pass_leave_the_text_its_slots() -> None:
+    for seed in range(40):
+        world = World(
+            Adaptive(passes=1, breadth=8), quality=0.5, stages=3, max_new_tokens=30, spare=seed % 4
+        )
+        world.run(random.Random(seed).randrange)
+        world.check_end()
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

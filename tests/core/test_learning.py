@@ -87,6 +87,31 @@ def test_a_pace_that_knows_nothing_has_its_prior() -> None:
     assert pace.first == 0
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_one_run_that_is_held_up_hardly_changes_the_pace(tokens: int) -> None:
+    pace = Pace()
+    for size in [1, 4] * 30:
+        pace.ran(size, 1.0, spans(0.1 * (1 + 0.3 * (size - 1))))
+    before = pace.stage_s(4)
+    pace.ran(tokens, 100.0, spans(50.0))
+    assert pace.stage_s(4) == pytest.approx(before, rel=0.16)
+
+
+def test_a_pipeline_that_gets_slower_is_found_out() -> None:
+    pace = Pace()
+    for seconds in [0.1] * 10 + [1.0] * 60:
+        pace.ran(1, 1.0, spans(seconds))
+    assert pace.first == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_first_run_that_was_slow_is_corrected_by_runs_of_any_size() -> None:
+    pace = Pace()
+    pace.ran(1, 1.0, spans(10.0))
+    for _ in range(60):
+        pace.ran(4, 1.0, spans(0.1))
+    assert pace.first == pytest.approx(0.1, rel=0.05)
+
+
 def test_the_way_to_the_first_stage_is_the_least_of_late() -> None:
     pace = Pace()
     for seconds in (0.4, 0.1, 0.5, 0.3):

@@ -250,5 +250,7 @@ class Adaptive(Policy):
             self._first_free_at = machine.now  # it stops at its next layer
 
     def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
+        if run is self._on_first:
+            self._first_free_at = min(self._first_free_at, machine.now)
         if run.kind is not Kind.PREFILL:
             self._pace.ran(len(run.nodes), machine.now - run.started, done.spans)
