@@ -262,17 +262,20 @@ def simulate(
     }
     results = {}
     for name in strategies or tuple(STRATEGIES):
-        results[f"{name} k=4" if name == "speculative" else name] = run(name, **world)
+        results[f"{name}, k=4" if name == "speculative" else name] = run(name, **world)
         if name == "speculative":
             best = best_chain(**world)
-            results[f"{name} k={best}, best"] = run(name, k=best, **world)
+            results[f"best k={best}"] = run(name, k=best, **world)
     console = _console(as_json)
-    for label, result in results.items():
-        if timeline:
-            console.rule(label, align="left")
-            console.print(pictures.draw(result.trace, max(20, console.width - 10)), no_wrap=True)
     if timeline:
+        columns = max(20, console.width - 10)
+        # One scale for all, or they could not be compared.
+        began, ended = pictures.window(next(iter(results.values())).trace, columns)
+        for label, result in results.items():
+            console.rule(label, align="left")
+            console.print(pictures.draw(result.trace, columns, (began, ended)), no_wrap=True)
         console.print(pictures.legend())
+        console.print(f"A sign is {1e3 * (ended - began) / columns:.3g} ms.")
         console.print()
     console.print(table([(label, result.metrics) for label, result in results.items()]))
     console.print("cancelled: invalid + superfluous. All figures are of virtual time.")

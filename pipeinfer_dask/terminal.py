@@ -77,7 +77,9 @@ def stream(console: Console, prompt: str, generation: Generation) -> None:
 
 def table(results: Sequence[tuple[str, Metrics]]) -> Table:
     """Return the figures of each strategy, a row for one (its name, metrics)."""
-    view = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    view = Table(
+        box=None, header_style="bold", pad_edge=False, padding=(0, 1), collapse_padding=True
+    )
     view.add_column("strategy", no_wrap=True)
     for heading in (
         "tokens/s",

@@ -29,8 +29,8 @@ class Fate(Enum):
 
     PREFILL = ("=", "blue", "the prompt")
     SINGLE = ("#", "cyan", "one token, plain")
-    USEFUL = ("+", "green", "speculation, of use")
-    CANCELLED = ("x", "red", "speculation, cancelled")
+    SPECULATIVE = ("+", "green", "speculation")
+    CANCELLED = ("x", "red", "cancelled")
     DRAFT = ("~", "magenta", "drafting")
     IDLE = (".", "dim", "idle")
 
@@ -75,7 +75,7 @@ def bars(trace: Trace) -> tuple[list[Bar], list[list[Bar]]]:
 _FATES: Mapping[Kind, Fate] = {
     Kind.PREFILL: Fate.PREFILL,
     Kind.SINGLE: Fate.SINGLE,
-    Kind.SPECULATIVE: Fate.USEFUL,
+    Kind.SPECULATIVE: Fate.SPECULATIVE,
 }
 
 
@@ -85,7 +85,7 @@ def window(trace: Trace, columns: int) -> tuple[float, float]:
     It begins with the first token, and a column is half as long as the median run on a stage.
     """
     commits = [time for time, what in trace if isinstance(what, Commit)]
-    began = commits[0] if commits else 0.0
+    began = commits[0] if len(set(commits)) > 1 else 0.0
     ended = commits[-1] if commits else 1.0
     lengths = sorted(
         span.ended - span.began

@@ -43,7 +43,7 @@ def test_speculation_is_shown_by_what_it_came_to() -> None:
     assert {bar.fate for stage in stages for bar in stage} == {
         Fate.PREFILL,
         Fate.SINGLE,
-        Fate.USEFUL,
+        Fate.SPECULATIVE,
         Fate.CANCELLED,
     }
     picture = rows(draw(trace, 100).plain)

@@ -95,6 +95,8 @@ class Machine:
         # In order of arrival. A dictionary, so that one leaves without the others being touched.
         self._fresh: dict[Node, None] = {}
         self._waiting: set[int] = set()
+        self._stages = 1
+        self._wake: float | None = None
         self._run_ids = 0
         self._draft_ids = 0
         self._begun = self._over = False
@@ -118,8 +120,11 @@ class Machine:
 
     @property
     def has_room(self) -> bool:
-        """Whether the first stage's queue can take a run: one computes, one waits."""
-        return not self._waiting
+        """Whether the pipeline can take a run: one waits at most, and not too many are on the way.
+
+        More than two for each stage are queueing somewhere: before a slow stage, or a slow link.
+        """
+        return not self._waiting and len(self.runs) <= 2 * self._stages + 2
 
     @property
     def drafting(self) -> bool:
@@ -187,8 +192,10 @@ class Machine:
                 pass  # the policy is asked below, as after every event
         if self.finished is None:
             self._plan()
-            if (wake := self.policy.wake_at(self)) is not None:
+            wake = self.policy.wake_at(self)
+            if wake is not None and wake != self._wake:
                 commands.append(WakeAt(self.request.id, wake))
+            self._wake = wake
         elif not self.runs and self._draft is None:
             self._over = True
             commands.append(Finish(self.request.id, self.finished))
@@ -208,6 +215,7 @@ class Machine:
         if run is None:
             raise ProtocolError(f"run {event.run} is not in flight")
         self._waiting.discard(run.id)
+        self._stages = max(self._stages, len(event.spans))
         if run.cancelled():
             return
         if event.tokens is None:

@@ -19,7 +19,7 @@ class Pace:
     Attributes
     ----------
     first : float
-        A one-token run on the first stage; 0 until one is known.
+        A one-token run on the slowest stage; 0 until one is known.
     share : float
         What each further token of a run adds, as a share of `first`.
     plain : float
@@ -37,7 +37,7 @@ class Pace:
         self.share = PRIOR_SHARE
 
     def stage_s(self, tokens: int) -> float:
-        """Return how long the first stage takes for so many tokens."""
+        """Return how long the slowest stage takes for so many tokens."""
         return self.first * (1 + self.share * (tokens - 1))
 
     def ran(self, tokens: int, seconds: float, spans: Sequence[Span]) -> None:
@@ -47,7 +47,7 @@ class Pace:
         if not spans:
             return
         self.stages = len(spans)
-        took = spans[0].ended - spans[0].began
+        took = max(span.ended - span.began for span in spans)
         if self.first > 0:
             # One run that was held up says nothing of the others.
             took = min(took, FARTHEST * self.stage_s(tokens))

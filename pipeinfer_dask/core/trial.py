@@ -14,8 +14,10 @@ PROBE = 6
 """Tokens that are decoded plainly to compare."""
 SETTLE = 2
 """Tokens after a change that don't count: runs of before may still be in flight."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 64, 1024
+SHORTEST_PAUSE, LONGEST_PAUSE = 32, 1024
 """Tokens."""
+HOPELESS = 1.2
+"""A window is over, too, when it takes so many times as long as plain decoding would."""
 CLEARLY = 0.9
 """Speculation is above suspicion while a token takes less than this share of plain's time."""
 
@@ -38,7 +40,7 @@ class Trial:
         self._speculating_s = 0.0
         self._probing = False
 
-    def committed(self, tokens: int, now: float, plain_s: float) -> None:
+    def committed(self, tokens: int, now: float, plain_s: float, *, clear: bool = True) -> None:
         """Take in a commit.
 
         Parameters
@@ -47,13 +49,18 @@ class Trial:
         now : float, seconds
         plain_s : float, seconds
             What plain decoding would take for a token, by all that is known; 0 if nothing is.
+        clear : bool
+            Whether nothing of earlier speculation is left in the pipeline, or before a slow link.
         """
+        if not self.speculate and not clear:
+            self._settling = max(self._settling, 1)
         if self._settling > 0 or self._since is None:
             self._settling -= tokens
             self._since = now
             return
         self._tokens += tokens
-        if self._tokens < self._length or plain_s == 0:
+        hopeless = self.speculate and now - self._since > HOPELESS * self._length * plain_s
+        if plain_s == 0 or (self._tokens < self._length and not hopeless):
             return
         token_s = (now - self._since) / self._tokens
         self._since = now
@@ -68,7 +75,7 @@ class Trial:
         elif self._probing and token_s < self._speculating_s:
             self._turn(speculate=False, length=self._pause)
             self._probing = False
-            self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+            self._pause = min(LONGEST_PAUSE, 3 * self._pause)
         else:
             # Either plain decoding was no better, or the pause is over.
             self._turn(speculate=True, length=self._pause if self._probing else WINDOW)

@@ -130,7 +130,9 @@ class Emulation:
                 loop = loop_of(client)
                 where = place(workers_of(client), stages, drafter=True, share=True)
 
-            async def open_pipeline() -> Pipeline:
+            opened: list[Pipeline] = []
+
+            async def open_pipeline() -> None:
                 here = asyncio.get_running_loop()
                 pipeline: Pipeline
                 if client is None:
@@ -151,21 +153,22 @@ class Emulation:
                             DistantSpec(spec, distance, last=spec is specs[-1]) for spec in specs
                         ]
                         pipeline = await LaggingPipeline.open(client, distant, *arguments)
-                return pipeline if distance is None else LaggingHead(pipeline, distance, here)
-
-            pipeline = call_on(loop, open_pipeline())
-
-            resources.enter_context(short_collections())
+                if distance is not None:
+                    pipeline = LaggingHead(pipeline, distance, here)
+                # Noted on the loop itself: an interrupt may come before we hear of it.
+                opened.append(pipeline)
 
             def close_pipeline() -> None:
                 with suppress(RuntimeError, CancelledError):
-                    if loop.is_running():
-                        call_on(loop, pipeline.close())
+                    while opened and loop.is_running():
+                        call_on(loop, opened.pop().close())
 
             resources.callback(close_pipeline)
+            call_on(loop, open_pipeline())
+            resources.enter_context(short_collections())
 
             async def start_head() -> Head:
-                return Head(pipeline, asyncio.get_running_loop())
+                return Head(opened[0], asyncio.get_running_loop())
 
             head = call_on(loop, start_head())
             return cls(costs, acceptance, seed, distance, head, resources.pop_all())

@@ -145,6 +145,7 @@ class Head:
                         generation.commit(command)
                     case Finish():
                         self._current = self._machine = None
+                        self._silence()
                         generation.finish(command.reason, self._trace)
                         self._next()
                     case WakeAt():
@@ -156,16 +157,20 @@ class Head:
             generation.fail(error)
             self._next()
 
-    def _wake_at(self, command: WakeAt) -> None:
-        """Set the one alarm; a loop's clock is the monotonic one, as ours is."""
+    def _silence(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
+
+    def _wake_at(self, command: WakeAt) -> None:
+        """Set the one alarm; a loop's clock is the monotonic one, as ours is."""
+        self._silence()
         self._alarm = self.loop.call_at(command.time, self._report, Woken(command.request))
 
     def _lost(self, error: Exception) -> None:
         if self.lost is not None:
             return
         self.lost = error
+        self._silence()
         failed = [self._current] if self._current is not None else []
         failed.extend(self._queue)
         self._current = self._machine = None

@@ -23,13 +23,18 @@ def short_collections() -> Iterator[None]:
     """
     global _open
     with _lock:
-        _open += 1
-        if _open == 1:
-            gc.freeze()
+        if _open == 0 and gc.get_freeze_count() > 0:
+            ours = False  # whoever has frozen something does this by himself
+        else:
+            ours = True
+            _open += 1
+            if _open == 1:
+                gc.freeze()
     try:
         yield
     finally:
         with _lock:
-            _open -= 1
-            if _open == 0:
-                gc.unfreeze()
+            if ours:
+                _open -= 1
+                if _open == 0:
+                    gc.unfreeze()

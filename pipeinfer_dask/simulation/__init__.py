@@ -133,6 +133,8 @@ def simulate(
         policy = strategy.fresh()
     else:
         policy = make_policy(strategy, **knobs)
+    if costs is not None and not isinstance(costs, Costs):
+        raise ValueError(f"expected costs as made by Costs.even, got {costs!r}")
     pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)
     costs = costs if costs is not None else Costs.even(stages)
     prompt = pair.text(prompt_tokens)

@@ -49,7 +49,15 @@ class Curve:
         return cls(tuple(max(read_s, n * token_s) for n in range(1, knee + 3)))
 
     def __call__(self, tokens: int) -> float:
-        """Return the seconds of a pass of ``tokens`` tokens, at least 1."""
+        """Return the seconds of a pass of ``tokens`` tokens.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        if tokens < 1:
+            raise ValueError(f"expected a pass of at least 1 token, got {tokens}")
         known = len(self.seconds)
         if tokens <= known:
             return self.seconds[tokens - 1]
@@ -91,7 +99,12 @@ class Costs:
             raise ValueError(f"expected hop_s of at least 0 seconds, got {self.hop_s!r}")
         if not self.bandwidth > 0:
             raise ValueError(f"expected a bandwidth above 0 bytes a second, got {self.bandwidth!r}")
-        if self.token_bytes < 0 or self.layers < 1:
+        if not all(isinstance(curve, Curve) for curve in (*self.stages, self.draft)):
+            raise ValueError(
+                f"expected a Curve for each stage and for the draft model, got {self.stages!r} and "
+                f"{self.draft!r}: see Costs.even"
+            )
+        if not 0 <= self.token_bytes < math.inf or self.layers < 1:
             raise ValueError(
                 f"expected token_bytes of at least 0 and at least 1 layer, got "
                 f"{self.token_bytes!r} and {self.layers!r}"
@@ -171,6 +184,13 @@ class NodeDescription:
 
     memory_bandwidth: float
     flops: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.memory_bandwidth < math.inf and 0 < self.flops < math.inf):
+            raise ValueError(
+                f"expected memory_bandwidth and flops above 0, got {self.memory_bandwidth!r} and "
+                f"{self.flops!r}"
+            )
 
 
 def costs_of_nodes(

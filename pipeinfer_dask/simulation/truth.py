@@ -57,9 +57,9 @@ class SyntheticPair:
         overconfidence: float = 0.0,
         clairvoyant: bool = False,
     ) -> None:
-        if isinstance(acceptance, bool) or not 0 <= acceptance <= 1:
+        if not _is_number(acceptance) or not 0 <= acceptance <= 1:
             raise ValueError(f"expected an acceptance from 0 to 1, got {acceptance!r}")
-        if not overconfidence >= 0:
+        if not _is_number(overconfidence) or not overconfidence >= 0:
             raise ValueError(f"expected an overconfidence of at least 0, got {overconfidence!r}")
         self.acceptance = acceptance
         self._clairvoyant = clairvoyant
@@ -121,6 +121,10 @@ class SyntheticPair:
                     rank += 1
             self._tokens.append(rank)
             self._chances.append(chance)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Places:

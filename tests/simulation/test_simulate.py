@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -145,6 +146,52 @@ def test_adaptive_is_never_slower_than_plain_decoding(
     ours = simulate("adaptive", **world).metrics.tokens_per_s
     assert plain is not None and ours is not None
     assert ours >= 0.97 * plain
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8, 16])
+@pytest.mark.parametrize("token_cost", [0.05, 0.3])
+def test_a_draft_that_is_never_right_costs_next_to_nothing(stages: int, token_cost: float) -> None:
+    world: dict[str, Any] = {
+        "acceptance": 0.0,
+        "costs": Costs.even(stages, token_cost=token_cost),
+        "max_new_tokens": 300,
+    }
+    plain = simulate("iterative", **world).metrics.tokens_per_s or 0
+    ours = simulate("adaptive", tree=False, **world)
+    assert ours.metrics.accepted_tokens == 0
+    assert (ours.metrics.tokens_per_s or 0) >= 0.97 * plain
+
+
+@pytest.mark.parametrize("stages", [4, 8])
+@pytest.mark.parametrize("token_cost", [0.05, 0.3])
+def test_adaptive_keeps_up_where_the_draft_is_nearly_always_right(
+    stages: int, token_cost: float
+) -> None:
+    world: dict[str, Any] = {
+        "acceptance": 0.95,
+        "costs": Costs.even(stages, token_cost=token_cost),
+        "max_new_tokens": 500,
+    }
+
+    def speed(strategy: str, **knobs: Any) -> float:
+        runs = [simulate(strategy, seed=seed, **world, **knobs) for seed in range(3)]
+        return sum(run.metrics.tokens_per_s or 0 for run in runs)
+
+    others = [
+        *(speed("speculative", k=k) for k in (8, 12)),
+        *(speed("pipeinfer", sequences=1, micro_batch=size) for size in (1, 2, 3, 4)),
+    ]
+    assert speed("adaptive") >= 0.97 * max(others)
+
+
+@pytest.mark.parametrize("relative", [0.1, 0.2, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("strategy", ["pipeinfer", "adaptive"])
+def test_a_slow_link_is_not_flooded_with_speculation(strategy: str, relative: float) -> None:
+    costs = Costs.even(4, bandwidth=1.0, token_bytes=1)
+    costs = replace(costs, bandwidth=1 / (0.05 * relative))
+    plain = simulate("iterative", costs=costs, max_new_tokens=400).metrics.tokens_per_s or 0
+    ours = simulate(strategy, costs=costs, max_new_tokens=400).metrics.tokens_per_s or 0
+    assert ours >= (0.85 if strategy == "adaptive" else 0.4) * plain
 
 
 @pytest.mark.parametrize("stages", [4, 8, 16])

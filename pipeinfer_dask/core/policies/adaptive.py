@@ -35,6 +35,7 @@ from pipeinfer_dask.core.policies.base import (
     depth_left,
     fill_cache,
     probability,
+    switch,
 )
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, log_chance
@@ -103,6 +104,8 @@ class Adaptive(Policy):
         for name in ("ramp", "passes", "breadth", "width"):
             at_least(self, name, 1)
         probability(self, "floor")
+        for name in ("tree", "calibrate", "cancellation", "pruning"):
+            switch(self, name)
 
     # --- what to run ------------------------------------------------------------------
 
@@ -201,7 +204,7 @@ class Adaptive(Policy):
                 continue
             kept.append(entry)
             assert node.parent is not None
-            if node.parent.drafted and depth_left(machine, node) > 0:
+            if node.parent.drafted:
                 chosen.append(node)
             elif len(kept) > 4 * self.breadth:
                 break
@@ -232,12 +235,15 @@ class Adaptive(Policy):
             assert node.parent is not None
             node.reach = node.parent.reach + log_chance(worth(node.confidence, table))
             number = self._next_number()
-            heapq.heappush(self._unevaluated, (-node.reach, number, node))
+            if depth_left(machine, node) > 0:
+                heapq.heappush(self._unevaluated, (-node.reach, number, node))
             if node.parent.run is not None:
                 heapq.heappush(self._ready, (-node.reach, number, node))
 
     def taken(self, machine: Machine, run: RunFuture) -> None:
         pace = self._pace
+        if run.cancelled():
+            return
         if run.started >= self._first_free_at:
             pace.taken_at_once(machine.now - run.started)
         self._on_first = run
@@ -245,7 +251,8 @@ class Adaptive(Policy):
         self._first_free_at = machine.now - pace.trip / 2 + pace.stage_s(tokens)
 
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
-        self._trial.committed(len(origins), machine.now, self._pace.plain)
+        clear = len(machine.runs) <= 1
+        self._trial.committed(len(origins), machine.now, self._pace.plain, clear=clear)
         if self._on_first is not None and self._on_first.cancelled():
             self._first_free_at = machine.now  # it stops at its next layer
 

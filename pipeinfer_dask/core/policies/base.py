@@ -100,3 +100,10 @@ def probability(policy: Policy, name: str) -> None:
     value = getattr(policy, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+
+
+def switch(policy: Policy, name: str) -> None:
+    """Raise a ValueError unless this setting is on or off."""
+    value = getattr(policy, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}")

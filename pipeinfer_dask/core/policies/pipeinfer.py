@@ -16,6 +16,7 @@ from pipeinfer_dask.core.policies.base import (
     depth_left,
     fill_cache,
     probability,
+    switch,
 )
 from pipeinfer_dask.core.tree import Node
 
@@ -72,6 +73,8 @@ class PipeInfer(Policy):
         at_least(self, "sequences", 1)
         for name in ("cutoff", "recovery", "decay", "split"):
             probability(self, name)
+        for name in ("asynchronous", "continuous", "cancellation"):
+            switch(self, name)
 
     def choose_run(self, machine: Machine) -> Sequence[Node]:
         if not self.asynchronous and self._target_must_wait(machine):
