@@ -419,7 +419,7 @@ class Machine:
         AssertionError
             Which one does not hold.
         """
-        live = [*self._committed(), *self.tree.speculation()]
+        live = [*self.tree.committed(), *self.tree.speculation()]
         held = [node.slot for node in live if node.slot != NO_SLOT]
         if self._draft is not None:
             held.extend(self._draft.slots)
@@ -447,11 +447,3 @@ class Machine:
                 assert run.cancelled() == (alive == 0), "cancelled too early, or too late"
         for node in self._fresh:
             assert node.alive and node.run is None and node is not self.root, "not fresh"
-
-    def _committed(self) -> list[Node]:
-        nodes: list[Node] = []
-        node: Node | None = self.root
-        while node is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes

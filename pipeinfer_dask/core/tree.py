@@ -174,6 +174,13 @@ class Tree:
         self.root = kept
         return origin, pruned
 
+    def committed(self) -> Iterator[Node]:
+        """Yield the text's nodes, from the root back to the prompt's first token."""
+        node: Node | None = self.root
+        while node is not None:
+            yield node
+            node = node.parent
+
     def speculation(self) -> Iterator[Node]:
         """Yield the nodes below the root, parents first."""
         nodes = self.root.subtree()
