@@ -7,10 +7,8 @@ from itertools import product
 from typing import Any
 
 from pipeinfer_dask.runtime.emulation import Emulation
-from pipeinfer_dask.simulation import Costs, simulate
+from pipeinfer_dask.simulation import CHAINS, Costs, simulate
 
-DRAFTS = (1, 2, 4, 6, 8, 12)
-"""Tokens of a draft to choose from, for `speculative`."""
 MICRO_BATCHES = (1, 2, 3, 4)
 CUTOFFS = (0.02, 0.1, 0.2, 0.3, 0.5)
 """Settings to choose from, for `pipeinfer`."""
@@ -32,7 +30,7 @@ def best_settings(costs: Costs, acceptance: float, seed: int, tokens: int) -> Se
 
     return {
         "iterative": {},
-        "speculative": best("speculative", [{"k": k} for k in DRAFTS]),
+        "speculative": best("speculative", [{"k": k} for k in CHAINS]),
         "pipeinfer": best(
             "pipeinfer",
             [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.policies import Policy, policy_of
 from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.models.checkpoint import Checkpoint
 
@@ -45,13 +45,8 @@ class Admission:
         ValueError
             If strategy and knobs are not to be had, or need a draft model that is not there.
         """
-        if isinstance(strategy, Policy):
-            if knobs:
-                raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
-            policy = strategy.fresh()
-        else:
-            default = "adaptive" if self.has_draft else "iterative"
-            policy = make_policy(default if strategy is None else strategy, **knobs)
+        default = "adaptive" if self.has_draft else "iterative"
+        policy = policy_of(default if strategy is None else strategy, knobs)
         if policy.needs_draft and not self.has_draft:
             raise ValueError(
                 f"strategy {policy.name!r} needs a draft model: give one as draft, or use "

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from distributed import Client
 
-from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.policies import Policy, policy_of
 from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
@@ -200,13 +200,11 @@ class Emulation:
         GenerationInterrupted
             If the pipeline was lost.
         """
-        policy = (
-            strategy.fresh() if isinstance(strategy, Policy) else make_policy(strategy, **knobs)
-        )
+        policy = policy_of(strategy, knobs)
         prompt = SyntheticPair(self.acceptance, self.seed).text(prompt_tokens)
         capacity = prompt_tokens + max_new_tokens + SLOTS
         request = Request(next(self._requests), prompt, max_new_tokens, capacity)
-        generation = Generation(request, policy.fresh(), _Numbers(), cancel=self._head.cancel)
+        generation = Generation(request, policy, _Numbers(), cancel=self._head.cancel)
         self._head.start(generation)
         try:
             result = generation.result(timeout)

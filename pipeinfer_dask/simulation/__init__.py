@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeinfer_dask.core.messages import Origin
-from pipeinfer_dask.core.policies import Policy, make_policy
+from pipeinfer_dask.core.policies import Policy, policy_of
 from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs_of_nodes
 from pipeinfer_dask.simulation.truth import SyntheticPair
@@ -127,12 +127,7 @@ def simulate(
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
-    if isinstance(strategy, Policy):
-        if knobs:
-            raise ValueError(f"expected knobs or a policy of your own, got both: {knobs}")
-        policy = strategy.fresh()
-    else:
-        policy = make_policy(strategy, **knobs)
+    policy = policy_of(strategy, knobs)
     if costs is not None and not isinstance(costs, Costs):
         raise ValueError(f"expected costs as made by Costs.even, got {costs!r}")
     pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)

@@ -86,3 +86,8 @@ def test_many_nodes_share_few_worker_processes(client: Client, distance: Distanc
         assert len(result.metrics.stage_utilization) == 6
         if distance is not None:
             assert emulation.calibrated(2).hop_s >= distance.latency_s
+
+
+def test_knobs_beside_a_policy_are_refused(near: Emulation) -> None:
+    with pytest.raises(ValueError, match="expected knobs or a policy of your own, got both"):
+        near.generate(Adaptive(), ramp=2)

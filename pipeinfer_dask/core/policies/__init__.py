@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "Policy",
     "Speculative",
     "make_policy",
+    "policy_of",
 ]
 
 STRATEGIES: dict[str, type[Policy]] = {
@@ -52,3 +54,18 @@ def make_policy(strategy: str, /, **knobs: Any) -> Policy:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ValueError(f"strategy {strategy!r} has no knob {unknown[0]!r}: {has}")
     return kind(**knobs)
+
+
+def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
+    """Return a fresh policy: the one of this name with these knobs, or one like that given.
+
+    Raises
+    ------
+    ValueError
+        If strategy and knobs are not to be had, or there are knobs beside a policy.
+    """
+    if not isinstance(strategy, Policy):
+        return make_policy(strategy, **knobs)
+    if knobs:
+        raise ValueError(f"expected knobs or a policy of your own, got both: {dict(knobs)}")
+    return strategy.fresh()
