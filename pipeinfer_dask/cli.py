@@ -147,6 +147,12 @@ def demo(
 @max_new_tokens_option
 @stages_option
 @click.option("--layer-split", metavar="W,W,...", help="Relative shares of layers, one a stage.")
+@click.option(
+    "--weights",
+    default="auto",
+    show_default=True,
+    help="How matrices are held: auto, fp16 or fp32.",
+)
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster, not one of its own.")
 @click.option("--share-workers", is_flag=True, help="Several stages may be on one worker.")
 @click.option("--in-process", is_flag=True, help="No cluster: stages are threads.")
@@ -160,6 +166,7 @@ def generate(
     max_new_tokens: int,
     stages: int | None,
     layer_split: str | None,
+    weights: str,
     scheduler: str | None,
     share_workers: bool,
     in_process: bool,
@@ -167,6 +174,7 @@ def generate(
 ) -> None:
     """Continue PROMPT ("-" reads it from stdin)."""
     from pipeinfer_dask.models.demo_pair import demo_pair
+    from pipeinfer_dask.models.linears import check_weights
 
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -177,7 +185,8 @@ def generate(
             raise ValueError("expected --target along with --draft, got a draft alone")
         target, draft = (str(path) for path in demo_pair())
     settings = _knobs(knobs)
-    weights = _numbers(layer_split)
+    shares = _numbers(layer_split)
+    check_weights(weights)
     admission = _admission(target, draft)
     admission.policy(strategy, settings)
     admission.request(0, prompt, max_new_tokens)
@@ -193,7 +202,8 @@ def generate(
                 draft,
                 client=client,
                 stages=stages,
-                layer_split=weights,
+                layer_split=shares,
+                weights=weights,
                 share_workers=share_workers,
                 in_process=in_process,
             )

@@ -24,6 +24,7 @@ from pipeinfer_dask.models.checkpoint import (
     open_checkpoint,
 )
 from pipeinfer_dask.models.layers import split_layers
+from pipeinfer_dask.models.linears import Weights, check_weights
 from pipeinfer_dask.models.specs import ShardSpec
 from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS, Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
@@ -96,6 +97,7 @@ class Engine:
         client: Client | None = None,
         stages: int | None = None,
         layer_split: Sequence[float] | None = None,
+        weights: Weights = "auto",
         share_workers: bool = False,
         in_process: bool = False,
         progress: Progress | None = None,
@@ -117,6 +119,10 @@ class Engine:
             without a client, 3.
         layer_split : sequence of float, optional
             Relative shares of the layers, one for each stage. By default even.
+        weights : {"auto", "fp16", "fp32"}
+            How workers hold matrices; all is computed in 32 bits. "auto" holds those of a
+            16-bit checkpoint in 16 bits where the worker's processor can multiply by them.
+            "fp16" rounds those of a 32-bit one to 16 bits, which may change the text.
         share_workers : bool
             Whether one worker may hold several stages. The drafter shares one anyway where
             there are too few.
@@ -152,6 +158,7 @@ class Engine:
             raise ValueError(
                 f"expected layer_split as a sequence of numbers, one a stage, got {layer_split!r}"
             )
+        check_weights(weights)
         for model in (target, *([] if draft is None else [draft])):
             if not isinstance(model, (str, os.PathLike)):
                 raise ValueError(f"expected a model's directory or hub name, got {model!r}")
@@ -191,7 +198,7 @@ class Engine:
 
             if placement is not None:
                 admission = replace(admission, draft_apart=placement.draft_apart)
-            specs, draft_spec = _specs(opened, opened_draft, ranges, placement)
+            specs, draft_spec = _specs(opened, opened_draft, ranges, placement, weights)
 
             # Noted on the loop itself: an interrupt may come before we hear of it.
             opened_pipelines: list[Pipeline] = []
@@ -372,6 +379,7 @@ def _specs(
     draft: Checkpoint | None,
     ranges: list[range],
     placement: Placement | None,
+    weights: Weights,
 ) -> tuple[list[ShardSpec], ShardSpec | None]:
     """Return what each node loads."""
 
@@ -388,6 +396,7 @@ def _specs(
             capacity=target.context + SPECULATIVE_SLOTS,
             threads=threads,
             name=name,
+            weights=weights,
         )
 
     stage_workers = placement.stages if placement is not None else [None] * len(ranges)

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -18,6 +18,7 @@ from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.families import model_class
+from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.models.tensors import stored_tensors
@@ -43,11 +44,16 @@ class Shard:
         The layers that it has, numbered as in the whole model.
     capacity : int
         Slots of the KV cache.
+    parameters : int
+        How many it has; tied ones count once.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: range, *, capacity: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: range, *, capacity: int, parameters: int
+    ) -> None:
         self.layers = layers
         self.capacity = capacity
+        self.parameters = parameters
         self.is_first = layers.start == 0
         self.is_last = layers.stop == model.config.num_hidden_layers
         self._model = model
@@ -65,7 +71,8 @@ class Shard:
         layers: range,
         *,
         capacity: int,
-        dtype: torch.dtype = torch.float32,
+        weights: Weights = "auto",
+        threads: int = 1,
     ) -> Shard:
         """Load a share of a checkpoint, reading no other tensors than its own.
 
@@ -77,33 +84,48 @@ class Shard:
             The layers to hold, in [0, num_layers).
         capacity : int
             Slots of the KV cache: the longest text, and room for drafts.
-        dtype : torch.dtype
-            What to compute in. A checkpoint of 16 bits is computed in 32 bits on a CPU:
-            16 bits are slow there, and change what is generated.
+        weights : {"auto", "fp16", "fp32"}
+            How matrices are held. All is computed in 32 bits: 16 bits are slow on a CPU, and
+            change what is generated. "auto" holds those of a 16-bit checkpoint in 16 bits
+            where this machine can multiply by them, and "fp16" those of any.
+        threads : int
+            Threads that share a multiplication by a matrix of 16 bits.
 
         Raises
         ------
         ValueError
             If the layers are not in the model, the checkpoint lacks tensors of theirs, the
-            capacity is not positive, or the dtype is not for this device.
+            capacity is not positive, or weights can't be held so.
         FileNotFoundError
             If files are missing.
         """
         if capacity < 1:
             raise ValueError(f"the capacity of a KV cache must be at least 1 slot, not {capacity}")
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"on a CPU models are computed in float32 or float64, not in {dtype}")
+        check_weights(weights)
+        with _building:
+            packed = weights != "fp32" and has_kernels()
+        if weights == "fp16" and not packed:
+            raise ValueError(
+                "expected weights='auto' or 'fp32', got 'fp16', by which torch can't multiply on "
+                "this machine"
+            )
         config = AutoConfig.from_pretrained(path)
         if not (0 <= layers.start < layers.stop <= config.num_hidden_layers and layers.step == 1):
             raise ValueError(
                 f"{path} has layers 0 to {config.num_hidden_layers - 1}; {layers} was asked for"
             )
+        stored = stored_tensors(Path(path))
+
+        def prepare(model: PreTrainedModel) -> None:
+            if packed:
+                keep_stored(model, stored)
+
         with _building, _without_progress_bars():
-            loaded: Any = spliced(model_class(config), layers).from_pretrained(
+            loaded: Any = spliced(model_class(config), layers, prepare).from_pretrained(
                 None,
                 config=config,
-                state_dict=stored_tensors(Path(path)),
-                dtype=dtype,
+                state_dict=stored,
+                dtype=torch.float32,
                 attn_implementation=SLOT_ATTENTION,
                 output_loading_info=True,
             )
@@ -111,12 +133,14 @@ class Shard:
         # What is missing would silently stay random.
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{path} lacks {len(missing)} tensors of {layers}, first {missing[0]}")
-        return cls(model.requires_grad_(False), layers, capacity=capacity)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters held; tied ones count once."""
-        return sum(parameter.numel() for parameter in self._model.parameters())
+        model.requires_grad_(False)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if packed:
+            if layers.start > 0:
+                # A tied head had it; what came here is hidden states.
+                model.set_input_embeddings(nn.Identity())
+            pack(model, everything=weights == "fp16", threads=threads)
+        return cls(model, layers, capacity=capacity, parameters=parameters)
 
     @property
     def cache_nbytes(self) -> int:
@@ -228,7 +252,7 @@ class Shard:
             raise ValueError(f"layers {self.layers} take hidden states of {expected}; {came} came")
         # torch can't look into memory that is read-only, as what came over a link may be.
         writable = hidden if hidden.flags.writeable else hidden.copy()
-        return torch.from_numpy(writable).to(self._model.dtype)[None]
+        return torch.from_numpy(writable).float()[None]
 
 
 @contextmanager

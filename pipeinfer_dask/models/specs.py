@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.shard import Shard
 
 
@@ -23,9 +24,11 @@ class ShardSpec:
     capacity : int
         Slots of the KV cache.
     threads : int
-        Threads that torch may use for one operation.
+        Threads that share one operation.
     name : str
         What messages call it.
+    weights : {"auto", "fp16", "fp32"}
+        How matrices are held; see `Shard.load`.
     """
 
     path: Path
@@ -34,8 +37,15 @@ class ShardSpec:
     capacity: int
     threads: int
     name: str
+    weights: Weights = "auto"
 
     def load(self) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
         torch.set_num_threads(self.threads)
-        return Shard.load(self.path, range(self.first, self.last), capacity=self.capacity)
+        return Shard.load(
+            self.path,
+            range(self.first, self.last),
+            capacity=self.capacity,
+            weights=self.weights,
+            threads=self.threads,
+        )

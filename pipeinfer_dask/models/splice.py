@@ -29,16 +29,21 @@ class OwnedLayers(nn.ModuleList):
         return tuple(self._modules.values())[index]
 
 
-def spliced(family: type[PreTrainedModel], owned: range) -> type[PreTrainedModel]:
+def spliced(
+    family: type[PreTrainedModel],
+    owned: range,
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> type[PreTrainedModel]:
     """Make a class of the family's models that have only the owned layers.
 
     The first stage also keeps what comes before the layers, and the last one what comes
-    after them.
+    after them. A model is shown to ``prepare`` when it is cut, before weights are loaded.
     """
 
     def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         family.__init__(self, config, *args, **kwargs)
         _trim(self, owned)
+        prepare(self)
 
     body = {
         "__init__": init,

@@ -298,7 +298,7 @@ def test_a_slot_beyond_the_capacity_is_refused(llama: Path) -> None:
         (range(2, 2), {}, "has layers 0 to 3"),
         (range(0, 4, 2), {}, "has layers 0 to 3"),
         (range(4), {"capacity": 0}, "at least 1 slot, not 0"),
-        (range(4), {"dtype": torch.bfloat16}, "float32 or float64, not in torch.bfloat16"),
+        (range(4), {"weights": "int4"}, "one of 'auto', 'fp16', 'fp32', got 'int4'"),
     ],
 )
 def test_a_share_that_makes_no_sense_is_refused(

@@ -1,0 +1,205 @@
+"""Matrices held in 16 bits and multiplied in 32: what makes verifying several tokens nearly free.
+
+Generating is bound by reading weights. FBGEMM's kernels read them as float16, half the
+bytes, and multiply in float32, and take hardly longer for six tokens than for one. A
+float16 checkpoint loses nothing by it. Of a bfloat16 one, values below 2**-14 are rounded,
+by 2**-25 at most; a matrix with a value beyond float16 stays in float32. Activations,
+norms and sums are float32 throughout. Where torch has no such kernels, all is float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeinfer_dask.models.tensors import StoredTensor
+
+Weights = Literal["auto", "fp16", "fp32"]
+"""How matrices are held: "auto" is "fp16" where the checkpoint is of 16 bits, else "fp32"."""
+
+STORED_AS = {"F16": torch.float16, "BF16": torch.bfloat16}
+LARGEST = torch.finfo(torch.float16).max
+SMALLEST_PART = 2**20
+"""Elements worth handing to another thread, which takes as long as multiplying by so many."""
+LARGEST_PART = 2**24
+"""Elements packed at once: as many float32 values are in memory meanwhile."""
+
+
+def check_weights(weights: object) -> None:
+    """Check that there is such a way to hold weights.
+
+    Raises
+    ------
+    ValueError
+        If there is not.
+    """
+    if weights not in get_args(Weights):
+        known = ", ".join(map(repr, get_args(Weights)))
+        raise ValueError(f"expected weights to be one of {known}, got {weights!r}")
+
+
+@cache
+def has_kernels() -> bool:
+    """Say whether torch can multiply by float16 matrices on this machine; tried out, once."""
+    matrix, x = torch.arange(-24.0, 24.0).view(6, 8), torch.arange(16.0).view(2, 8)
+    try:
+        with warnings.catch_warnings():
+            # Each says once in a process that it may go some day; then this says false.
+            warnings.simplefilter("ignore")
+            packed = torch.fbgemm_pack_gemm_matrix_fp16(matrix)
+            product = torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, None)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(product, F.linear(x, matrix))
+
+
+class PackedLinear(nn.Module):
+    """What `nn.Linear` computes, by a float16 matrix.
+
+    Parameters
+    ----------
+    weight : Tensor, [out_features, in_features]
+        Of any float type and in any order; not kept.
+    bias : Tensor, [out_features], or None
+    pool : ThreadPoolExecutor or None
+        Threads beside the calling one; the rows of large matrices are shared among them all.
+    threads : int
+        How many they are together.
+
+    Raises
+    ------
+    OverflowError
+        If a value is beyond float16.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        pool: ThreadPoolExecutor | None = None,
+        threads: int = 1,
+    ) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        shares = min(threads, max(1, weight.numel() // SMALLEST_PART))
+        step = min(-(-rows // shares), max(1, LARGEST_PART // columns))
+        parts = []
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            values = weight[part].float().contiguous()
+            low, high = torch.aminmax(values)
+            if not -LARGEST <= low <= high <= LARGEST:
+                raise OverflowError(f"values from {low} to {high} are beyond float16")
+            packed = torch.fbgemm_pack_gemm_matrix_fp16(values)
+            parts.append((packed, None if bias is None else bias[part].float().contiguous()))
+        size = -(-len(parts) // shares)
+        self._shares = [parts[start : start + size] for start in range(0, len(parts), size)]
+        self._pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply [..., in_features]: [..., out_features]."""
+        *others, mine = self._shares
+        if self._pool is None:
+            products = [product for share in self._shares for product in _products(x, share)]
+        else:
+            handed = [self._pool.submit(_products, x, share) for share in others]
+            last = _products(x, mine)
+            products = [product for share in handed for product in share.result()] + last
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def _products(x: Tensor, share: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    return [
+        torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, bias) for packed, bias in share
+    ]
+
+
+class StoredEmbedding(nn.Module):
+    """What `nn.Embedding` computes, held as it is stored: [rows, dim], rows become float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.table = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up [...]: [..., dim]."""
+        return F.embedding(ids, self.table).float()
+
+
+def keep_stored(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    """Have a model without memory load its large matrices as they are stored, for `pack`.
+
+    What is not packed is loaded as float32.
+    """
+    kinds = {STORED_AS.get(tensor.dtype) for tensor in stored.values() if len(tensor.shape) > 1}
+    # Some families' modules have other names than what is stored.
+    usual = kinds.pop() if len(kinds) == 1 else None
+    for name, module in model.named_modules():
+        if _is_linear(module) or _is_table(module):
+            known = stored.get(f"{name}.weight")
+            dtype = usual if known is None else STORED_AS.get(known.dtype)
+            if dtype is not None:
+                weight = torch.empty_like(module.weight, dtype=dtype)
+                module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def pack(model: PreTrainedModel, *, everything: bool, threads: int) -> None:
+    """Have a loaded model's linears and embeddings compute from 16 bits, without a whole copy.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its linears and embeddings are replaced, one after the other.
+    everything : bool
+        Pack what is stored in 32 bits, too.
+    threads : int
+        Threads that share a multiplication.
+    """
+    pool = ThreadPoolExecutor(threads - 1, "linears") if threads > 1 else None
+    parent: Any
+    module: Any
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            narrow = any(p.dtype != torch.float32 for p in module.parameters(recurse=False))
+            if _is_table(module) and narrow:
+                setattr(parent, name, StoredEmbedding(module.weight.detach()))
+            elif _is_linear(module) and (narrow or everything):
+                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+                try:
+                    packed = PackedLinear(weight, module.bias, pool=pool, threads=threads)
+                except OverflowError:
+                    module.float()
+                else:
+                    setattr(parent, name, packed)
+
+
+def _is_table(module: Any) -> bool:
+    # Subclasses scale or shift what they look up.
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) is Conv1D or (isinstance(module, nn.Linear) and _is_plain(type(module)))
+
+
+def _is_plain(kind: type[nn.Linear]) -> bool:
+    """Say whether a kind of linear computes what its base does, however it is written."""
+    if kind is nn.Linear:
+        return True
+    try:
+        with torch.random.fork_rng(devices=[]):
+            example = kind(4, 3)
+    except TypeError:
+        return False
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    return torch.allclose(example(x), F.linear(x, example.weight, example.bias))
