@@ -12,6 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from pipeinfer_dask.core.ngram import NGRAM
+
 if TYPE_CHECKING:
     from distributed import Client
     from rich.console import Console
@@ -139,7 +141,11 @@ def demo(
 @main.command()
 @click.argument("prompt")
 @click.option("--target", help="Directory or hub name of the target. By default the embedded one.")
-@click.option("--draft", help="Directory or hub name of the draft.")
+@click.option(
+    "--draft",
+    help="Directory or hub name of the draft. ngram: no model, but what followed the same tokens "
+    "earlier in the text (a directory of that name is ./ngram).",
+)
 @click.option("--strategy", help="By default adaptive, or iterative where there is no draft.")
 @click.option(
     "--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A setting of the strategy."
@@ -181,9 +187,10 @@ def generate(
     if in_process and scheduler is not None:
         raise ValueError("expected --in-process or --scheduler, got both: leave one out")
     if target is None:
-        if draft is not None:
+        if draft not in (None, NGRAM):
             raise ValueError("expected --target along with --draft, got a draft alone")
-        target, draft = (str(path) for path in demo_pair())
+        pair = demo_pair()
+        target, draft = str(pair.target), draft or str(pair.draft)
     settings = _knobs(knobs)
     shares = _numbers(layer_split)
     check_weights(weights)
@@ -350,7 +357,7 @@ def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine
     elif stages is None and split is None and options.get("client") is not None:
         nodes = None  # as many as the cluster has workers for
     else:
-        nodes = (stages or (len(split) if split else DEFAULT_STAGES)) + (draft is not None)
+        nodes = (stages or (len(split) if split else DEFAULT_STAGES)) + (draft not in (None, NGRAM))
     with terminal.loading(console, nodes) as progress:
         return Engine.from_pretrained(target, draft, progress=progress, **options)
 

@@ -12,10 +12,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from distributed import Client
 
+from pipeinfer_dask.core.ngram import NGRAM
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.models.checkpoint import (
     Checkpoint,
@@ -25,7 +26,7 @@ from pipeinfer_dask.models.checkpoint import (
 )
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.linears import Weights, check_weights
-from pipeinfer_dask.models.specs import ShardSpec
+from pipeinfer_dask.models.specs import NgramSpec, ShardSpec
 from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS, Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
@@ -65,7 +66,7 @@ class Engine:
     Attributes
     ----------
     target : Checkpoint
-    draft : Checkpoint or None
+    draft : Checkpoint, "ngram" or None
     layer_ranges : list of range
         The layers of each stage.
     """
@@ -73,7 +74,7 @@ class Engine:
     def __init__(
         self,
         admission: Admission,
-        draft: Checkpoint | None,
+        draft: Checkpoint | Literal["ngram"] | None,
         layer_ranges: list[range],
         head: Head,
         resources: ExitStack,
@@ -110,7 +111,9 @@ class Engine:
         ----------
         target, draft : str or path
             A local directory, or a hub name, in Hugging Face format. Without a draft only
-            plain decoding is possible.
+            plain decoding is possible. The draft ``"ngram"`` is no model: what followed the
+            same tokens earlier in the text is proposed (prompt lookup), beside the head and
+            at next to no cost. A directory of that name is ``"./ngram"``.
         client : distributed.Client, optional
             The cluster to use. Without one the engine starts a `LocalCluster` of processes
             on this machine, and ends it when it is closed.
@@ -169,20 +172,24 @@ class Engine:
                 f"this is not applied, the text is that of plain greedy decoding",
                 stacklevel=2,
             )
-        opened_draft = open_checkpoint(os.fspath(draft)) if draft is not None else None
-        if opened_draft is not None:
+        opened_draft: Checkpoint | Literal["ngram"] | None = None
+        if draft == NGRAM:
+            opened_draft = NGRAM
+        elif draft is not None:
+            opened_draft = open_checkpoint(os.fspath(draft))
             check_pair(opened, opened_draft)
-        has_draft = opened_draft is not None
-        admission = Admission(opened, load_tokenizer(opened), has_draft)
+        # A lookup needs no worker.
+        drafter = isinstance(opened_draft, Checkpoint)
+        admission = Admission(opened, load_tokenizer(opened), opened_draft is not None)
         workers = workers_of(client) if client is not None else None
         if stages is None:
-            available = DEFAULT_STAGES + has_draft if workers is None else len(workers)
-            stages = default_stages(available, opened.num_layers, drafter=has_draft)
+            available = DEFAULT_STAGES + drafter if workers is None else len(workers)
+            stages = default_stages(available, opened.num_layers, drafter=drafter)
             if layer_split is not None:
                 stages = len(layer_split)
         ranges = split_layers(opened.num_layers, stages, layer_split)
         placement = (
-            place(workers, stages, drafter=has_draft, share=share_workers)
+            place(workers, stages, drafter=drafter, share=share_workers)
             if workers is not None
             else None
         )
@@ -192,8 +199,8 @@ class Engine:
                 loop = resources.enter_context(LoopThread()).loop
             else:
                 if client is None:
-                    client = own_cluster(stages + has_draft, resources)
-                    placement = place(workers_of(client), stages, drafter=has_draft)
+                    client = own_cluster(stages + drafter, resources)
+                    placement = place(workers_of(client), stages, drafter=drafter)
                 loop = loop_of(client)
 
             if placement is not None:
@@ -369,23 +376,24 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        draft = f", draft {self.draft.path.name}" if self.draft is not None else ""
+        name = self.draft.path.name if isinstance(self.draft, Checkpoint) else self.draft
+        draft = f", draft {name}" if name is not None else ""
         state = "closed" if self._closed else f"{self.stages} stages"
         return f"<Engine {self.target.path.name}{draft}, {state}>"
 
 
 def _specs(
     target: Checkpoint,
-    draft: Checkpoint | None,
+    draft: Checkpoint | Literal["ngram"] | None,
     ranges: list[range],
     placement: Placement | None,
     weights: Weights,
-) -> tuple[list[ShardSpec], ShardSpec | None]:
+) -> tuple[list[ShardSpec], ShardSpec | NgramSpec | None]:
     """Return what each node loads."""
 
     def spec(model: Checkpoint, layers: range, worker: str | None, name: str) -> ShardSpec:
         if placement is None or worker is None:
-            threads = max(1, (os.cpu_count() or 1) // (len(ranges) + (draft is not None)))
+            threads = max(1, (os.cpu_count() or 1) // (len(ranges) + isinstance(draft, Checkpoint)))
         else:
             threads = placement.threads[worker]
         return ShardSpec(
@@ -406,5 +414,7 @@ def _specs(
     ]
     if draft is None:
         return stages, None
+    if draft == NGRAM:
+        return stages, NgramSpec()
     drafter = placement.drafter if placement is not None else None
     return stages, spec(draft, range(draft.num_layers), drafter, draft.path.name)

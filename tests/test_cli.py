@@ -136,6 +136,13 @@ def scheduler() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
+def test_a_draft_can_be_looked_up_instead_of_modelled(target: str, expected: pi.Result) -> None:
+    ran = generate("def main", "--target", target, "--draft", "ngram", "--json")
+    (row,) = last_object(ran.stdout)["results"]
+    assert row["strategy"] == "adaptive"
+    assert row["token_ids"] == expected.token_ids
+
+
 @pytest.mark.cluster
 def test_a_cluster_that_runs_already_can_be_used(
     target: str, draft: str, expected: pi.Result, scheduler: str

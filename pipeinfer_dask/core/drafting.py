@@ -54,7 +54,7 @@ class Expansion(ABC):
         return None if self._batch is None else (self._batch, len(self._frontier))
 
     def grow(self, candidates: Sequence[Sequence[Candidate]]) -> None:
-        """Take the candidates [frontier][width] after the tokens of the last batch."""
+        """Take the candidates, at most [frontier][width], after the tokens of the last batch."""
         assert self._batch is not None
         self.evaluated.extend(self._batch.slots)
         following = self._follow(candidates)
@@ -106,7 +106,7 @@ class LevelByLevel(Expansion):
         going_on = [
             (parent, choices)
             for parent, choices in zip(self._frontier, candidates, strict=True)
-            if propose(parent, *choices[0], plan.cutoff)
+            if choices and propose(parent, *choices[0], plan.cutoff)
         ]
         for parent, choices in going_on:
             for token, confidence in choices[1:]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pipeinfer_dask.core.ngram import NGRAM, NgramDraft
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.shard import Shard
 
@@ -49,3 +50,14 @@ class ShardSpec:
             weights=self.weights,
             threads=self.threads,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NgramSpec:
+    """Prompt lookup in place of a draft model."""
+
+    name: str = NGRAM
+
+    def load(self) -> NgramDraft:
+        """Return a lookup that knows no text yet."""
+        return NgramDraft()

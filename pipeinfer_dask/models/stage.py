@@ -86,7 +86,7 @@ class DraftModel(Protocol):
 
         Returns
         -------
-        list of list of (token, probability), [frontier][width], best first
+        list of list of (token, probability), [frontier][at most width], best first
             None when it was stopped on the way.
         """
         ...

@@ -292,10 +292,8 @@ class DrafterNode(Node[DrafterThread]):
         )
 
     def _heed(self, message: Message) -> None:
-        if isinstance(message, StartDraft):
-            self.thread.submit(message)
-        elif isinstance(message, CancelDraft):
-            self.thread.cancel(message)
+        if isinstance(message, StartDraft | CancelDraft):
+            self.thread.send(message)
         else:
             super()._heed(message)
 

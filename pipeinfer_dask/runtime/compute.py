@@ -286,8 +286,12 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
         self._deliver = deliver
         super().__init__(load, failed=failed, name=name)
 
-    def cancel(self, command: CancelDraft) -> None:
-        self.cancelled.add(command.generation, command.request, (command.draft,))
+    def send(self, command: StartDraft | CancelDraft) -> None:
+        """Carry out a command."""
+        if isinstance(command, StartDraft):
+            self.submit(command)
+        else:
+            self.cancelled.add(command.generation, command.request, (command.draft,))
 
     def _compute(self, model: DraftModel, job: StartDraft) -> None:
         key = (job.generation, job.request, job.draft)

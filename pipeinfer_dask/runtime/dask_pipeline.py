@@ -35,7 +35,7 @@ from pipeinfer_dask.runtime.actors import (
     StageNode,
     StageSpec,
 )
-from pipeinfer_dask.runtime.compute import RunPass
+from pipeinfer_dask.runtime.compute import DrafterThread, RunPass
 from pipeinfer_dask.runtime.links import Link, LinkError, Session, dial
 from pipeinfer_dask.runtime.peers import Peer
 from pipeinfer_dask.runtime.pipeline import PipelineCommand
@@ -74,7 +74,7 @@ class DaskPipeline:
         self._futures: list[DaskFuture[Any]] = []
         self._peers: list[Peer] = []
         self._stages: list[Peer] = []
-        self._drafter: Peer | None = None
+        self._drafter: Peer | DrafterThread | None = None
         self._links: list[Link] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._report: Callable[[Event], None] | None = None
@@ -104,8 +104,10 @@ class DaskPipeline:
         stage_specs : sequence of StageSpec, [stages]
         stage_workers : sequence of str, [stages]
             Address of the worker for each stage. One worker may hold several nodes.
-        draft_spec, draft_worker : DraftSpec and str, or None
-            Without them there is no drafter, and no draft may be started.
+        draft_spec : DraftSpec, optional
+            Without it there is no drafter, and no draft may be started.
+        draft_worker : str, optional
+            Without it the drafter is a thread of this process: for what computes next to nothing.
         progress : callable, optional
             Called with a node's title and its worker's address as soon as it has loaded.
         generation : int
@@ -127,8 +129,8 @@ class DaskPipeline:
                 f"expected one worker for each stage and at least one stage, got "
                 f"{len(stage_specs)} stages and {len(stage_workers)} workers"
             )
-        if (draft_spec is None) != (draft_worker is None):
-            raise ValueError("expected a draft spec and a worker for it, or neither")
+        if draft_spec is None and draft_worker is not None:
+            raise ValueError(f"expected a draft spec for the worker {draft_worker}, got none")
         if client.scheduler is None:
             raise ValueError("expected a client that is connected to a cluster, got a closed one")
         known = (await client.scheduler.identity())["workers"]
@@ -221,9 +223,13 @@ class DaskPipeline:
             placing.append(
                 self._place(DrafterNode, "drafter", draft_spec, draft_worker, progress, deadline)
             )
+        elif draft_spec is not None:
+            self._drafter = self._drafter_here(draft_spec)
+            await asyncio.wrap_future(self._drafter.loaded)
         peers = await _all(placing)
         self._stages = peers[: len(stage_specs)]
-        self._drafter = peers[-1] if draft_spec is not None else None
+        if draft_worker is not None:
+            self._drafter = peers[-1]
         await self._connect()
         await _all([peer.find_clock() for peer in peers])
 
@@ -258,6 +264,23 @@ class DaskPipeline:
         self._peers.append(peer)
         self._tasks.append(asyncio.create_task(peer.watch(deadline)))
         return peer
+
+    def _drafter_here(self, spec: DraftSpec) -> DrafterThread:
+        loop = asyncio.get_running_loop()
+
+        def post(callback: Callable[[T], None], argument: T) -> None:
+            # Nobody is left to be told on a loop that is closed.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(callback, argument)
+
+        return DrafterThread(
+            spec.load,
+            deliver=partial(post, self._tell),
+            failed=lambda error: post(
+                partial(self._lose, "drafter"), f"{type(error).__name__}: {error}"
+            ),
+            name=self._session.node("drafter"),
+        )
 
     async def _loaded(
         self, future: DaskFuture[Any], title: str, worker: str, deadline: float
@@ -330,7 +353,7 @@ class DaskPipeline:
             case RunTaken():
                 self._tell(message)
             case Drafted(span=span):
-                if span is not None and self._drafter is not None:
+                if span is not None and isinstance(self._drafter, Peer):
                     message = replace(message, span=self._drafter.localize(span))
                 self._tell(message)
             case _:
@@ -352,6 +375,8 @@ class DaskPipeline:
 
     async def _close(self) -> None:
         await asyncio.gather(*(peer.close(CLOSE_TIMEOUT_S) for peer in self._peers))
+        if isinstance(self._drafter, DrafterThread):
+            await asyncio.to_thread(self._drafter.close)
         for link in self._links:
             link.abort()
         for task in self._tasks:

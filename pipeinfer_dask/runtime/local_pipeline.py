@@ -113,10 +113,10 @@ class LocalPipeline:
             case Prune():
                 for thread in self._threads:
                     thread.prune(command)
-            case StartDraft():
-                self._the_drafter.submit(command)
-            case CancelDraft():
-                self._the_drafter.cancel(command)
+            case StartDraft() | CancelDraft():
+                if self._drafter is None:
+                    raise RuntimeError("expected no draft: this pipeline has no drafter")
+                self._drafter.send(command)
 
     async def close(self) -> None:
         def close() -> None:
@@ -126,12 +126,6 @@ class LocalPipeline:
                 self._drafter.close()
 
         await asyncio.to_thread(close)
-
-    @property
-    def _the_drafter(self) -> DrafterThread:
-        if self._drafter is None:
-            raise RuntimeError("this pipeline has no draft model")
-        return self._drafter
 
     # --- called in the compute threads -----------------------------------------------
 

@@ -241,8 +241,11 @@ class World:
         batch, frontier = step
         paths = self.draft_cache.write(batch)
         assert GARBAGE not in paths, "the draft model's cache is not what the machine thinks"
-        ends = paths[len(paths) - frontier :]
-        draft.grow([self._candidates(path)[: draft.width] for path in ends])
+        draft.grow(self.guesses(batch, paths[len(paths) - frontier :], draft.width))
+
+    def guesses(self, batch: Batch, ends: list[Path], width: int) -> list[list[tuple[int, float]]]:
+        """Return what the drafter says after the paths that end the batch."""
+        return [self._candidates(path)[:width] for path in ends]
 
     def _candidates(self, path: Path) -> list[tuple[int, float]]:
         truth = target_token(path)

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,38 @@ def test_a_drafter_that_shares_a_worker_drafts_and_can_be_stopped() -> None:
     asyncio.run(main())
 
 
+def test_without_a_worker_a_drafter_drafts_in_the_clients_process() -> None:
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers, EchoingSpec())
+            listener = Listener(pipeline)
+            pipeline.send(draft_of(0, 4))
+            first = await listener.drafted()
+            pipeline.send(draft_of(1, SLOW))
+            pipeline.send(CancelDraft(1, 0, 1))
+            second = await listener.drafted()
+            assert len(await pipeline.stats()) == 1  # the stage is the only node
+            await pipeline.close()
+
+            assert first.proposals == (Proposal(4, 0, 1, 0.5), Proposal(4, 1, 2, 0.5))
+            assert (second.draft, second.proposals, second.evaluated) == (1, (), ())
+
+    asyncio.run(main())
+
+
+def test_a_drafter_in_the_clients_process_that_fails_is_a_lost_pipeline() -> None:
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers, EchoingSpec())
+            listener = Listener(pipeline)
+            pipeline.send(replace(draft_of(0, 4), slots=()))  # fewer than its plan needs
+            await listener.lost.wait()
+            await pipeline.close()
+            assert str(listener.losses[0]).startswith("drafter is lost: IndexError: ")
+
+    asyncio.run(main())
+
+
 def test_two_pipelines_share_the_workers_without_meeting() -> None:
     async def main() -> None:
         async with cluster(workers=2) as (client, workers):
@@ -355,8 +388,8 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded() -> No
                 await DaskPipeline.open(client, STAGES, workers)
             with pytest.raises(ValueError, match="there is no worker tcp://nowhere:1"):
                 await DaskPipeline.open(client, STAGES[:1], ["tcp://nowhere:1"])
-            with pytest.raises(ValueError, match="a draft spec and a worker for it, or neither"):
-                await DaskPipeline.open(client, STAGES[:1], workers, EchoingSpec())
+            with pytest.raises(ValueError, match="expected a draft spec for the worker"):
+                await DaskPipeline.open(client, STAGES[:1], workers, None, workers[0])
             pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
             with pytest.raises(RuntimeError, match="has no drafter"):
                 pipeline.send(draft_of(0, 1))

@@ -96,8 +96,10 @@ class PipeInfer(Policy):
             return None
         if not self.continuous and machine.root.children:
             return None
-        if self._empty and self.decay == 0:
-            return None  # the same cutoff would end the same draft again
+        cutoff = self.cutoff + self.recovery * self._started - self.decay * self._empty
+        again = self._empty > 0 and self._tried is machine.root
+        if again and (self.decay == 0 or cutoff + self.decay <= 0):
+            return None  # the last draft gave nothing, and this cutoff lets through no more
         leaves = [leaf for leaf in machine.tree.leaves() if depth_left(machine, leaf) > 0]
         if not leaves:
             return None
@@ -105,7 +107,6 @@ class PipeInfer(Policy):
             leaves.sort(key=lambda leaf: leaf.reach, reverse=True)
             del leaves[self.sequences :]
         self._tried = machine.root
-        cutoff = self.cutoff + self.recovery * self._started - self.decay * self._empty
         return DraftPlan(self.micro_batch, cutoff, self.split, self.sequences), leaves
 
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
