@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 TINY_VOCABULARY = 288
 """The 256 bytes, and some tokens that no text is split into."""
@@ -26,6 +31,7 @@ def make_tiny(
     vocab_size: int = TINY_VOCABULARY,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
+    norms: float = 0.0,
     **config: Any,
 ) -> Path:
     """Save a random model of a family, with a byte-level tokenizer, and return its directory.
@@ -45,6 +51,8 @@ def make_tiny(
         What the weights are stored in.
     max_shard_size : str
         Where to break the weights into several files.
+    norms : float
+        How far the weights of norms lie from 1.
     **config
         Further fields of the family's configuration; they win over the tiny ones.
         No token ends a generation unless ``eos_token_id`` is among them.
@@ -64,6 +72,8 @@ def make_tiny(
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if isinstance(getattr(CONFIG_MAPPING[model_type], "head_dim", None), property):
+        del fields["head_dim"]  # told by the number of heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
@@ -72,6 +82,8 @@ def make_tiny(
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.2)
+            elif norms and parameter.dim() == 1:
+                parameter.data += norms * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     _byte_tokenizer(vocab_size).save_pretrained(path)
     return path

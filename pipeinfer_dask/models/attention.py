@@ -43,10 +43,20 @@ def attending(attendance: Attendance, positions: Tensor) -> Iterator[None]:
         _current.reset(token)
 
 
+def token_positions() -> Tensor:
+    """Return the places in the text of the tokens at hand, int64 [n]."""
+    return _current.get()[1]
+
+
+def slot_positions() -> Tensor:
+    """Return the places in the text of the tokens in the slots that are looked at, [filled]."""
+    return torch.from_numpy(_current.get()[0].positions)
+
+
 def slot_mask(
     *, mask_function: Callable[..., Any], dtype: torch.dtype, device: torch.device, **_: Any
-) -> Tensor | None:
-    """Make the additive mask, [1, 1, n, filled], of 0 and -inf; None where all is attended to.
+) -> Tensor:
+    """Make the additive mask, [1, 1, n, filled], of 0 and -inf.
 
     ``mask_function`` is the family's: whether (batch, head, query position, key position)
     may attend. The rest is what transformers tells every mask.
@@ -55,10 +65,7 @@ def slot_mask(
     allowed = torch.from_numpy(attendance.mask)
     # An ancestor always comes earlier, so the causal mask adds nothing.
     if mask_function is not causal_mask_function:
-        slots = torch.from_numpy(attendance.positions)
-        allowed = allowed & mask_function(0, 0, positions[:, None], slots[None, :])
-    if allowed.all():
-        return None
+        allowed = allowed & mask_function(0, 0, positions[:, None], slot_positions()[None, :])
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
     return mask[None, None].to(device)
 
@@ -68,24 +75,40 @@ def slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend with queries [1, heads, n, d] to keys [1, kv_heads, filled, d]: [1, n, heads, d]."""
+    """Attend with queries [1, heads, n, d] to keys [1, kv_heads, filled, d]: [1, n, heads, d].
+
+    The mask is [1, 1, n, filled], or holds a bias for each head, [1, heads, n, filled].
+    ``softcap`` bounds the scores, and ``s_aux``, [heads], is what each head may attend to
+    instead of any token (an attention sink): transformers' own names.
+    """
     heads, n, dim = query.shape[1:]
     kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    if attention_mask is not None and n > 1:
-        attention_mask = attention_mask.repeat(1, 1, groups, 1)
-    packed = F.scaled_dot_product_attention(
-        query.reshape(1, kv_heads, groups * n, dim),
-        key,
-        value,
-        attn_mask=attention_mask,
-        scale=scaling,
-    )
-    return packed.view(1, heads, n, -1).transpose(1, 2).contiguous(), None
+    rows = heads // kv_heads * n
+    packed = query.reshape(1, kv_heads, rows, dim)
+    if attention_mask.shape[1] > 1:
+        attention_mask = attention_mask.reshape(1, kv_heads, rows, -1)
+    elif n > 1:
+        attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
+    if softcap is None and s_aux is None:
+        attended = F.scaled_dot_product_attention(
+            packed, key, value, attn_mask=attention_mask, scale=scaling
+        )
+    else:
+        scores = packed @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores + attention_mask
+        if s_aux is not None:
+            sinks = s_aux.repeat_interleave(n).view(1, kv_heads, rows, 1)
+            scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+        attended = scores.softmax(dim=-1)[..., : key.shape[2]] @ value
+    return attended.view(1, heads, n, -1).transpose(1, 2).contiguous(), None
 
 
 ALL_MASK_ATTENTION_FUNCTIONS.register(SLOT_ATTENTION, slot_mask)

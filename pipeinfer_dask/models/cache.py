@@ -59,7 +59,8 @@ class SlotCache(Cache):
         return self._storage[layer_idx].scatter(key_states, value_states, self._slots, self._filled)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._filled
+        # Families add the tokens at hand, and expect to get the keys' number.
+        return self._filled - len(self._slots)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._filled, 0

@@ -15,10 +15,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from pipeinfer_dask.models.families import model_class, refusal
+from pipeinfer_dask.models.conversion import rehearse
+from pipeinfer_dask.models.families import context_of, model_class, refusal
 from pipeinfer_dask.models.tensors import FLOAT_TYPES, StoredTensor, stored_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -110,7 +116,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         )
     tensors = stored_tensors(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             model = model_class(config)(config)
     # A configuration can be wrong in as many ways as there are families.
@@ -119,7 +125,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{path / 'config.json'} describes no {fields['model_type']} model: "
             f"{' '.join(str(error).split())}"
         ) from error
-    _check_tensors(path, tensors, model.state_dict(), tied=model.all_tied_weights_keys)
+    _check_tensors(path, tensors, model)
     return Checkpoint(
         path=path,
         config=config,
@@ -127,7 +133,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        context=config.max_position_embeddings,
+        context=context_of(config),
         eos_token_ids=_end_of_text(path, fields),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
         unapplied=_unapplied(path),
@@ -143,7 +149,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         If its files are corrupt.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.path, trust_remote_code=False
+        )
     # The tokenizers library raises bare exceptions.
     except Exception as error:
         raise ValueError(
@@ -209,29 +217,28 @@ def _read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_tensors(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    expected: Mapping[str, Tensor],
-    tied: Mapping[str, str],
-) -> None:
-    either = set(tied) | set(tied.values())
-    for name, tensor in expected.items():
-        if name not in stored:
-            if name in either and not either.isdisjoint(stored):
-                continue
+def _check_tensors(path: Path, stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> None:
+    found = rehearse(model, stored)
+    if found.missing:
+        raise ValueError(
+            f"{path} lacks the tensor {found.missing[0]} that its config.json calls for: "
+            "download it again"
+        )
+    for name, given, own in found.misfits:
+        place = stored[name].file if name in stored else path
+        raise ValueError(
+            f"{name} in {place} has shape {list(given)}, but config.json calls for {list(own)}: "
+            "the files are not of one model"
+        )
+    for name, error in found.errors.items():
+        raise ValueError(
+            f"{name} can't be made of the tensors in {path}: {' '.join(error.split())}; "
+            "download it again"
+        )
+    for tensor in found.used:
+        if tensor.dtype not in FLOAT_TYPES:
             raise ValueError(
-                f"{path} lacks the tensor {name} that its config.json calls for: download it again"
-            )
-        found = stored[name]
-        if found.shape != tuple(tensor.shape):
-            raise ValueError(
-                f"{name} in {found.file} has shape {list(found.shape)}, but config.json calls for "
-                f"{list(tensor.shape)}: the files are not of one model"
-            )
-        if found.dtype not in FLOAT_TYPES:
-            raise ValueError(
-                f"{name} in {found.file} is stored as {found.dtype}, expected one of "
+                f"{tensor.name} in {tensor.file} is stored as {tensor.dtype}, expected one of "
                 f"{', '.join(sorted(FLOAT_TYPES))}: give a checkpoint that is not quantised"
             )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import logging
 
 from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.ancestry import Ancestry
@@ -19,6 +17,7 @@ from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.families import model_class
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
+from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.models.tensors import stored_tensors
@@ -57,8 +56,6 @@ class Shard:
         self.is_first = layers.start == 0
         self.is_last = layers.stop == model.config.num_hidden_layers
         self._model = model
-        # The head is computed on the last stage alone.
-        self._forward: Callable[..., Any] = model if self.is_last else model.base_model
         self._hidden_size: int = model.config.hidden_size
         self._ancestry = Ancestry()
         self._cache = SlotCache(layers, capacity)
@@ -120,7 +117,7 @@ class Shard:
             if packed:
                 keep_stored(model, stored)
 
-        with _building, _without_progress_bars():
+        with _building, without_progress_bars():
             loaded: Any = spliced(model_class(config), layers, prepare).from_pretrained(
                 None,
                 config=config,
@@ -237,8 +234,11 @@ class Shard:
         self._splice.begin(received, picks, stopped)
         try:
             with attending(attendance, positions):
-                output = self._forward(
-                    **inputs, position_ids=positions[None], past_key_values=self._cache
+                output = self._model(
+                    **inputs,
+                    position_ids=positions[None],
+                    past_key_values=self._cache,
+                    logits_to_keep=picks,
                 )
         except Departure as departure:
             return None if departure.hidden is None else departure.hidden[0]
@@ -253,15 +253,3 @@ class Shard:
         # torch can't look into memory that is read-only, as what came over a link may be.
         writable = hidden if hidden.flags.writeable else hidden.copy()
         return torch.from_numpy(writable).float()[None]
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    # A stage loads on a worker, whose terminal nobody sees.
-    previous = logging.set_tqdm_hook(
-        lambda factory, args, kwargs: factory(*args, **kwargs | {"disable": True})
-    )
-    try:
-        yield
-    finally:
-        logging.set_tqdm_hook(previous)

@@ -13,8 +13,14 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from pipeinfer_dask.models.families import special
+
+HIDDEN_DIM = 3
+"""Hidden states are [batch, tokens, features]; token ids, positions and masks have fewer sides."""
 
 
 class OwnedLayers(nn.ModuleList):
@@ -41,8 +47,11 @@ def spliced(
     """
 
     def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        special(config.model_type).prepare()
         family.__init__(self, config, *args, **kwargs)
         _trim(self, owned)
+        for layer in decoder_layers(self)[1]:
+            special(config.model_type).adapt(layer)
         prepare(self)
 
     body = {
@@ -55,36 +64,46 @@ def spliced(
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder layers in a base model, and its name."""
-    for name, child in model.base_model.named_children():
-        if isinstance(child, nn.ModuleList):
-            return name, child
+    """Find the list of decoder layers in a model, and its full name."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            return name, module
     raise ValueError(f"{type(model).__name__} has no list of decoder layers to split")
 
 
 def _trim(model: PreTrainedModel, owned: range) -> None:
-    base = model.base_model
-    layers_name, layers = decoder_layers(model)
-    total = len(layers)
-    children = [name for name, _ in base.named_children()]
-    middle = children.index(layers_name)
+    path, layers = decoder_layers(model)
+    *wrappers, layers_name = path.split(".")
+    is_last = owned.stop == len(layers)
+    # A tied head is the embedding, so the last stage keeps it too.
+    tied = model.get_input_embeddings() if is_last and model.all_tied_weights_keys else None
+    parent: nn.Module = model
+    for name in wrappers:
+        if not is_last:
+            _remove(parent, [other for other, _ in parent.named_children() if other != name])
+        parent = getattr(parent, name)
+    before, after = _around(model.config.model_type, parent, layers_name)
     if owned.start > 0:
-        embedding = model.get_input_embeddings()
-        # A tied head is the embedding, so the last stage keeps it too.
-        tied = owned.stop == total and bool(model.all_tied_weights_keys)
-        _remove(base, children[:middle], keep=embedding if tied else None)
-    if owned.stop < total:
-        _remove(base, children[middle + 1 :])
-        _remove(model, [name for name, child in model.named_children() if child is not base])
+        _remove(parent, before, keep=tied)
+    if not is_last:
+        _remove(parent, after)
         model.all_tied_weights_keys = {}
     held = list(layers)
-    setattr(base, layers_name, OwnedLayers({number: held[number] for number in owned}))
-    config: Any = base.config
+    setattr(parent, layers_name, OwnedLayers({number: held[number] for number in owned}))
+    config: Any = parent.config
     if hasattr(config, "layer_types"):
         # Some families look a layer's type up by its place in the list, which is shorter now.
         config = copy(config)
         config.layer_types = config.layer_types[owned.start : owned.stop]
-        base.config = config
+        parent.config = config
+
+
+def _around(family: str, decoder: nn.Module, layers_name: str) -> tuple[list[str], list[str]]:
+    """Name what comes before the layers and what comes after them: as a rule it stands there."""
+    children = [name for name, _ in decoder.named_children()]
+    middle = children.index(layers_name)
+    before = [name for name in children[:middle] if name not in special(family).after]
+    return before, [name for name in children if name not in before and name != layers_name]
 
 
 def _remove(parent: nn.Module, names: Sequence[str], keep: nn.Module | None = None) -> None:
@@ -92,7 +111,15 @@ def _remove(parent: nn.Module, names: Sequence[str], keep: nn.Module | None = No
         child = getattr(parent, name)
         # What has no weights of its own, such as rotary positions, every stage needs.
         if child is not keep and any(True for _ in child.parameters()):
-            setattr(parent, name, nn.Identity())
+            setattr(parent, name, Absent())
+
+
+class Absent(nn.Module):
+    """Stands where a part of the model is another stage's: changes nothing."""
+
+    def forward(self, given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Hidden states pass; what was to be added to them, for tokens or positions, is nothing.
+        return given if given.dim() == HIDDEN_DIM else torch.zeros(())
 
 
 class Departure(Exception):  # noqa: N818 - it is no error: it ends a forward pass early
@@ -143,8 +170,6 @@ class Splice:
             raise Departure(hidden)
         if self._stopped():
             raise Departure(None)
-        # Only the tokens that are picked from go on to the final norm and the head.
-        hidden = hidden[:, hidden.shape[1] - self._picks :]
         if self._picks == 0:
-            raise Departure(hidden)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            raise Departure(hidden[:, :0])
+        return output

@@ -113,7 +113,17 @@ def test_a_broken_configuration_is_refused(llama: Path, text: str, message: str)
         ({"model_type": "mamba"}, "mamba models are recurrent"),
         ({"model_type": "qwen3_next"}, "qwen3_next models are recurrent"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "t5 models are encoder-decoders"),
-        ({"model_type": "somebodys"}, "the somebodys family is not known here; known are llama,"),
+        ({"model_type": "somebodys"}, "the somebodys family is not known here; known are bloom,"),
+        (
+            {"model_type": "somebodys", "auto_map": {"AutoModelForCausalLM": "their.Model"}},
+            "the somebodys family is known only to code that comes with the checkpoint (auto_map), "
+            "which is never run",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            "gemma3 models take more than text; give a checkpoint of the text model alone, such "
+            "as one of gemma3_text",
+        ),
         (
             {"quantization_config": {"quant_method": "gptq"}},
             "its weights are quantised (gptq); give a checkpoint in 16 or 32 bits",
@@ -195,6 +205,24 @@ def test_a_tensor_of_another_shape_is_named(llama: Path) -> None:
     rewrite_weights(llama, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
     with pytest.raises(ValueError, match=r"model\.norm\.weight in .* has shape \[7\].* \[32\]"):
         open_checkpoint(llama)
+
+
+def test_a_missing_expert_is_noticed_though_experts_are_fused(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path, "mixtral", layers=1, seed=1, num_local_experts=3)
+    assert open_checkpoint(path).model_type == "mixtral"
+    names = [name for name in load_file(path / "model.safetensors") if ".2." in name]
+    rewrite_weights(path, lambda tensors: [tensors.pop(name) for name in names])
+    with pytest.raises(ValueError, match=r"experts\.\w+ in .* shape \[2, .* calls for \[3, "):
+        open_checkpoint(path)
+
+
+def test_an_expert_of_another_shape_is_noticed_though_experts_are_fused(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path, "mixtral", layers=1, seed=1, num_local_experts=3)
+    name = next(name for name in load_file(path / "model.safetensors") if ".2." in name)
+    rewrite_weights(path, lambda tensors: tensors.update({name: torch.ones(7, 7)}))
+    with pytest.raises(ValueError, match=r"experts\.\w+ can't be made of the tensors in") as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tensor_of_whole_numbers_is_named(llama: Path) -> None:

@@ -1,6 +1,4 @@
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -8,136 +6,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.shard import Shard
-from pipeinfer_dask.models.stage import HiddenStates
 from pipeinfer_dask.models.tensors import StoredTensor
+from tests.models.pipelines import (
+    CAPACITY,
+    LAYERS,
+    TEXT,
+    assert_same,
+    expected,
+    linear,
+    load,
+    never,
+    through,
+)
 from tests.tiny import make_tiny
-
-LAYERS = 4
-CAPACITY = 200
-WINDOW = 8
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-one-head-per-key": ("llama", {"num_key_value_heads": 4}),
-    "qwen2": ("qwen2", {}),
-    "qwen2-sliding": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
-    ),
-    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
-    "mistral-sliding": ("mistral", {"sliding_window": WINDOW}),
-}
-TEXT = tuple(b"def area(width, height):\n    return ")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model_type, config = FAMILIES[request.param]
-    directory = tmp_path_factory.mktemp("checkpoint")
-    return make_tiny(directory, model_type, layers=LAYERS, seed=1, **config)
-
-
-@pytest.fixture(scope="module")
-def stock(checkpoint: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint)
-    return model
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("llama"), "llama", layers=LAYERS, seed=2)
-
-
-def load(path: Path, stages: int) -> list[Shard]:
-    return [Shard.load(path, share, capacity=CAPACITY) for share in split_layers(LAYERS, stages)]
-
-
-def never() -> bool:
-    return False
-
-
-def linear(tokens: Sequence[int], start: int = 0) -> Batch:
-    """Make a batch that continues a text of `start` tokens, each in the slot of its position."""
-    places = tuple(range(start, start + len(tokens)))
-    return Batch(tuple(tokens), places, places, tuple(place - 1 for place in places))
-
-
-def through(stages: Sequence[Shard], batch: Batch, picks: int) -> torch.Tensor:
-    """Send a batch down a pipeline and return the logits [picks, vocab_size]."""
-    hidden: HiddenStates | None = None
-    for stage in stages[:-1]:
-        hidden = stage.run(batch, hidden, picks=picks, stopped=never).hidden
-    logits = stages[-1].logits(batch, picks, never, hidden=hidden)
-    assert logits is not None
-    return logits
-
-
-def expected(stock: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
-    """Return the stock model's logits [n, vocab_size] for a plain text."""
-    with torch.inference_mode():
-        logits: torch.Tensor = stock(torch.tensor([tokens])).logits[0]
-    return logits
-
-
-def assert_same(logits: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
-    assert logits.argmax(-1).tolist() == wanted.argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("stages", [1, 2, 3])
-def test_a_prompt_in_chunks_has_the_logits_of_the_stock_model(
-    checkpoint: Path, stock: PreTrainedModel, stages: int
-) -> None:
-    pipeline = load(checkpoint, stages)
-    cuts = [0, 7, 14, 29, len(TEXT)]
-    logits = [through(pipeline, linear(TEXT[a:b], a), b - a) for a, b in pairwise(cuts)]
-    assert_same(torch.cat(logits), expected(stock, TEXT))
-
-
-def test_two_branches_in_one_run_and_in_freed_slots_are_what_each_is_alone(
-    checkpoint: Path, stock: PreTrainedModel
-) -> None:
-    pipeline = load(checkpoint, 3)
-    n = len(TEXT)
-    through(pipeline, linear(TEXT), 1)
-    # Branch "wid" in slots n, n + 3, n + 2; branch "hei" in n + 1, n + 5, n + 4.
-    tree = Batch(
-        tuple(b"whiedi"),
-        (n, n, n + 1, n + 1, n + 2, n + 2),
-        (n, n + 1, n + 3, n + 5, n + 2, n + 4),
-        (n - 1, n - 1, n, n + 1, n + 3, n + 5),
-    )
-    logits = through(pipeline, tree, 6)
-    assert_same(logits[0::2], expected(stock, (*TEXT, *b"wid"))[n:])
-    assert_same(logits[1::2], expected(stock, (*TEXT, *b"hei"))[n:])
-    # The first branch is pruned; the second one goes on in its slots.
-    more = Batch(tuple(b"ght"), (n + 3, n + 4, n + 5), (n, n + 2, n + 3), (n + 4, n, n + 2))
-    logits = through(pipeline, more, 3)
-    assert_same(logits, expected(stock, (*TEXT, *b"height"))[n + 3 :])
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_a_hundred_greedy_tokens_are_those_of_generate(
-    checkpoint: Path, stock: PreTrainedModel, stages: int
-) -> None:
-    pipeline = load(checkpoint, stages)
-    tokens, batch = list(TEXT), linear(TEXT)
-    while len(tokens) < len(TEXT) + 100:
-        hidden: HiddenStates | None = None
-        for stage in pipeline:
-            output = stage.run(batch, hidden, picks=1, stopped=never)
-            hidden = output.hidden
-        assert output.tokens is not None
-        batch = linear(output.tokens, len(tokens))
-        tokens += output.tokens
-    plain: Any = stock
-    generated = plain.generate(torch.tensor([TEXT]), max_new_tokens=100, do_sample=False)
-    assert tokens == generated[0].tolist()
 
 
 def test_a_second_text_needs_no_reset(llama: Path) -> None:
