@@ -417,4 +417,5 @@ def _specs(
     if draft == NGRAM:
         return stages, NgramSpec()
     drafter = placement.drafter if placement is not None else None
-    return stages, spec(draft, range(draft.num_layers), drafter, draft.path.name)
+    drafting = spec(draft, range(draft.num_layers), drafter, draft.path.name)
+    return stages, replace(drafting, target_vocab_size=target.vocab_size)

@@ -32,6 +32,7 @@ def make_tiny(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     norms: float = 0.0,
+    padded_to: int | None = None,
     **config: Any,
 ) -> Path:
     """Save a random model of a family, with a byte-level tokenizer, and return its directory.
@@ -51,6 +52,8 @@ def make_tiny(
         What the weights are stored in.
     max_shard_size : str
         Where to break the weights into several files.
+    padded_to : int, optional
+        Rows of embedding and head, where there are more than the tokenizer has tokens.
     norms : float
         How far the weights of norms lie from 1.
     **config
@@ -58,7 +61,7 @@ def make_tiny(
         No token ends a generation unless ``eos_token_id`` is among them.
     """
     fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
+        "vocab_size": padded_to or vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -45,10 +46,18 @@ class Shard:
         Slots of the KV cache.
     parameters : int
         How many it has; tied ones count once.
+    target_vocab_size : int, optional
+        Of a draft model: rows of the target's head. It proposes no token beyond them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: range, *, capacity: int, parameters: int
+        self,
+        model: PreTrainedModel,
+        layers: range,
+        *,
+        capacity: int,
+        parameters: int,
+        target_vocab_size: int | None = None,
     ) -> None:
         self.layers = layers
         self.capacity = capacity
@@ -57,6 +66,8 @@ class Shard:
         self.is_last = layers.stop == model.config.num_hidden_layers
         self._model = model
         self._hidden_size: int = model.config.hidden_size
+        self._vocab_size: int = model.config.vocab_size
+        self._target_vocab_size = target_vocab_size
         self._ancestry = Ancestry()
         self._cache = SlotCache(layers, capacity)
         self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
@@ -70,6 +81,7 @@ class Shard:
         capacity: int,
         weights: Weights = "auto",
         threads: int = 1,
+        target_vocab_size: int | None = None,
     ) -> Shard:
         """Load a share of a checkpoint, reading no other tensors than its own.
 
@@ -87,6 +99,8 @@ class Shard:
             where this machine can multiply by them, and "fp16" those of any.
         threads : int
             Threads that share a multiplication by a matrix of 16 bits.
+        target_vocab_size : int, optional
+            Of a draft model: rows of the target's head.
 
         Raises
         ------
@@ -137,7 +151,13 @@ class Shard:
                 # A tied head had it; what came here is hidden states.
                 model.set_input_embeddings(nn.Identity())
             pack(model, everything=weights == "fp16", threads=threads)
-        return cls(model, layers, capacity=capacity, parameters=parameters)
+        return cls(
+            model,
+            layers,
+            capacity=capacity,
+            parameters=parameters,
+            target_vocab_size=target_vocab_size,
+        )
 
     @property
     def cache_nbytes(self) -> int:
@@ -198,6 +218,10 @@ class Shard:
         self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next; see `DraftModel.candidates`."""
+        # Of a token that only the target knows a draft model sees another one: its guesses may
+        # be worse for it, and the text is the target's all the same.
+        known = tuple(min(token, self._vocab_size - 1) for token in batch.tokens)
+        batch = replace(batch, tokens=known)
         # A prompt comes in one batch, and only its end is extended.
         while len(batch) - frontier > LONGEST_PASS:
             if self.logits(batch[:LONGEST_PASS], 0, stopped) is None:
@@ -206,6 +230,7 @@ class Shard:
         logits = self.logits(batch, frontier, stopped)
         if logits is None:
             return None
+        logits = logits[:, : self._target_vocab_size]
         top = torch.softmax(logits.float(), dim=-1).topk(width)
         return [
             list(zip(tokens, confidences, strict=True))

@@ -30,6 +30,8 @@ class ShardSpec:
         What messages call it.
     weights : {"auto", "fp16", "fp32"}
         How matrices are held; see `Shard.load`.
+    target_vocab_size : int, optional
+        Of a draft model: rows of the target's head.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class ShardSpec:
     threads: int
     name: str
     weights: Weights = "auto"
+    target_vocab_size: int | None = None
 
     def load(self) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
@@ -49,6 +52,7 @@ class ShardSpec:
             capacity=self.capacity,
             weights=self.weights,
             threads=self.threads,
+            target_vocab_size=self.target_vocab_size,
         )
 
 

@@ -77,7 +77,7 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
         ValueError,
         "model_type",
     ),
-    "other family": (edit("config.json", model_type="bloom"), ValueError, "the bloom family"),
+    "other family": (edit("config.json", model_type="t5x"), ValueError, "the t5x family"),
     "recurrent": (
         edit("config.json", model_type="mamba"),
         ValueError,

@@ -97,11 +97,10 @@ def test_two_branches_in_one_run_and_in_freed_slots_are_what_each_is_alone(
     assert_same(logits, expected(stock, (*TEXT, *b"height"))[n + 3 :])
 
 
-@pytest.mark.parametrize("stages", [1, 3])
 def test_a_hundred_greedy_tokens_are_those_of_generate(
-    checkpoint: Path, stock: PreTrainedModel, stages: int
+    checkpoint: Path, stock: PreTrainedModel
 ) -> None:
-    pipeline = load(checkpoint, stages)
+    pipeline = load(checkpoint, 3)
     tokens, batch = list(TEXT), linear(TEXT)
     while len(tokens) < len(TEXT) + 100:
         hidden: HiddenStates | None = None

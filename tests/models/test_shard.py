@@ -158,6 +158,28 @@ def test_a_whole_model_tells_what_may_come_next_and_how_probable_it_is(
     assert shard.candidates(linear(TEXT), 2, width=3, stopped=lambda: True) is None
 
 
+def test_a_draft_model_proposes_no_token_that_the_target_lacks(llama: Path) -> None:
+    whole, bound = (
+        Shard.load(llama, range(LAYERS), capacity=CAPACITY, target_vocab_size=size)
+        for size in (None, 200)
+    )
+    n = len(TEXT)
+    free, kept = (
+        shard.candidates(linear(TEXT), n, width=3, stopped=never) for shard in (whole, bound)
+    )
+    assert free is not None
+    assert kept is not None
+    assert any(token >= 200 for choices in free for token, _ in choices)
+    assert all(token < 200 for choices in kept for token, _ in choices)
+
+
+def test_a_draft_model_goes_on_after_a_token_that_only_the_target_has(llama: Path) -> None:
+    shard = Shard.load(llama, range(LAYERS), capacity=CAPACITY, target_vocab_size=1000)
+    candidates = shard.candidates(linear((*TEXT, 288, 999)), 2, width=2, stopped=never)
+    assert candidates is not None
+    assert [len(choices) for choices in candidates] == [2, 2]
+
+
 def test_shards_that_load_in_threads_at_once_are_sound(llama: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         shares = split_layers(LAYERS, 4)
