@@ -26,6 +26,7 @@ from pipeinfer_dask.models.checkpoint import (
 )
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.linears import Weights, check_weights
+from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.models.specs import NgramSpec, ShardSpec
 from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS, Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
@@ -102,6 +103,7 @@ class Engine:
         share_workers: bool = False,
         in_process: bool = False,
         progress: Progress | None = None,
+        self_test: bool = True,
     ) -> Self:
         """Load a pair of models onto workers.
 
@@ -133,6 +135,9 @@ class Engine:
             No cluster at all: stages and drafter are threads of this process.
         progress : callable, optional
             Called as ``progress(node, where)`` each time a node's model stands.
+        self_test : bool
+            Whether to try out first, on small random models of the same settings, that they
+            say the same in stages as in one piece. It takes a second at most, once a process.
 
         Raises
         ------
@@ -193,6 +198,10 @@ class Engine:
             if workers is not None
             else None
         )
+        if self_test:
+            check_split(opened)
+            if opened_draft is not None:
+                check_split(opened_draft)
 
         with ExitStack() as resources:
             if in_process:

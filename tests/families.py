@@ -22,7 +22,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "phi3-sliding": ("phi3", {"sliding_window": WINDOW}),
     "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 8}),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0},
+    ),
     "gemma3": (
         "gemma3_text",
         {

@@ -137,10 +137,21 @@ def context_of(config: PreTrainedConfig) -> int:
     """
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
         if isinstance(length := getattr(config, name, None), int):
-            return length
+            return min(length, _switching_point(config) or length)
     if length := special(config.model_type).context:
         return length
     raise ValueError(f"a {config.model_type} configuration must name max_position_embeddings")
+
+
+def _switching_point(config: PreTrainedConfig) -> int | None:
+    """Return where positions are encoded otherwise, and what is in the cache no longer fits."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    point: int | None = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return point
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

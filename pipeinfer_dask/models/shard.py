@@ -28,7 +28,7 @@ LONGEST_PASS = 128
 
 # While transformers builds a model it changes settings of the whole process (the default
 # dtype, how tensors are made): two threads must not do so at once.
-_building = Lock()
+building = Lock()
 
 
 class Shard:
@@ -131,7 +131,7 @@ class Shard:
             if packed:
                 keep_stored(model, stored)
 
-        with _building, without_progress_bars():
+        with building, without_progress_bars():
             loaded: Any = spliced(model_class(config), layers, prepare).from_pretrained(
                 None,
                 config=config,

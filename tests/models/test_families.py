@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.families import SUPPORTED
+from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.models.stage import HiddenStates
 from tests.families import FAMILIES
 from tests.models.pipelines import (
@@ -50,10 +51,13 @@ def test_every_family_is_tested() -> None:
     assert {model_type for model_type, _ in FAMILIES.values()} == SUPPORTED
 
 
-def test_the_checkpoint_of_a_family_is_found_sound(checkpoint: Path) -> None:
+def test_a_familys_checkpoint_is_found_sound_and_passes_the_self_test(
+    checkpoint: Path,
+) -> None:
     found = open_checkpoint(checkpoint)
     assert (found.num_layers, found.hidden_size, found.vocab_size) == (LAYERS, 32, 288)
     assert found.context >= 512
+    check_split(found)
 
 
 def test_stages_hold_every_parameter_once_but_for_a_tied_head(
