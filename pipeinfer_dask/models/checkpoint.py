@@ -173,11 +173,14 @@ def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
     """
     ours, theirs = (load_tokenizer(checkpoint).get_vocab() for checkpoint in (target, draft))
     if differing := ours.items() ^ theirs.items():
-        token = min(differing, key=lambda item: item[1])[0]
+        first = min(number for _, number in differing)
+        here, there = (
+            next((repr(token) for token, number in vocabulary.items() if number == first), "none")
+            for vocabulary in (ours, theirs)
+        )
         raise ValueError(
-            f"the vocabularies of target and draft differ: {token!r} is token {ours.get(token)} of "
-            f"{target.path}, and token {theirs.get(token)} of {draft.path}; "
-            "use a draft of the target's family"
+            f"the vocabularies of target and draft differ: token {first} is {here} in "
+            f"{target.path}, and {there} in {draft.path}; use a draft of the target's family"
         )
 
 

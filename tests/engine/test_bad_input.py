@@ -148,11 +148,11 @@ def test_settings_that_are_not_applied_are_told(pair: Pair, tmp_path: Path) -> N
         pass
 
 
-def test_vocabularies_of_different_size_are_refused(
+def test_vocabularies_of_different_tokens_are_refused(
     pair: Pair, tmp_path: Path, nothing_starts: None
 ) -> None:
     draft = make_tiny(tmp_path, "llama", layers=1, seed=0, vocab_size=300)
-    with pytest.raises(ValueError, match=r"vocabularies .* differ: .* 288 .* 300") as caught:
+    with pytest.raises(ValueError, match=r"vocabularies .* differ: token 287 is") as caught:
         pi.Engine.from_pretrained(pair.target, draft)
     assert "use a draft of the target's family" in str(caught.value)
 
@@ -163,7 +163,7 @@ def test_vocabularies_that_differ_in_one_token_are_refused(
     draft = shutil.copytree(pair.draft, tmp_path / "draft")
     tokenizer = draft / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<270>", "<other>"))
-    with pytest.raises(ValueError, match=r"vocabularies of target and draft differ: .* 270"):
+    with pytest.raises(ValueError, match=r"vocabularies of target and draft differ: token 270 "):
         pi.Engine.from_pretrained(pair.target, draft)
 
 

@@ -258,7 +258,7 @@ def test_models_of_one_vocabulary_may_have_heads_of_different_sizes(
 
 def test_vocabularies_of_different_tokens_are_no_pair(llama: Path, tmp_path: Path) -> None:
     draft = make_tiny(tmp_path / "draft", "llama", layers=1, seed=3, vocab_size=300)
-    with pytest.raises(ValueError, match=r"'<\|endoftext\|>' is token 287 of .*, and token 299 of"):
+    with pytest.raises(ValueError, match=r"token 287 is '<\|end.*, and '<287>' in .*draft"):
         check_pair(open_checkpoint(llama), open_checkpoint(draft))
 
 
@@ -271,5 +271,5 @@ def test_vocabularies_that_number_a_token_differently_are_no_pair(
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["<256>"], vocabulary["<257>"] = 257, 256
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=r"'<25[67]>' is token 25\d of .*llama, and token 25\d of"):
+    with pytest.raises(ValueError, match=r"token 256 is '<256>' in .*llama, and '<257>' in"):
         check_pair(open_checkpoint(llama), open_checkpoint(draft))
