@@ -200,7 +200,7 @@ class Engine:
         )
         if self_test:
             check_split(opened)
-            if opened_draft is not None:
+            if isinstance(opened_draft, Checkpoint):
                 check_split(opened_draft)
 
         with ExitStack() as resources:

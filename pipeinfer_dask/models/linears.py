@@ -129,11 +129,11 @@ class StoredEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.table = weight
+        self.weight = weight  # some families ask it for its device
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up [...]: [..., dim]."""
-        return F.embedding(ids, self.table).float()
+        return F.embedding(ids, self.weight).float()
 
 
 def keep_stored(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
@@ -196,10 +196,13 @@ def _is_plain(kind: type[nn.Linear]) -> bool:
     """Say whether a kind of linear computes what its base does, however it is written."""
     if kind is nn.Linear:
         return True
-    try:
-        with torch.random.fork_rng(devices=[]):
+    # While transformers builds a model, what is made has no memory and no values of its own.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        try:
             example = kind(4, 3)
-    except TypeError:
-        return False
-    x = torch.linspace(-1, 1, 8).view(2, 4)
-    return torch.allclose(example(x), F.linear(x, example.weight, example.bias))
+        except TypeError:
+            return False
+        for parameter in example.parameters():
+            parameter.data = torch.linspace(-1, 1, parameter.numel()).view(parameter.shape)
+        x = torch.linspace(-1, 1, 8).view(2, 4)
+        return torch.allclose(example(x), F.linear(x, example.weight, example.bias))

@@ -16,7 +16,7 @@ from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
-from pipeinfer_dask.models.families import model_class
+from pipeinfer_dask.models.families import context_of, model_class
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
@@ -67,6 +67,7 @@ class Shard:
         self._model = model
         self._hidden_size: int = model.config.hidden_size
         self._vocab_size: int = model.config.vocab_size
+        self._context = context_of(model.config)
         self._target_vocab_size = target_vocab_size
         self._ancestry = Ancestry()
         self._cache = SlotCache(layers, capacity)
@@ -113,7 +114,7 @@ class Shard:
         if capacity < 1:
             raise ValueError(f"the capacity of a KV cache must be at least 1 slot, not {capacity}")
         check_weights(weights)
-        with _building:
+        with building:
             packed = weights != "fp32" and has_kernels()
         if weights == "fp16" and not packed:
             raise ValueError(
@@ -218,10 +219,13 @@ class Shard:
         self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next; see `DraftModel.candidates`."""
-        # Of a token that only the target knows a draft model sees another one: its guesses may
-        # be worse for it, and the text is the target's all the same.
-        known = tuple(min(token, self._vocab_size - 1) for token in batch.tokens)
-        batch = replace(batch, tokens=known)
+        # What only the target knows is something else to a draft model: a token, or a place beyond
+        # its context. Its guesses may be worse for it, and the text is the target's all the same.
+        batch = replace(
+            batch,
+            tokens=tuple(min(token, self._vocab_size - 1) for token in batch.tokens),
+            positions=tuple(min(place, self._context - 1) for place in batch.positions),
+        )
         # A prompt comes in one batch, and only its end is extended.
         while len(batch) - frontier > LONGEST_PASS:
             if self.logits(batch[:LONGEST_PASS], 0, stopped) is None:

@@ -79,6 +79,15 @@ def test_a_prompt_in_chunks_has_the_logits_of_the_stock_model(
     assert_same(torch.cat(logits), expected(stock, TEXT))
 
 
+def test_a_checkpoint_of_16_bits_has_the_logits_of_the_stock_model_in_32_bits(
+    name: str, tmp_path: Path
+) -> None:
+    model_type, config = FAMILIES[name]
+    path = make_tiny(tmp_path, model_type, layers=LAYERS, seed=1, dtype=torch.float16, **config)
+    plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert_same(through(load(path, 2), linear(TEXT), len(TEXT)), expected(plain, TEXT))
+
+
 def test_two_branches_in_one_run_and_in_freed_slots_are_what_each_is_alone(
     checkpoint: Path, stock: PreTrainedModel
 ) -> None:

@@ -180,6 +180,14 @@ def test_a_draft_model_goes_on_after_a_token_that_only_the_target_has(llama: Pat
     assert [len(choices) for choices in candidates] == [2, 2]
 
 
+def test_a_draft_model_goes_on_beyond_its_own_context(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path, "gpt2", layers=1, seed=1, max_position_embeddings=16)
+    shard = Shard.load(path, range(1), capacity=CAPACITY)
+    candidates = shard.candidates(linear(TEXT), 3, width=1, stopped=never)
+    assert candidates is not None
+    assert [len(choices) for choices in candidates] == [1, 1, 1]
+
+
 def test_shards_that_load_in_threads_at_once_are_sound(llama: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         shares = split_layers(LAYERS, 4)
