@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeinfer_dask.engine import Engine, Result
     from pipeinfer_dask.runtime.admission import Admission
 
-SUITES = ("ablation", "head", "hop", "network", "paced", "policies", "ttft")
+SUITES = ("ablation", "head", "hop", "network", "paced", "policies", "shard", "ttft")
 """Modules of `pipeinfer_dask.bench`, each with a function ``run_SUITE_bench``."""
 
 

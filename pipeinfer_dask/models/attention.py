@@ -24,6 +24,8 @@ SLOT_ATTENTION = "pipeinfer_slots"
 """The name to give as ``attn_implementation``."""
 
 _current: ContextVar[tuple[Attendance, Tensor]] = ContextVar("attendance")
+_repeated: ContextVar[dict[int, Tensor]] = ContextVar("repeated")
+"""The masks of this pass, by identity, repeated for the heads of a group: all layers' alike."""
 
 
 @contextmanager
@@ -36,11 +38,12 @@ def attending(attendance: Attendance, positions: Tensor) -> Iterator[None]:
     positions : Tensor of int64, [n]
         The tokens' places in the text.
     """
-    token = _current.set((attendance, positions))
+    tokens = _current.set((attendance, positions)), _repeated.set({})
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.reset(tokens[0])
+        _repeated.reset(tokens[1])
 
 
 def token_positions() -> Tensor:
@@ -94,7 +97,7 @@ def slot_attention(
     if attention_mask.shape[1] > 1:
         attention_mask = attention_mask.reshape(1, kv_heads, rows, -1)
     elif n > 1:
-        attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
+        attention_mask = _repeat(attention_mask, heads // kv_heads)
     if softcap is None and s_aux is None:
         attended = F.scaled_dot_product_attention(
             packed, key, value, attn_mask=attention_mask, scale=scaling
@@ -109,6 +112,14 @@ def slot_attention(
             scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
         attended = scores.softmax(dim=-1)[..., : key.shape[2]] @ value
     return attended.view(1, heads, n, -1).transpose(1, 2).contiguous(), None
+
+
+def _repeat(mask: Tensor, times: int) -> Tensor:
+    # The family's forward keeps its masks until the pass ends, so that no other takes one's id.
+    known = _repeated.get()
+    if id(mask) not in known:
+        known[id(mask)] = mask.repeat(1, 1, times, 1)
+    return known[id(mask)]
 
 
 ALL_MASK_ATTENTION_FUNCTIONS.register(SLOT_ATTENTION, slot_mask)

@@ -91,6 +91,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
+        self.in_features, self.out_features = columns, rows
         shares = min(threads, max(1, weight.numel() // SMALLEST_PART))
         step = min(-(-rows // shares), max(1, LARGEST_PART // columns))
         parts = []
@@ -104,10 +105,13 @@ class PackedLinear(nn.Module):
             parts.append((packed, None if bias is None else bias[part].float().contiguous()))
         size = -(-len(parts) // shares)
         self._shares = [parts[start : start + size] for start in range(0, len(parts), size)]
+        self._only = parts[0] if len(parts) == 1 else None
         self._pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [..., in_features]: [..., out_features]."""
+        if self._only is not None:
+            return torch.fbgemm_linear_fp16_weight_fp32_activation(x, *self._only)
         *others, mine = self._shares
         if self._pool is None:
             products = [product for share in self._shares for product in _products(x, share)]
@@ -115,7 +119,7 @@ class PackedLinear(nn.Module):
             handed = [self._pool.submit(_products, x, share) for share in others]
             last = _products(x, mine)
             products = [product for share in handed for product in share.result()] + last
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return torch.cat(products, dim=-1)
 
 
 def _products(x: Tensor, share: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.families import context_of, model_class
+from pipeinfer_dask.models.fused import forward_pass, fuse
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
@@ -65,6 +66,7 @@ class Shard:
         self.is_first = layers.start == 0
         self.is_last = layers.stop == model.config.num_hidden_layers
         self._model = model
+        self._forward = forward_pass(model)
         self._hidden_size: int = model.config.hidden_size
         self._vocab_size: int = model.config.vocab_size
         self._context = context_of(model.config)
@@ -152,6 +154,7 @@ class Shard:
                 # A tied head had it; what came here is hidden states.
                 model.set_input_embeddings(nn.Identity())
             pack(model, everything=weights == "fp16", threads=threads)
+        fuse(model, layers)
         return cls(
             model,
             layers,
@@ -159,6 +162,10 @@ class Shard:
             parameters=parameters,
             target_vocab_size=target_vocab_size,
         )
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Go through what the shard is made of."""
+        return self._model.modules()
 
     @property
     def cache_nbytes(self) -> int:
@@ -263,16 +270,12 @@ class Shard:
         self._splice.begin(received, picks, stopped)
         try:
             with attending(attendance, positions):
-                output = self._model(
-                    **inputs,
-                    position_ids=positions[None],
-                    past_key_values=self._cache,
-                    logits_to_keep=picks,
+                logits = self._forward(
+                    picks, **inputs, position_ids=positions[None], past_key_values=self._cache
                 )
         except Departure as departure:
             return None if departure.hidden is None else departure.hidden[0]
-        logits: Tensor = output.logits[0]
-        return logits
+        return logits[0]
 
     def _received(self, hidden: HiddenStates | None, n: int) -> Tensor:
         expected = (n, self._hidden_size)

@@ -73,7 +73,7 @@ def test_a_matrix_beyond_float16_is_refused(value: float) -> None:
 def kinds_held(shard: Shard) -> dict[str, int]:
     """Count the modules of a shard that compute by matrices."""
     kinds = (PackedLinear, StoredEmbedding, nn.Linear, nn.Embedding)
-    named = [type(module).__name__ for module in shard._model.modules() if type(module) in kinds]
+    named = [type(module).__name__ for module in shard.modules() if type(module) in kinds]
     return {name: named.count(name) for name in set(named)}
 
 
