@@ -44,16 +44,18 @@ class Rotary:
         return self._prepared
 
 
-class RootMeanSquare:
+class RootMeanSquare(nn.Module):
     """What an RMSNorm computes over the last dimension, in half as many operations."""
 
     def __init__(self, norm: Any) -> None:
+        super().__init__()
         (size,) = norm.weight.shape
         # x / sqrt(mean(x**2) + eps) = x * sqrt(size) / hypot(norm(x), sqrt(size * eps))
         self._weight = norm.weight.detach() * size**0.5
         self._floor = torch.tensor((size * norm.variance_epsilon) ** 0.5)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., size]."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(length, self._floor)).mul_(self._weight)
 
@@ -90,10 +92,10 @@ class FusedLayer(nn.Module):
             getattr(mlp, f"{name}_proj").forward for name in ("gate", "up", "down")
         )
         self._activation = mlp.act_fn.forward
-        self._before = RootMeanSquare(layer.input_layernorm)
-        self._after = RootMeanSquare(layer.post_attention_layernorm)
+        self._before = RootMeanSquare(layer.input_layernorm).forward
+        self._after = RootMeanSquare(layer.post_attention_layernorm).forward
         self._q_norm, self._k_norm = (
-            RootMeanSquare(getattr(attention, name)) if hasattr(attention, name) else None
+            RootMeanSquare(getattr(attention, name)).forward if hasattr(attention, name) else None
             for name in ("q_norm", "k_norm")
         )
 
@@ -124,7 +126,8 @@ class FusedLayer(nn.Module):
         hidden_states = hidden_states + self._o(attended.flatten(2))
 
         x = self._after(hidden_states)
-        return hidden_states + self._down(self._activation(self._gate(x)).mul_(self._up(x)))
+        added: Tensor = self._down(self._activation(self._gate(x)) * self._up(x))
+        return hidden_states + added
 
 
 def forward_pass(model: PreTrainedModel) -> Callable[..., Tensor]:
@@ -176,18 +179,31 @@ def fuse(model: PreTrainedModel, layers: range) -> int:
                 candidate = FusedLayer(layer, rotary)
             except AttributeError:
                 continue
-            family, ours = (_tried(model, kind, number) for kind in (layer, candidate))
-            if torch.allclose(ours, family, rtol=1e-4, atol=1e-5 * float(family.abs().max())):
+            if _close(*(_tried(model, kind, number) for kind in (layer, candidate))):
                 owned.add_module(str(number), candidate)
                 fused += 1
+        base: Any = model.base_model
+        if not isinstance(base.norm, nn.Identity):
+            x = _random(model, 0)
+            norm = RootMeanSquare(base.norm)
+            if _close(base.norm(x), norm(x)):
+                base.norm = norm
     return fused
+
+
+def _close(family: Tensor, ours: Tensor) -> bool:
+    return torch.allclose(ours, family, rtol=1e-4, atol=1e-5 * float(family.abs().max()))
+
+
+def _random(model: PreTrainedModel, seed: int) -> Tensor:
+    size: int = model.config.hidden_size
+    return torch.randn(1, TRIED_TOKENS, size, generator=torch.Generator().manual_seed(seed))
 
 
 def _tried(model: PreTrainedModel, layer: nn.Module, number: int) -> Tensor:
     """Compute a layer for tokens of which each attends to those before it."""
     base: Any = model.base_model
-    size: int = model.config.hidden_size
-    hidden = torch.randn(1, TRIED_TOKENS, size, generator=torch.Generator().manual_seed(number))
+    hidden = _random(model, number)
     places = torch.arange(TRIED_TOKENS)
     store = SlotCache(range(number, number + 1), TRIED_TOKENS)
     store.turn_to(places, TRIED_TOKENS)

@@ -74,6 +74,8 @@ class PackedLinear(nn.Module):
         Threads beside the calling one; the rows of large matrices are shared among them all.
     threads : int
         How many they are together.
+    room : Tensor of float32, [LARGEST_PART], optional
+        Where parts are converted, so that packing many matrices leaves no holes in memory.
 
     Raises
     ------
@@ -88,16 +90,19 @@ class PackedLinear(nn.Module):
         *,
         pool: ThreadPoolExecutor | None = None,
         threads: int = 1,
+        room: Tensor | None = None,
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
         self.in_features, self.out_features = columns, rows
         shares = min(threads, max(1, weight.numel() // SMALLEST_PART))
-        step = min(-(-rows // shares), max(1, LARGEST_PART // columns))
+        step = min(-(-rows // shares), LARGEST_PART // columns)
+        room = torch.empty(LARGEST_PART) if room is None else room
         parts = []
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            values = weight[part].float().contiguous()
+            stored = weight[part]
+            values = room[: stored.numel()].view(stored.shape).copy_(stored)
             low, high = torch.aminmax(values)
             if not -LARGEST <= low <= high <= LARGEST:
                 raise OverflowError(f"values from {low} to {high} are beyond float16")
@@ -170,6 +175,7 @@ def pack(model: PreTrainedModel, *, everything: bool, threads: int) -> None:
         Threads that share a multiplication.
     """
     pool = ThreadPoolExecutor(threads - 1, "linears") if threads > 1 else None
+    room = torch.empty(LARGEST_PART)
     parent: Any
     module: Any
     for parent in list(model.modules()):
@@ -180,7 +186,9 @@ def pack(model: PreTrainedModel, *, everything: bool, threads: int) -> None:
             elif _is_linear(module) and (narrow or everything):
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 try:
-                    packed = PackedLinear(weight, module.bias, pool=pool, threads=threads)
+                    packed = PackedLinear(
+                        weight, module.bias, pool=pool, threads=threads, room=room
+                    )
                 except OverflowError:
                     module.float()
                 else:

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models import linears
+from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.models.linears import PackedLinear, StoredEmbedding, has_kernels
 from pipeinfer_dask.models.shard import Shard
 from tests.tiny import make_tiny
@@ -81,8 +85,8 @@ def load(path: Path, **options: Any) -> Shard:
     return Shard.load(path, range(2), capacity=64, **options)
 
 
-def logits(shard: Shard, text: tuple[int, ...]) -> Tensor:
-    places = tuple(range(len(text)))
+def logits(shard: Shard, text: tuple[int, ...], start: int = 0) -> Tensor:
+    places = tuple(range(start, start + len(text)))
     result = shard.logits(
         Batch(text, places, places, tuple(place - 1 for place in places)), len(text), bool
     )
@@ -137,3 +141,58 @@ def test_where_torch_has_no_kernels_auto_computes_in_32_bits_and_fp16_is_refused
         with pytest.raises(ValueError, match="expected weights='auto' or 'fp32'"):
             load(path, weights="fp16")
     has_kernels.cache_clear()
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import psutil, torch
+torch.set_num_threads(1)
+from pipeinfer_dask.models.shard import Shard
+memory = psutil.Process().memory_full_info
+Shard.load(Path(sys.argv[1]), range(1), capacity=8)  # what libraries take once
+before = memory().uss
+shard = Shard.load(Path(sys.argv[2]), range(4), capacity=8)
+print(memory().uss - before)
+"""
+
+
+def test_a_worker_holds_a_16_bit_shard_in_its_16_bits(tmp_path: Path) -> None:
+    small = make_tiny(tmp_path / "small", "llama", layers=1, seed=1, dtype=torch.bfloat16)
+    large = make_tiny(
+        tmp_path / "large",
+        "llama",
+        layers=4,
+        seed=1,
+        dtype=torch.bfloat16,
+        hidden_size=512,
+        intermediate_size=4096,
+    )
+    stored = (large / "model.safetensors").stat().st_size
+    assert stored > 50e6
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY, small, large], capture_output=True, text=True, check=True
+    )
+    held = int(child.stdout)
+    assert 0.8 * stored < held < 1.1 * stored
+
+
+def test_greedy_tokens_of_the_demo_pair_are_the_same_one_by_one_and_several_at_once() -> None:
+    shard = Shard.load(demo_pair().target, range(6), capacity=320)
+    text = list(range(100, 120))
+    picked = logits(shard, tuple(text))[-1:]
+    alone = [picked]
+    while len(text) < 300:
+        text.append(int(picked.argmax()))
+        picked = logits(shard, tuple(text[-1:]), len(text) - 1)
+        alone.append(picked)
+    logits(shard, tuple(text[:20]))
+    together, start = [], 20
+    for size in cycle((2, 3, 4, 5, 6, 7, 8, 16)):
+        if start >= len(text):
+            break
+        together.append(logits(shard, tuple(text[start : start + size]), start))
+        start += size
+    one_by_one, at_once = torch.cat(alone[1:]), torch.cat(together)
+    assert at_once.argmax(-1).tolist() == one_by_one.argmax(-1).tolist()
+    torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-4)
