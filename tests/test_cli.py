@@ -206,6 +206,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["generate", "x", "--target", "{target}", "--layer-split", "2,-1"],
         "finite and not negative, not -1",
     ),
+    "weights of a kind that there is not": (
+        ["generate", "x", "--target", "{target}", "--weights", "int8"],
+        "expected weights to be one of 'auto', 'fp16', 'fp32', got 'int8'",
+    ),
     "share of text": (
         ["generate", "x", "--target", "{target}", "--layer-split", "2,a"],
         "expected --layer-split as numbers like 2,1,1, got '2,a'",

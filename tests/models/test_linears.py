@@ -1,5 +1,7 @@
+import gc
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -145,6 +147,7 @@ def test_where_torch_has_no_kernels_auto_computes_in_32_bits_and_fp16_is_refused
 
 MEMORY = """
 import sys
+import threading
 from pathlib import Path
 import psutil, torch
 torch.set_num_threads(1)
@@ -196,3 +199,30 @@ def test_greedy_tokens_of_the_demo_pair_are_the_same_one_by_one_and_several_at_o
     one_by_one, at_once = torch.cat(alone[1:]), torch.cat(together)
     assert at_once.argmax(-1).tolist() == one_by_one.argmax(-1).tolist()
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-4)
+
+
+def test_matrices_that_lie_the_other_way_round_are_packed(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path, "gpt2", layers=2, seed=1)
+    model, ids = AutoModelForCausalLM.from_pretrained(path), torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        exact = model(ids).logits
+        linears.pack(model, everything=True, threads=1)
+        assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 9
+        torch.testing.assert_close(model(ids).logits, exact, rtol=0.05, atol=0.05)
+
+
+def test_threads_of_a_shard_share_its_products_and_end_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linears, "SMALLEST_PART", 256)
+    path = make_tiny(tmp_path, "llama", layers=2, seed=1, dtype=torch.float16)
+    text = tuple(range(20))
+    shard = load(path, threads=3)
+    assert torch.equal(logits(shard, text), logits(load(path), text))
+    started = [thread for thread in threading.enumerate() if thread.name.startswith("linears")]
+    assert len(started) == 2
+    del shard
+    gc.collect()
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)
