@@ -102,13 +102,12 @@ class FusedLayer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
+        attention_mask: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
         **_: Any,
     ) -> Tensor:
         """Compute [1, n, hidden_size] from [1, n, hidden_size]."""
-        assert position_embeddings is not None
         cos, sin = self._rotary.prepare(position_embeddings)
         heads = (1, hidden_states.shape[1], -1, self._head_dim)
         half = self._head_dim // 2
@@ -183,7 +182,7 @@ def fuse(model: PreTrainedModel, layers: range) -> int:
                 owned.add_module(str(number), candidate)
                 fused += 1
         base: Any = model.base_model
-        if not isinstance(base.norm, nn.Identity):
+        if hasattr(base.norm, "weight"):
             x = _random(model, 0)
             norm = RootMeanSquare(base.norm)
             if _close(base.norm(x), norm(x)):
