@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib import import_module
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeinfer_dask.engine import Engine, Result
     from pipeinfer_dask.runtime.admission import Admission
 
-SUITES = ("ablation", "head", "hop", "network", "paced", "policies", "shard", "ttft")
+SUITES = ("ablation", "head", "hop", "network", "open", "paced", "policies", "shard", "ttft")
 """Modules of `pipeinfer_dask.bench`, each with a function ``run_SUITE_bench``."""
 
 
@@ -61,7 +61,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx is not None else "pipeinfer"
             raise Mistake(f"{error.format_message()} (see `{where} --help`)") from error
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, MemoryError) as error:
             raise Mistake(str(error)) from error
         except (RuntimeError, OSError) as error:
             raise Failure(str(error) or type(error).__name__) from error
@@ -152,7 +152,11 @@ def demo(
 )
 @max_new_tokens_option
 @stages_option
-@click.option("--layer-split", metavar="W,W,...", help="Relative shares of layers, one a stage.")
+@click.option(
+    "--layer-split",
+    metavar="W,W,...|auto",
+    help="Relative shares of layers, one a stage; or by what each worker can do.",
+)
 @click.option(
     "--weights",
     default="auto",
@@ -192,9 +196,9 @@ def generate(
         pair = demo_pair()
         target, draft = str(pair.target), draft or str(pair.draft)
     settings = _knobs(knobs)
-    shares = _numbers(layer_split)
+    shares = _split(layer_split)
     check_weights(weights)
-    admission = _admission(target, draft)
+    admission = _admission(target, draft, elsewhere=scheduler is not None)
     admission.policy(strategy, settings)
     admission.request(0, prompt, max_new_tokens)
     console = _console(as_json)
@@ -349,25 +353,23 @@ def _client(address: str) -> Client:
 
 def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine:
     from pipeinfer_dask import terminal
-    from pipeinfer_dask.engine import DEFAULT_STAGES, Engine
+    from pipeinfer_dask.engine import Engine
 
-    split, stages = options.get("layer_split"), options.get("stages")
-    if options.get("in_process"):
-        nodes = 1
-    elif stages is None and split is None and options.get("client") is not None:
-        nodes = None  # as many as the cluster has workers for
-    else:
-        nodes = (stages or (len(split) if split else DEFAULT_STAGES)) + (draft not in (None, NGRAM))
-    with terminal.loading(console, nodes) as progress:
+    with terminal.loading(console) as progress:
         return Engine.from_pretrained(target, draft, progress=progress, **options)
 
 
-def _admission(target: str | os.PathLike[str], draft: str | os.PathLike[str] | None) -> Admission:
+def _admission(
+    target: str | os.PathLike[str],
+    draft: str | os.PathLike[str] | None,
+    *,
+    elsewhere: bool = False,
+) -> Admission:
     """Return who can say, before a cluster is started, whether a request can be served."""
     from pipeinfer_dask.models.checkpoint import load_tokenizer, open_checkpoint
     from pipeinfer_dask.runtime.admission import Admission
 
-    checkpoint = open_checkpoint(os.fspath(target))
+    checkpoint = open_checkpoint(os.fspath(target), elsewhere=elsewhere)
     return Admission(checkpoint, load_tokenizer(checkpoint), has_draft=draft is not None)
 
 
@@ -424,10 +426,14 @@ def _knobs(settings: Sequence[str]) -> dict[str, Any]:
     return knobs
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _split(text: str | None) -> list[float] | Literal["auto"] | None:
     if text is None:
         return None
+    if text == "auto":
+        return "auto"
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"expected --layer-split as numbers like 2,1,1, got {text!r}") from None
+        raise ValueError(
+            f"expected --layer-split as numbers like 2,1,1 or as auto, got {text!r}"
+        ) from None

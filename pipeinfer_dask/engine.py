@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -24,32 +24,37 @@ from pipeinfer_dask.models.checkpoint import (
     load_tokenizer,
     open_checkpoint,
 )
-from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.linears import Weights, check_weights
 from pipeinfer_dask.models.selftest import check_split
-from pipeinfer_dask.models.specs import NgramSpec, ShardSpec
-from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS, Admission
+from pipeinfer_dask.runtime.admission import Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head import Head
+from pipeinfer_dask.runtime.loading import Loading, Progress, shown
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.measuring import measure_costs
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
-from pipeinfer_dask.runtime.placement import Placement, default_stages, place
+from pipeinfer_dask.runtime.placement import default_stages, place
+from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.text import DecodedText
 from pipeinfer_dask.simulation import Costs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Engine", "EngineClosedError", "Generation", "GenerationInterrupted", "Piece", "Result"]
+__all__ = [
+    "Engine",
+    "EngineClosedError",
+    "Generation",
+    "GenerationInterrupted",
+    "Loading",
+    "Piece",
+    "Result",
+]
 
 T = TypeVar("T")
-Progress = Callable[[str, str], None]
-"""Called as (node, where) when a node's model stands."""
-
 DEFAULT_STAGES = 3
 """Stages of an engine that brings its own workers."""
 
@@ -98,11 +103,11 @@ class Engine:
         *,
         client: Client | None = None,
         stages: int | None = None,
-        layer_split: Sequence[float] | None = None,
+        layer_split: LayerSplit = None,
         weights: Weights = "auto",
         share_workers: bool = False,
         in_process: bool = False,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         self_test: bool = True,
     ) -> Self:
         """Load a pair of models onto workers.
@@ -122,8 +127,10 @@ class Engine:
         stages : int, optional
             Stages of the pipeline. By default one for each worker, less one for the drafter;
             without a client, 3.
-        layer_split : sequence of float, optional
-            Relative shares of the layers, one for each stage. By default even.
+        layer_split : sequence of float or "auto", optional
+            Relative shares of the layers, one for each stage; by default even. With ``"auto"``
+            each worker computes a layer like the model's, and gets as many as its speed and
+            its memory allow; the output head counts as what it costs.
         weights : {"auto", "fp16", "fp32"}
             How workers hold matrices; all is computed in 32 bits. "auto" holds those of a
             16-bit checkpoint in 16 bits where the worker's processor can multiply by them.
@@ -133,8 +140,9 @@ class Engine:
             there are too few.
         in_process : bool
             No cluster at all: stages and drafter are threads of this process.
-        progress : callable, optional
-            Called as ``progress(node, where)`` each time a node's model stands.
+        progress : callable or bool, optional
+            Told of each step of loading as a `Loading`: which node has read how many bytes, and
+            which stands. True shows a bar, False none; by default notebooks show one.
         self_test : bool
             Whether to try out first, on small random models of the same settings, that they
             say the same in stages as in one piece. It takes a second at most, once a process.
@@ -146,6 +154,8 @@ class Engine:
         ValueError
             If a model can't be used, the pair does not fit together, or stages, layers and
             workers do not fit.
+        MemoryError
+            If a worker has not enough memory for what it is to hold.
         RuntimeError
             If a worker could not load its share.
         """
@@ -167,21 +177,27 @@ class Engine:
                 f"expected layer_split as a sequence of numbers, one a stage, got {layer_split!r}"
             )
         check_weights(weights)
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise ValueError(
+                f"expected progress as a callable, True, False or None, got {progress!r}"
+            )
         for model in (target, *([] if draft is None else [draft])):
             if not isinstance(model, (str, os.PathLike)):
                 raise ValueError(f"expected a model's directory or hub name, got {model!r}")
-        opened = open_checkpoint(os.fspath(target))
+        # A cluster's own machines may have their own copies; without one, all is here.
+        elsewhere = client is not None
+        opened = open_checkpoint(os.fspath(target), elsewhere=elsewhere)
         if opened.unapplied:
             warnings.warn(
                 f"{opened.path} asks for {', '.join(opened.unapplied)} in generation_config.json: "
                 f"this is not applied, the text is that of plain greedy decoding",
                 stacklevel=2,
             )
-        opened_draft: Checkpoint | Literal["ngram"] | None = None
+        opened_draft: Draft = None
         if draft == NGRAM:
             opened_draft = NGRAM
         elif draft is not None:
-            opened_draft = open_checkpoint(os.fspath(draft))
+            opened_draft = open_checkpoint(os.fspath(draft), elsewhere=elsewhere)
             check_pair(opened, opened_draft)
         # A lookup needs no worker.
         drafter = isinstance(opened_draft, Checkpoint)
@@ -190,9 +206,10 @@ class Engine:
         if stages is None:
             available = DEFAULT_STAGES + drafter if workers is None else len(workers)
             stages = default_stages(available, opened.num_layers, drafter=drafter)
-            if layer_split is not None:
+            if layer_split is not None and layer_split != AUTO:
                 stages = len(layer_split)
-        ranges = split_layers(opened.num_layers, stages, layer_split)
+        models = Models(opened, opened_draft, weights)
+        ranges = models.split(stages, layer_split)
         placement = (
             place(workers, stages, drafter=drafter, share=share_workers)
             if workers is not None
@@ -203,6 +220,9 @@ class Engine:
             if isinstance(opened_draft, Checkpoint):
                 check_split(opened_draft)
 
+        if client is None:
+            models.check_memory_here()
+
         with ExitStack() as resources:
             if in_process:
                 loop = resources.enter_context(LoopThread()).loop
@@ -212,24 +232,26 @@ class Engine:
                     placement = place(workers_of(client), stages, drafter=drafter)
                 loop = loop_of(client)
 
-            if placement is not None:
+            if client is not None and placement is not None:
+                ranges = models.share_out(stages, layer_split, placement, client)
                 admission = replace(admission, draft_apart=placement.draft_apart)
-            specs, draft_spec = _specs(opened, opened_draft, ranges, placement, weights)
+            specs, draft_spec = models.specs(ranges, placement)
 
             # Noted on the loop itself: an interrupt may come before we hear of it.
             opened_pipelines: list[Pipeline] = []
 
-            async def open_pipeline() -> None:
-                opened_pipelines.append(await new_pipeline())
+            async def open_pipeline(told: Progress | None) -> None:
+                opened_pipelines.append(await new_pipeline(told))
 
-            async def new_pipeline() -> Pipeline:
+            async def new_pipeline(told: Progress | None) -> Pipeline:
                 if client is None:
                     local = LocalPipeline(
                         [spec.load for spec in specs],
                         draft_spec.load if draft_spec is not None else None,
                         asyncio.get_running_loop(),
+                        told,
                     )
-                    await local.loaded(progress)
+                    await local.loaded()
                     return local
                 assert placement is not None
                 return await DaskPipeline.open(
@@ -238,7 +260,7 @@ class Engine:
                     placement.stages,
                     draft_spec,
                     placement.drafter,
-                    progress=progress,
+                    progress=told,
                 )
 
             def close_pipeline() -> None:
@@ -248,7 +270,8 @@ class Engine:
                         call_on(loop, opened_pipelines.pop().close())
 
             resources.callback(close_pipeline)
-            call_on(loop, open_pipeline())
+            with shown(progress) as told:
+                call_on(loop, open_pipeline(told))
             resources.enter_context(short_collections())
 
             async def start_head() -> Head:
@@ -389,42 +412,3 @@ class Engine:
         draft = f", draft {name}" if name is not None else ""
         state = "closed" if self._closed else f"{self.stages} stages"
         return f"<Engine {self.target.path.name}{draft}, {state}>"
-
-
-def _specs(
-    target: Checkpoint,
-    draft: Checkpoint | Literal["ngram"] | None,
-    ranges: list[range],
-    placement: Placement | None,
-    weights: Weights,
-) -> tuple[list[ShardSpec], ShardSpec | NgramSpec | None]:
-    """Return what each node loads."""
-
-    def spec(model: Checkpoint, layers: range, worker: str | None, name: str) -> ShardSpec:
-        if placement is None or worker is None:
-            threads = max(1, (os.cpu_count() or 1) // (len(ranges) + isinstance(draft, Checkpoint)))
-        else:
-            threads = placement.threads[worker]
-        return ShardSpec(
-            path=model.path,
-            first=layers.start,
-            last=layers.stop,
-            # The longest text that the target may be asked for; the cache grows as it is used.
-            capacity=target.context + SPECULATIVE_SLOTS,
-            threads=threads,
-            name=name,
-            weights=weights,
-        )
-
-    stage_workers = placement.stages if placement is not None else [None] * len(ranges)
-    stages = [
-        spec(target, layers, worker, f"layers {layers.start} to {layers.stop - 1}")
-        for layers, worker in zip(ranges, stage_workers, strict=True)
-    ]
-    if draft is None:
-        return stages, None
-    if draft == NGRAM:
-        return stages, NgramSpec()
-    drafter = placement.drafter if placement is not None else None
-    drafting = spec(draft, range(draft.num_layers), drafter, draft.path.name)
-    return stages, replace(drafting, target_vocab_size=target.vocab_size)

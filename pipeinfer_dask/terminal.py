@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
+    DownloadColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -22,8 +23,7 @@ from pipeinfer_dask.core.messages import Origin
 from pipeinfer_dask.trace import Metrics
 
 if TYPE_CHECKING:  # for the names alone: what only shows figures need not wait for torch
-    from pipeinfer_dask.engine import Generation
-    from pipeinfer_dask.engine import Progress as LoadProgress
+    from pipeinfer_dask.engine import Generation, Loading
 
 # Never by colour alone: accepted tokens are underlined too.
 STYLES = {
@@ -45,24 +45,28 @@ def legend() -> Text:
 
 
 @contextmanager
-def loading(console: Console, nodes: int | None) -> Iterator[LoadProgress]:
-    """Show a bar while so many models load (None: unknown); yields the callback that moves it."""
+def loading(console: Console) -> Iterator[Callable[[Loading], None]]:
+    """Show a bar for each model while it loads; yields the callback that moves them."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
     )
     # In a file, even a bar that is wiped away would leave a line.
     shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("starting workers and loading models", total=nodes)
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
+        starting = bars.add_task("starting workers", total=None)
+        tasks: dict[str, TaskID] = {}
 
-        def loaded(node: str, where: str) -> None:
-            bar.update(task, advance=1, description=f"{node.partition(' (')[0]} loaded")
+        def tell(step: Loading) -> None:
+            bars.update(starting, visible=False)
+            if step.node not in tasks:
+                tasks[step.node] = bars.add_task(step.node, total=None)
+            bars.update(tasks[step.node], completed=step.nbytes, total=step.total)
 
-        yield loaded
+        yield tell
 
 
 def stream(console: Console, prompt: str, generation: Generation) -> None:

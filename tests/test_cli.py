@@ -96,7 +96,7 @@ def test_json_alone_is_on_stdout(target: str, expected: pi.Result) -> None:
 
 
 def test_without_json_a_table_follows_the_text(target: str) -> None:
-    ran = generate("def main", "--target", target)
+    ran = generate("def main", "--target", target, "--layer-split", "auto")
     assert ran.exit_code == 0, ran.stderr
     assert ran.stderr == ""
     assert "def main" in ran.stdout
@@ -212,7 +212,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "share of text": (
         ["generate", "x", "--target", "{target}", "--layer-split", "2,a"],
-        "expected --layer-split as numbers like 2,1,1, got '2,a'",
+        "expected --layer-split as numbers like 2,1,1 or as auto, got '2,a'",
     ),
     "shares for other stages": (
         ["generate", "x", "--target", "{target}", "--stages", "3", "--layer-split", "2,1"],

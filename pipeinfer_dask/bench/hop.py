@@ -20,7 +20,7 @@ from distributed import Client, LocalCluster
 
 from pipeinfer_dask.bench.floor import Floor
 from pipeinfer_dask.core.messages import NO_PARENT, Batch, Event, Kind, RunDone, StartRun
-from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 
@@ -49,7 +49,7 @@ class PassingSpec:
 
     name: str = "passes on"
 
-    def load(self) -> PassingStage:
+    def load(self, count: CountBytes) -> PassingStage:
         """Return the stage."""
         return PassingStage()
 

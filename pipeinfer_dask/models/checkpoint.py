@@ -7,14 +7,13 @@ told in a moment and in one line, however large the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,12 +22,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pipeinfer_dask.models.conversion import rehearse
+from pipeinfer_dask.models.conversion import rehearse, rehearse_names
 from pipeinfer_dask.models.families import context_of, model_class, refusal
-from pipeinfer_dask.models.tensors import FLOAT_TYPES, StoredTensor, stored_tensors
+from pipeinfer_dask.models.sizes import Sizes
+from pipeinfer_dask.models.sources import Source, locate
+from pipeinfer_dask.models.tensors import (
+    FLOAT_TYPES,
+    SINGLE_FILE,
+    StoredTensor,
+    listed_tensors,
+    stored_tensors,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+HARMLESS = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)$")
+"""Tensors of old checkpoints that today's models compute for themselves."""
 
 
 GREEDY_SETTINGS: dict[str, object] = {
@@ -52,7 +61,9 @@ class Checkpoint:
     Attributes
     ----------
     path : Path
-        Its directory.
+        Its directory on this machine.
+    source : Source
+        Where any machine finds it.
     config : PreTrainedConfig
         The family's own configuration.
     model_type : str
@@ -67,14 +78,17 @@ class Checkpoint:
         Longest text, in tokens.
     eos_token_ids : tuple of int
         The tokens that end a generation.
-    nbytes : int
-        Bytes of weights on disk.
+    sizes : Sizes
+        How large its parts are.
+    narrow : bool
+        Whether its weights are stored in 16 bits.
     unapplied : tuple of str
         What its generation_config.json asks for and we don't do, such as
         ``"repetition_penalty=1.1"``.
     """
 
     path: Path
+    source: Source
     config: PreTrainedConfig
     model_type: str
     num_layers: int
@@ -82,18 +96,21 @@ class Checkpoint:
     vocab_size: int
     context: int
     eos_token_ids: tuple[int, ...]
-    nbytes: int
+    sizes: Sizes
+    narrow: bool
     unapplied: tuple[str, ...]
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoint:
     """Find a checkpoint and check all that can be checked without reading weights.
 
     Parameters
     ----------
     source : str or Path
-        A directory, or a name on the Hugging Face hub, which is downloaded unless it is in
-        the cache already.
+        A directory, or a name on the Hugging Face hub. Of the latter only the small files are
+        downloaded, unless they are in the cache already; weights are left to the workers.
+    elsewhere : bool
+        Whether the weights may be on other machines alone. What of them is here is checked.
 
     Raises
     ------
@@ -103,7 +120,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         If it is no model, its architecture can't be split into stages, a file is corrupt, or
         the weights do not fit the configuration.
     """
-    path = _directory(source)
+    found = locate(source)
+    path = found.directory()
     fields = _read_json(path / "config.json")
     if not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{path} is no model: its config.json names no model_type")
@@ -114,7 +132,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{path} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)}; "
             "save the tokenizer beside the model"
         )
-    tensors = stored_tensors(path)
+    listed, stored = _seen(path, elsewhere=elsewhere or found.revision is not None)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
@@ -125,9 +143,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{path / 'config.json'} describes no {fields['model_type']} model: "
             f"{' '.join(str(error).split())}"
         ) from error
-    _check_tensors(path, tensors, model)
+    sizes = Sizes.of(model)  # before it is filled: then nothing is tied any more
+    if listed:
+        check_tensors(path, listed, stored, model)
     return Checkpoint(
         path=path,
+        source=found,
         config=config,
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -135,7 +156,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         vocab_size=config.vocab_size,
         context=context_of(config),
         eos_token_ids=_end_of_text(path, fields),
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        sizes=sizes,
+        narrow=_narrow(config, stored),
         unapplied=_unapplied(path),
     )
 
@@ -184,28 +206,6 @@ def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
         )
 
 
-def _directory(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(
-            f"expected the directory of a model, but {path} is a file: give its folder"
-        )
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(HUB_FILES)))
-    except HFValidationError:
-        raise FileNotFoundError(
-            f"there is no directory {path}: give a model's directory or its name on the hub"
-        ) from None
-    # Offline, not there, not allowed: the hub's errors are all of these two.
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"there is no directory {path}, and it can't be had from the Hugging Face hub "
-            f"({type(error).__name__}): give a model's directory or its name on the hub"
-        ) from error
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is no model: it has no {file.name}")
@@ -218,30 +218,83 @@ def _read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _check_tensors(path: Path, stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> None:
+def _seen(path: Path, *, elsewhere: bool) -> tuple[Collection[str], dict[str, StoredTensor]]:
+    """Return the names of all tensors, as far as they are known here, and those that are here."""
+    if not elsewhere:
+        stored = stored_tensors(path)
+        return stored, stored
+    files = listed_tensors(path)
+    if files is None and not (path / SINGLE_FILE).is_file():
+        return (), {}
+    stored = stored_tensors(path, lambda name: files is None or (path / files[name]).is_file())
+    return files or stored, stored
+
+
+def check_tensors(
+    path: Path,
+    listed: Collection[str],
+    stored: Mapping[str, StoredTensor],
+    model: PreTrainedModel,
+) -> None:
+    """Check that a checkpoint's tensors are those of a model.
+
+    Parameters
+    ----------
+    path : Path
+        The directory, for messages.
+    listed : collection of str
+        Names of the tensors that there are.
+    stored : mapping of str to StoredTensor
+        Those whose headers are known.
+    model : PreTrainedModel
+        The model that they are to fill, or a stage of it, on torch's meta device.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks a tensor or has no use for one, or one has another shape or is of
+        no floating type.
+    """
+    named = rehearse_names(model, listed)
+    if named.missing:
+        raise ValueError(
+            f"{path} lacks the tensor {named.missing[0]} that its config.json calls for: "
+            "download it again"
+        )
     found = rehearse(model, stored)
-    if found.missing:
-        raise ValueError(
-            f"{path} lacks the tensor {found.missing[0]} that its config.json calls for: "
-            "download it again"
-        )
-    for name, given, own in found.misfits:
-        place = stored[name].file if name in stored else path
-        raise ValueError(
-            f"{name} in {place} has shape {list(given)}, but config.json calls for {list(own)}: "
-            "the files are not of one model"
-        )
-    for name, error in found.errors.items():
-        raise ValueError(
-            f"{name} can't be made of the tensors in {path}: {' '.join(error.split())}; "
-            "download it again"
-        )
     for tensor in found.used:
         if tensor.dtype not in FLOAT_TYPES:
             raise ValueError(
                 f"{tensor.name} in {tensor.file} is stored as {tensor.dtype}, expected one of "
                 f"{', '.join(sorted(FLOAT_TYPES))}: give a checkpoint that is not quantised"
             )
+    for name, given, own in found.misfits:
+        place = stored[name].file if name in stored else path
+        raise ValueError(
+            f"{name} in {place} has shape {list(given)}, but config.json calls for {list(own)}: "
+            "the files are not of one model"
+        )
+    # What one tensor is made of may be in several files, and not all of them here.
+    for name, error in found.errors.items() if len(stored) == len(listed) else ():
+        raise ValueError(
+            f"{name} can't be made of the tensors in {path}: {' '.join(error.split())}; "
+            "download it again"
+        )
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), HARMLESS.pattern]
+    known = re.compile("|".join(f"(?:{pattern})" for pattern in ignored))
+    used = {tensor.name for tensor in named.used}
+    if extra := sorted(name for name in listed if name not in used and not known.search(name)):
+        raise ValueError(
+            f"{path} holds {len(extra)} tensors that its config.json has no use for, the first "
+            f"{extra[0]}: the files are not of one model, or are quantised"
+        )
+
+
+def _narrow(config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> bool:
+    kinds = {tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1}
+    if not kinds:  # no file is here to tell, but the configuration may
+        return config.dtype in (torch.float16, torch.bfloat16)
+    return kinds <= {"F16", "BF16"}
 
 
 def _end_of_text(path: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ and fuses tensors, such as those of a layer's experts. Its own rules are applied
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -81,3 +82,8 @@ def rehearse(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Rehe
         errors=report.conversion_errors,
         used=used,
     )
+
+
+def rehearse_names(model: PreTrainedModel, names: Iterable[str]) -> Rehearsal:
+    """Rehearse where only the tensors' names are known: what is missing, and what is used."""
+    return rehearse(model, {name: StoredTensor(Path(), name, "", (), 0, 0) for name in names})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from numbers import Real
 
 
@@ -51,7 +52,51 @@ def split_layers(
     while sum(shares) > num_layers:
         givers = [stage for stage in range(stages) if shares[stage] > 1]
         shares[max(givers, key=lambda stage: shares[stage] - ideal[stage])] -= 1
-    stops = [sum(shares[: stage + 1]) for stage in range(stages)]
+    return _ranges(shares)
+
+
+def balanced_layers(
+    num_layers: int, speeds: Sequence[float], *, head: float, most: Sequence[int]
+) -> list[range]:
+    """Split a model's layers so that the slowest stage is as fast as it can be.
+
+    Parameters
+    ----------
+    num_layers : int
+    speeds : sequence of float, [stages]
+        Layers a second, or in any other unit.
+    head : float
+        What the last stage computes besides, in layers.
+    most : sequence of int, [stages]
+        Layers that each has room for. Each gets one at least.
+
+    Returns
+    -------
+    list of range, [stages]
+
+    Raises
+    ------
+    MemoryError
+        If there is not room for all.
+    ValueError
+        If there are fewer layers than stages.
+    """
+    stages = len(speeds)
+    split_layers(num_layers, stages)
+    if sum(max(1, room) for room in most) < num_layers:
+        raise MemoryError(
+            f"expected workers with room for {num_layers} layers, got room for {list(most)}: use "
+            "more workers, or free memory there"
+        )
+    shares = [1] * stages
+    for _ in range(num_layers - stages):
+        free = [stage for stage in range(stages) if shares[stage] < most[stage]]
+        shares[min(free, key=lambda s: (shares[s] + 1 + head * (s == stages - 1)) / speeds[s])] += 1
+    return _ranges(shares)
+
+
+def _ranges(shares: Sequence[int]) -> list[range]:
+    stops = list(accumulate(shares))
     return [range(stop - share, stop) for share, stop in zip(shares, stops, strict=True)]
 
 

@@ -178,8 +178,10 @@ def pack(model: PreTrainedModel, *, everything: bool, threads: int) -> None:
     room = torch.empty(LARGEST_PART)
     parent: Any
     module: Any
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
+    # By name, for whoever held the modules would hold their matrices until all are packed.
+    for parent in [m for m in model.modules() if not (_is_linear(m) or _is_table(m))]:
+        for name in [name for name, _ in parent.named_children()]:
+            module = getattr(parent, name)
             narrow = any(p.dtype != torch.float32 for p in module.parameters(recurse=False))
             if _is_table(module) and narrow:
                 setattr(parent, name, StoredEmbedding(module.weight.detach()))

@@ -16,13 +16,21 @@ from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
+from pipeinfer_dask.models.checkpoint import check_tensors
+from pipeinfer_dask.models.conversion import rehearse_names
 from pipeinfer_dask.models.families import context_of, model_class
 from pipeinfer_dask.models.fused import forward_pass, fuse
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
+from pipeinfer_dask.models.sources import Source, locate
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
-from pipeinfer_dask.models.stage import HiddenStates, StageOutput
-from pipeinfer_dask.models.tensors import stored_tensors
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.models.tensors import (
+    SINGLE_FILE,
+    listed_tensors,
+    stored_tensors,
+    unread,
+)
 
 LONGEST_PASS = 128
 """Most tokens in one pass of a draft model: its attention mask and activations stay small."""
@@ -78,20 +86,22 @@ class Shard:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        source: str | Path | Source,
         layers: range,
         *,
         capacity: int,
         weights: Weights = "auto",
         threads: int = 1,
         target_vocab_size: int | None = None,
+        count: CountBytes | None = None,
     ) -> Shard:
         """Load a share of a checkpoint, reading no other tensors than its own.
 
         Parameters
         ----------
-        path : str or Path
-            A directory in Hugging Face format that `open_checkpoint` has found sound.
+        source : str, Path or Source
+            A directory or hub name in Hugging Face format. Only the files that hold the share's
+            own tensors need be there, and only they are downloaded.
         layers : range
             The layers to hold, in [0, num_layers).
         capacity : int
@@ -104,12 +114,15 @@ class Shard:
             Threads that share a multiplication by a matrix of 16 bits.
         target_vocab_size : int, optional
             Of a draft model: rows of the target's head.
+        count : callable, optional
+            Told from time to time of the bytes that were read so far, and of all.
 
         Raises
         ------
         ValueError
-            If the layers are not in the model, the checkpoint lacks tensors of theirs, the
-            capacity is not positive, or weights can't be held so.
+            If the layers are not in the model, the checkpoint lacks tensors of theirs or they
+            do not fit, the capacity is not positive, or weights can't be held so. Nothing has
+            been read then.
         FileNotFoundError
             If files are missing.
         """
@@ -123,22 +136,37 @@ class Shard:
                 "expected weights='auto' or 'fp32', got 'fp16', by which torch can't multiply on "
                 "this machine"
             )
+        found = source if isinstance(source, Source) else locate(source)
+        path = found.directory()
         config = AutoConfig.from_pretrained(path)
         if not (0 <= layers.start < layers.stop <= config.num_hidden_layers and layers.step == 1):
             raise ValueError(
                 f"{path} has layers 0 to {config.num_hidden_layers - 1}; {layers} was asked for"
             )
-        stored = stored_tensors(Path(path))
+        family = model_class(config)
+        with building, torch.device("meta"):
+            share = spliced(family, layers)(config)
+        files = listed_tensors(path)
+        if files is None:
+            found.fetch([SINGLE_FILE])
+        with building:
+            names = stored_tensors(path) if files is None else files
+            own = {tensor.name for tensor in rehearse_names(share, names).used}
+        if files is not None:
+            found.fetch(files[name] for name in own)
+        stored = stored_tensors(path, own.__contains__)
+        with building:
+            check_tensors(path, stored, stored, share)
 
         def prepare(model: PreTrainedModel) -> None:
             if packed:
                 keep_stored(model, stored)
 
         with building, without_progress_bars():
-            loaded: Any = spliced(model_class(config), layers, prepare).from_pretrained(
+            loaded: Any = spliced(family, layers, prepare).from_pretrained(
                 None,
                 config=config,
-                state_dict=stored,
+                state_dict=unread(stored, count),
                 dtype=torch.float32,
                 attn_implementation=SLOT_ATTENTION,
                 output_loading_info=True,

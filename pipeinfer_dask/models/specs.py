@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pipeinfer_dask.core.ngram import NGRAM, NgramDraft
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.models.sources import Source
+from pipeinfer_dask.models.stage import CountBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,8 @@ class ShardSpec:
 
     Attributes
     ----------
-    path : Path
-        Directory of the model, as the worker sees it.
+    source : Source
+        The model: each worker finds it by itself.
     first, last : int
         Decoder layers [first, last).
     capacity : int
@@ -34,7 +35,7 @@ class ShardSpec:
         Of a draft model: rows of the target's head.
     """
 
-    path: Path
+    source: Source
     first: int
     last: int
     capacity: int
@@ -43,16 +44,17 @@ class ShardSpec:
     weights: Weights = "auto"
     target_vocab_size: int | None = None
 
-    def load(self) -> Shard:
+    def load(self, count: CountBytes) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
         torch.set_num_threads(self.threads)
         return Shard.load(
-            self.path,
+            self.source,
             range(self.first, self.last),
             capacity=self.capacity,
             weights=self.weights,
             threads=self.threads,
             target_vocab_size=self.target_vocab_size,
+            count=count,
         )
 
 
@@ -62,6 +64,6 @@ class NgramSpec:
 
     name: str = NGRAM
 
-    def load(self) -> NgramDraft:
+    def load(self, count: CountBytes) -> NgramDraft:
         """Return a lookup that knows no text yet."""
         return NgramDraft()

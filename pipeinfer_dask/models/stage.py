@@ -18,6 +18,9 @@ from pipeinfer_dask.core.messages import Batch
 HiddenStates = npt.NDArray[np.floating[Any]]
 """[n, hidden_size], C-contiguous: what travels from stage to stage."""
 
+CountBytes = Callable[[int, int], None]
+"""Called as (bytes read, bytes in all) while a model loads, from whichever thread reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:

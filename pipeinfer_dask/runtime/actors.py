@@ -1,9 +1,9 @@
 """What lives on the workers: one node for each stage, and one for the drafter.
 
-Dask owns a node's life and death: it is made by an actor, which returns once the
-model stands, and it ends when the actor is dropped. Everything else goes over links,
-since actor calls are slow and are not kept in order. A node also ends when its
-control link closes, for then its client is gone.
+Dask owns a node's life and death: it is made by an actor, which returns once the node
+can be dialled, and it ends when the actor is dropped. Everything else goes over links,
+how its model loads too, since actor calls are slow and are not kept in order. A node
+also ends when its control link closes, for then its client is gone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from distributed import Worker, get_worker
@@ -29,14 +30,17 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.models.stage import DraftModel, Stage
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
 from pipeinfer_dask.runtime.links import Link, LinkError, Session, accept, dial
 from pipeinfer_dask.runtime.wire import (
+    AwaitLoaded,
+    BytesRead,
     Close,
     Dialled,
     DialNext,
     Failed,
+    Loaded,
     Message,
     PeerLost,
     Ping,
@@ -68,8 +72,11 @@ class StageSpec(Protocol):
         """A short name for people to read, such as the range of layers."""
         ...
 
-    def load(self) -> Stage:
-        """Make the stage. Called once, in the thread that will compute."""
+    def load(self, count: CountBytes) -> Stage:
+        """Make the stage. Called once, in the thread that will compute.
+
+        Whatever reads for a while tells ``count`` how far it is.
+        """
         ...
 
 
@@ -81,8 +88,8 @@ class DraftSpec(Protocol):
         """A short name for people to read."""
         ...
 
-    def load(self) -> DraftModel:
-        """Make the model. Called once, in the thread that will compute."""
+    def load(self, count: CountBytes) -> DraftModel:
+        """Make the model, as `StageSpec.load` makes a stage."""
         ...
 
 
@@ -107,11 +114,12 @@ class Node(Generic[ThreadT]):
         self._control: Link | None = None
         self._links: list[Link] = []
         self._stopped = False
+        self._read: BytesRead | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        """Wait until the model stands, then let peers dial. Not for the loop's own thread."""
-        self.thread.loaded.result()
+        """Let peers dial, while the model loads."""
         self._worker.handlers[self.identity] = _handler(self)
 
     def stop(self) -> None:
@@ -159,10 +167,30 @@ class Node(Generic[ThreadT]):
     def _heed(self, message: Message) -> None:
         if isinstance(message, Ping):
             self._tell(Pong(message.number, time.monotonic()))
+        elif isinstance(message, AwaitLoaded):
+            self._telling = self._loop.create_task(self._tell_loaded())
         elif isinstance(message, Close):
             self.stop()
         else:
             raise LinkError(f"expected a command, got {type(message).__name__}")
+
+    async def _tell_loaded(self) -> None:
+        if self._read is not None:
+            self._tell(self._read)
+        try:
+            await asyncio.wrap_future(self.thread.loaded)
+        except Exception as error:
+            self._tell(Failed(f"{type(error).__name__}: {error}"))
+        else:
+            self._tell(Loaded())
+
+    def _count(self, nbytes: int, total: int) -> None:
+        self._post(self._tell_read, BytesRead(nbytes, total))
+
+    def _tell_read(self, read: BytesRead) -> None:
+        self._read = read
+        if self._telling is not None:
+            self._tell(read)
 
     def _end(self) -> asyncio.Task[None]:
         if self._ending is None:
@@ -170,6 +198,8 @@ class Node(Generic[ThreadT]):
         return self._ending
 
     async def _finish(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
         for link in self._links:
             if link is not self._control:
                 link.abort()
@@ -212,7 +242,7 @@ class StageNode(Node[StageThread]):
         self._next: Link | None = None
         self._dialling: asyncio.Task[None] | None = None
         self.thread = StageThread(
-            spec.load,
+            partial(spec.load, self._count),
             deliver=self._deliver,
             # Only the first stage's taking of a run tells that the pipeline has room.
             taken=self._taken if name == FIRST_STAGE else None,
@@ -288,7 +318,10 @@ class DrafterNode(Node[DrafterThread]):
     def __init__(self, worker: Worker, session: Session, name: str, spec: DraftSpec) -> None:
         super().__init__(worker, session, name)
         self.thread = DrafterThread(
-            spec.load, deliver=self._deliver, failed=self._failed, name=self.identity
+            partial(spec.load, self._count),
+            deliver=self._deliver,
+            failed=self._failed,
+            name=self.identity,
         )
 
     def _heed(self, message: Message) -> None:
@@ -325,8 +358,7 @@ class NodeActor:
         spec: Any,
     ) -> None:
         self._node = kind(get_worker(), session, name, spec)
-        # Dask drops an actor without telling it. A finalizer on the actor hears of that,
-        # and also of an actor whose model could not be loaded.
+        # Dask drops an actor without telling it. A finalizer on the actor hears of that.
         self._finalizer = weakref.finalize(self, self._node.stop)
         self._finalizer.atexit = False
         self._node.open()

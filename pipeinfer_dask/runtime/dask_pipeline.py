@@ -37,7 +37,8 @@ from pipeinfer_dask.runtime.actors import (
 )
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass
 from pipeinfer_dask.runtime.links import Link, LinkError, Session, dial
-from pipeinfer_dask.runtime.peers import Peer
+from pipeinfer_dask.runtime.loading import HERE, Progress, Steps
+from pipeinfer_dask.runtime.peers import SUSPICION_S, LoadError, Peer
 from pipeinfer_dask.runtime.pipeline import PipelineCommand
 from pipeinfer_dask.runtime.wire import Message, WireError
 
@@ -91,7 +92,7 @@ class DaskPipeline:
         draft_spec: DraftSpec | None = None,
         draft_worker: str | None = None,
         *,
-        progress: Callable[[str, str], None] | None = None,
+        progress: Progress | None = None,
         generation: int = 0,
         deadline: float = 30.0,
     ) -> Self:
@@ -109,7 +110,7 @@ class DaskPipeline:
         draft_worker : str, optional
             Without it the drafter is a thread of this process: for what computes next to nothing.
         progress : callable, optional
-            Called with a node's title and its worker's address as soon as it has loaded.
+            Told of each node's loading.
         generation : int
             Counts the pipelines that were built for one engine.
         deadline : float, seconds
@@ -212,7 +213,7 @@ class DaskPipeline:
         stage_workers: Sequence[str],
         draft_spec: DraftSpec | None,
         draft_worker: str | None,
-        progress: Callable[[str, str], None] | None,
+        progress: Progress | None,
         deadline: float,
     ) -> None:
         placing = [
@@ -224,7 +225,7 @@ class DaskPipeline:
                 self._place(DrafterNode, "drafter", draft_spec, draft_worker, progress, deadline)
             )
         elif draft_spec is not None:
-            self._drafter = self._drafter_here(draft_spec)
+            self._drafter = self._drafter_here(draft_spec, progress)
             await asyncio.wrap_future(self._drafter.loaded)
         peers = await _all(placing)
         self._stages = peers[: len(stage_specs)]
@@ -239,11 +240,18 @@ class DaskPipeline:
         name: str,
         spec: StageSpec | DraftSpec,
         worker: str,
-        progress: Callable[[str, str], None] | None,
+        progress: Progress | None,
         deadline: float,
     ) -> Peer:
         node = self._session.node(name)
-        title = f"{name.replace('-', ' ')} ({spec.name}) on worker {worker}"
+        node_title = f"{name.replace('-', ' ')} ({spec.name})"
+        title = f"{node_title} on worker {worker}"
+        # A task that may run on one worker only waits for ever once that worker is dead.
+        # A connection of our own tells of its death, and of its silence.
+        try:
+            tripwire = await connect(worker, **self._client.connection_args)
+        except OSError as lost:
+            raise PipelineError(f"{title}: could not connect to the worker: {lost}") from lost
         future = self._client.submit(
             NodeActor,
             kind,
@@ -256,60 +264,73 @@ class DaskPipeline:
             allow_other_workers=False,
         )
         self._futures.append(future)
-        await self._loaded(future, title, worker, deadline)
-        if progress is not None:
-            progress(title, worker)
-        link = await self._dial(worker, node, CONTROL)
-        peer = Peer(title, node, worker, link, report=self._heed, lost=partial(self._lose, title))
-        self._peers.append(peer)
-        self._tasks.append(asyncio.create_task(peer.watch(deadline)))
-        return peer
-
-    def _drafter_here(self, spec: DraftSpec) -> DrafterThread:
-        loop = asyncio.get_running_loop()
-
-        def post(callback: Callable[[T], None], argument: T) -> None:
-            # Nobody is left to be told on a loop that is closed.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(callback, argument)
-
-        return DrafterThread(
-            spec.load,
-            deliver=partial(post, self._tell),
-            failed=lambda error: post(
-                partial(self._lose, "drafter"), f"{type(error).__name__}: {error}"
-            ),
-            name=self._session.node("drafter"),
-        )
-
-    async def _loaded(
-        self, future: DaskFuture[Any], title: str, worker: str, deadline: float
-    ) -> None:
-        # A task that may run on one worker only waits for ever once that worker is dead.
-        # A connection of our own tells of its death, and of its silence.
-        try:
-            tripwire = await connect(worker, **self._client.connection_args)
-        except OSError as lost:
-            raise PipelineError(f"{title}: could not connect to the worker: {lost}") from lost
-        loading = asyncio.ensure_future(future.exception())
+        steps = Steps(node_title, worker, progress)
+        loading = asyncio.create_task(self._load(future, title, node, worker, steps))
         death = asyncio.create_task(_death(tripwire, deadline))
         try:
             await asyncio.wait([loading, death], return_when=asyncio.FIRST_COMPLETED)
+            if loading.done() and isinstance(loading.exception(), LinkError):
+                # What closes a link is told better by the tripwire, maybe a moment later.
+                await asyncio.wait([death], timeout=SUSPICION_S)
+            died = death.result() if death.done() else None
         finally:
-            ended = loading.done()
             loading.cancel()
             death.cancel()
             tripwire.abort()
             await asyncio.gather(loading, death, return_exceptions=True)
-        if not ended:
-            raise PipelineError(f"{title}: {death.result()}")
-        error = loading.result()
+        if died is not None:
+            for peer in self._peers:
+                if peer.address == worker:
+                    peer.abandon()
+            raise PipelineError(f"{title}: {died}")
+        peer = loading.result()
+        steps.stands()
+        self._tasks.append(asyncio.create_task(peer.watch(deadline)))
+        return peer
+
+    async def _load(
+        self, future: DaskFuture[Any], title: str, node: str, worker: str, steps: Steps
+    ) -> Peer:
+        """Wait until a node can be dialled, and then until its model stands."""
+        error = await future.exception()
         if error is not None:
             raise PipelineError(
-                f"{title} could not load: {type(error).__name__}: {error}"
+                f"{title} could not be made: {type(error).__name__}: {error}"
             ) from error
         if future.status != "finished":
-            raise PipelineError(f"{title} could not load: its actor is {future.status}")
+            raise PipelineError(f"{title} could not be made: its actor is {future.status}")
+        link = await self._dial(worker, node, CONTROL)
+        peer = Peer(
+            title,
+            node,
+            worker,
+            link,
+            report=self._heed,
+            read=steps.read,
+            lost=partial(self._lose, title),
+        )
+        self._peers.append(peer)
+        try:
+            await peer.loaded()
+        except LoadError as refused:
+            raise PipelineError(f"{title} could not load: {refused}") from refused
+        return peer
+
+    def _drafter_here(self, spec: DraftSpec, progress: Progress | None) -> DrafterThread:
+        loop = asyncio.get_running_loop()
+        steps = Steps(f"drafter ({spec.name})", HERE, progress)
+
+        def post(callback: Callable[..., None], *arguments: object) -> None:
+            # Nobody is left to be told on a loop that is closed.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(callback, *arguments)
+
+        return DrafterThread(
+            steps.counted(spec.load, post),
+            deliver=partial(post, self._tell),
+            failed=lambda error: post(self._lose, "drafter", f"{type(error).__name__}: {error}"),
+            name=self._session.node("drafter"),
+        )
 
     async def _connect(self) -> None:
         """Lay the data links: client, first stage, ..., last stage, client."""

@@ -21,7 +21,7 @@ from typing import ClassVar, Generic, TypeVar
 from distributed import Worker
 
 from pipeinfer_dask.core.messages import Event
-from pipeinfer_dask.models.stage import DraftModel, Stage
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.runtime.actors import StageNode, StageSpec
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
@@ -172,9 +172,9 @@ class DistantSpec:
         """A short name for people to read."""
         return f"{self.stage.name}, at a distance"
 
-    def load(self) -> Stage:
+    def load(self, count: CountBytes) -> Stage:
         """Make the stage."""
-        return self.stage.load()
+        return self.stage.load(count)
 
 
 class LaggingPipeline(DaskPipeline):
@@ -188,8 +188,8 @@ class LaggingLocalPipeline(LocalPipeline):
 
     def __init__(
         self,
-        stages: Sequence[Callable[[], Stage]],
-        drafter: Callable[[], DraftModel] | None,
+        stages: Sequence[Callable[[CountBytes], Stage]],
+        drafter: Callable[[CountBytes], DraftModel] | None,
         loop: asyncio.AbstractEventLoop,
         *,
         distance: Distance,

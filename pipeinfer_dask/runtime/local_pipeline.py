@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 
@@ -19,8 +18,9 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.models.stage import DraftModel, Stage
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
+from pipeinfer_dask.runtime.loading import HERE, Progress, Steps
 from pipeinfer_dask.runtime.pipeline import PipelineCommand
 
 
@@ -35,13 +35,16 @@ class LocalPipeline:
         Loads the draft model.
     loop : asyncio.AbstractEventLoop
         Where events are reported.
+    progress : callable, optional
+        Told of each node's loading.
     """
 
     def __init__(
         self,
-        stages: Sequence[Callable[[], Stage]],
-        drafter: Callable[[], DraftModel] | None,
+        stages: Sequence[Callable[[CountBytes], Stage]],
+        drafter: Callable[[CountBytes], DraftModel] | None,
         loop: asyncio.AbstractEventLoop,
+        progress: Progress | None = None,
     ) -> None:
         self.stages = len(stages)
         self._loop = loop
@@ -52,7 +55,7 @@ class LocalPipeline:
             last = index == len(stages) - 1
             self._threads.append(
                 StageThread(
-                    load,
+                    Steps(f"stage {index}", HERE, progress).counted(load, self._post),
                     deliver=self._done if last else partial(self._hand_on, index + 1),
                     taken=self._taken if index == 0 else None,
                     failed=partial(self._failed, f"stage {index}"),
@@ -61,7 +64,7 @@ class LocalPipeline:
             )
         self._drafter = (
             DrafterThread(
-                drafter,
+                Steps("drafter", HERE, progress).counted(drafter, self._post),
                 deliver=self._drafted,
                 failed=partial(self._failed, "the drafter"),
                 name="pipeinfer-drafter",
@@ -70,32 +73,18 @@ class LocalPipeline:
             else None
         )
 
-    async def loaded(self, progress: Callable[[str, str], None] | None = None) -> None:
+    async def loaded(self) -> None:
         """Wait until every model stands.
-
-        Parameters
-        ----------
-        progress : callable, optional
-            Called with each node's name, and where it is, as soon as it has loaded.
 
         Raises
         ------
         Exception
             What kept one from it. Everything is closed then.
         """
-        nodes: dict[str, Future[None]] = {
-            f"stage {index}": thread.loaded for index, thread in enumerate(self._threads)
-        }
-        if self._drafter is not None:
-            nodes["drafter"] = self._drafter.loaded
-
-        async def wait_for(name: str, model: Future[None]) -> None:
-            await asyncio.wrap_future(model)
-            if progress is not None:
-                progress(name, "a thread of this process")
-
+        drafter = [] if self._drafter is None else [self._drafter.loaded]
+        nodes = [*(thread.loaded for thread in self._threads), *drafter]
         try:
-            await asyncio.gather(*(wait_for(name, model) for name, model in nodes.items()))
+            await asyncio.gather(*map(asyncio.wrap_future, nodes))
         except BaseException:
             await self.close()
             raise
@@ -158,7 +147,7 @@ class LocalPipeline:
 
         self._post(report)
 
-    def _post(self, callback: Callable[[], None]) -> None:
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
         # Nobody is left to be told on a loop that is closed.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback)
+            self._loop.call_soon_threadsafe(callback, *arguments)

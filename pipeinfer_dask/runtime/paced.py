@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeinfer_dask.core.messages import Batch
-from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.simulation.costs import Costs, Curve
 from pipeinfer_dask.simulation.truth import Places, SyntheticPair
 
@@ -137,7 +137,7 @@ class PacedStageSpec:
     text: tuple[float, int] | None = None
     name: str = "emulated"
 
-    def load(self) -> PacedStage:
+    def load(self, count: CountBytes) -> PacedStage:
         """Make the stage, in the thread that will wait for it."""
         wake_on_time()
         pair = SyntheticPair(*self.text) if self.text is not None else None
@@ -160,7 +160,7 @@ class PacedDraftSpec:
     text: tuple[float, int]
     name: str = "emulated"
 
-    def load(self) -> PacedDraft:
+    def load(self, count: CountBytes) -> PacedDraft:
         """Make the draft model, in the thread that will wait for it."""
         wake_on_time()
         return PacedDraft(self.curve, SyntheticPair(*self.text))

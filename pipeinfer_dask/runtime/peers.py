@@ -9,12 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from pipeinfer_dask.core.messages import Span
+from pipeinfer_dask.models.stage import CountBytes
 from pipeinfer_dask.runtime.links import Link, LinkError
 from pipeinfer_dask.runtime.wire import (
+    AwaitLoaded,
+    BytesRead,
     Close,
     Dialled,
     DialNext,
     Failed,
+    Loaded,
     Message,
     PeerLost,
     Ping,
@@ -27,6 +31,10 @@ CLOCK_PINGS = 50
 
 SUSPICION_S = 1.0
 """Where a stage misses its neighbour, wait this long for the neighbour's own link to close."""
+
+
+class LoadError(RuntimeError):
+    """A node's model could not be loaded. The text is the worker's own reason."""
 
 
 class Peer:
@@ -42,8 +50,11 @@ class Peer:
         The control link.
     report : callable
         Called with each message that is not the peer's own affair.
+    read : callable
+        Called with the bytes that the node has read while it loads, and with all.
     lost : callable
-        Called with a reason when the node can't go on. May be called more than once.
+        Called with a reason when a node that has loaded can't go on. May be called more than
+        once.
 
     Attributes
     ----------
@@ -59,6 +70,7 @@ class Peer:
         link: Link,
         *,
         report: Callable[[Message], None],
+        read: CountBytes,
         lost: Callable[[str], None],
     ) -> None:
         self.title = title
@@ -67,16 +79,31 @@ class Peer:
         self.offset = 0.0
         self._link = link
         self._report = report
+        self._read_bytes = read
         self._lost = lost
         self._pings = 0
         self._pongs: dict[int, asyncio.Future[tuple[float, float]]] = {}
         self._dialled: asyncio.Future[Any] | None = None
         self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._reading = self._loop.create_task(self._read())
 
     def send(self, message: Message) -> None:
         """Send a message to the node, without waiting."""
         self._link.send(message)
+
+    async def loaded(self) -> None:
+        """Wait until the node's model stands.
+
+        Raises
+        ------
+        LoadError
+            It could not be loaded.
+        LinkError
+            The control link has closed meanwhile.
+        """
+        self._link.send(AwaitLoaded())
+        await self._loaded
 
     async def ping(self) -> tuple[float, float]:
         """Return the round trip in seconds, and the node's clock minus the client's.
@@ -130,6 +157,10 @@ class Peer:
         """Return a span of this node's clock on the client's clock."""
         return replace(span, began=span.began - self.offset, ended=span.ended - self.offset)
 
+    def abandon(self) -> None:
+        """Close the link without a word, to a node that would not answer."""
+        self._link.abort()
+
     async def close(self, patience: float) -> None:
         """Ask the node to end, wait ``patience`` seconds until it has, and close the link."""
         self._link.send(Close())
@@ -154,8 +185,16 @@ class Peer:
         elif isinstance(message, Dialled):
             if self._dialled is not None and not self._dialled.done():
                 self._dialled.set_result(None)
+        elif isinstance(message, BytesRead):
+            self._read_bytes(message.nbytes, message.total)
+        elif isinstance(message, Loaded):
+            if not self._loaded.done():
+                self._loaded.set_result(None)
         elif isinstance(message, Failed):
-            self._lost(message.reason)
+            if self._loaded.done():
+                self._lost(message.reason)
+            else:
+                self._loaded.set_exception(LoadError(message.reason))
         elif isinstance(message, PeerLost):
             self._suspect(message.reason)
         else:
@@ -172,7 +211,11 @@ class Peer:
         for waiting in (*self._pongs.values(), self._dialled):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(LinkError(f"{self.title}: {reason}"))
-        self._lost(reason)
+        if self._loaded.done():
+            self._lost(reason)
+        else:
+            self._loaded.set_exception(LinkError(f"{self.title}: {reason}"))
+            self._loaded.exception()  # maybe nobody waits for it any more
 
     def _wait(self) -> asyncio.Future[Any]:
         if self._reading.done():

@@ -60,6 +60,24 @@ class Pong:
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitLoaded:
+    """Client to node: tell of your loading by `BytesRead`, then by `Loaded` or `Failed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesRead:
+    """Node to client: so much of the checkpoint has been read, of so much."""
+
+    nbytes: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Node to client: the model stands."""
+
+
+@dataclass(frozen=True, slots=True)
 class DialNext:
     """Client to stage: open the data link to the next stage, then answer with `Dialled`."""
 
@@ -106,6 +124,9 @@ Message = (
     | Failed
     | PeerLost
     | Close
+    | AwaitLoaded
+    | BytesRead
+    | Loaded
 )
 
 
@@ -191,7 +212,7 @@ _CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], 
     (StartDraft, _plain_draft, _draft),
     (Drafted, _plain_drafted, _drafted),
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
-    _flat(Prune),
+    *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded)),
 )
 _RUN_PASS = 0
 _ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(_CODECS)}

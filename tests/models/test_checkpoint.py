@@ -37,7 +37,9 @@ def test_a_sound_checkpoint_tells_what_a_pipeline_needs_to_know(llama: Path) -> 
     found = open_checkpoint(str(llama))
     assert (found.path, found.model_type, found.num_layers) == (llama, "llama", 2)
     assert (found.vocab_size, found.context, found.hidden_size) == (288, 512, 32)
-    assert found.nbytes == (llama / "model.safetensors").stat().st_size - header_bytes(llama)
+    stored = (llama / "model.safetensors").stat().st_size - header_bytes(llama)
+    assert found.sizes.nbytes(range(2)) == stored
+    assert found.sizes.nbytes(range(1)) + found.sizes.nbytes(range(1, 2)) == stored
     assert found.eos_token_ids == ()
 
 
@@ -160,7 +162,7 @@ def test_a_model_without_safetensors_is_refused(llama: Path) -> None:
 def test_a_file_that_the_index_names_must_be_there(in_parts: Path) -> None:
     lost = sorted(in_parts.glob("*.safetensors"))[-1]
     lost.unlink()
-    with pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"):
+    with pytest.raises(FileNotFoundError, match=rf"{lost.name} is not there, which holds "):
         open_checkpoint(in_parts)
 
 
@@ -230,6 +232,56 @@ def test_a_tensor_of_whole_numbers_is_named(llama: Path) -> None:
     rewrite_weights(llama, lambda tensors: tensors.update({"model.norm.weight": whole}))
     with pytest.raises(ValueError, match="is stored as I8, expected one of BF16"):
         open_checkpoint(llama)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "Q4"])
+def test_a_tensor_of_a_type_that_is_not_computed_is_named(llama: Path, dtype: str) -> None:
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', f'"{dtype}"'.encode(), 1))
+    content = weights.read_bytes()
+    header = content[8 : content.index(b"}}") + 2]
+    weights.write_bytes(
+        struct.pack("<Q", len(header)) + header + content[-header_free_bytes(header) :]
+    )
+    with pytest.raises(ValueError, match=f"is stored as {dtype}, expected .* not quantised"):
+        open_checkpoint(llama)
+
+
+def header_free_bytes(header: bytes) -> int:
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    return max(int(entry["data_offsets"][1]) for entry in entries.values())
+
+
+def test_a_tensor_whose_bytes_are_not_those_of_its_shape_is_refused(llama: Path) -> None:
+    weights = llama / "model.safetensors"
+    content = weights.read_bytes()
+    assert content.count(b'"shape":[32]') > 1
+    weights.write_bytes(content.replace(b'"shape":[32]', b'"shape":[31]', 1))
+    with pytest.raises(ValueError, match="has a corrupt header: download it again"):
+        open_checkpoint(llama)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "score.weight"],
+    ids=["a layer more", "a bias", "another head"],
+)
+def test_a_tensor_that_the_architecture_has_no_use_for_is_named(llama: Path, name: str) -> None:
+    rewrite_weights(llama, lambda tensors: tensors.update({name: torch.ones(32)}))
+    with pytest.raises(ValueError, match=f"1 tensors that .* no use for, the first {name}: the"):
+        open_checkpoint(llama)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.bias"],
+)
+def test_what_old_checkpoints_hold_and_todays_models_compute_does_no_harm(
+    llama: Path, name: str
+) -> None:
+    rewrite_weights(llama, lambda tensors: tensors.update({name: torch.ones(8)}))
+    assert open_checkpoint(llama).num_layers == 2
 
 
 def test_the_tokenizer_of_a_checkpoint_reads_back_what_it_wrote(llama: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer_dask.models.layers import split_layers
+from pipeinfer_dask.models.layers import balanced_layers, split_layers
 
 
 def sizes(num_layers: int, stages: int, weights: Sequence[float] | None = None) -> list[int]:
@@ -63,3 +63,34 @@ def test_a_split_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         split_layers(num_layers, stages, weights)
+
+
+def shares(*speeds: float, head: float = 0.0, most: Sequence[int] = ()) -> list[int]:
+    split = balanced_layers(12, speeds, head=head, most=most or [12] * len(speeds))
+    assert [layer for layers in split for layer in layers] == list(range(12))
+    return [len(layers) for layers in split]
+
+
+def test_layers_are_shared_out_by_speed() -> None:
+    assert shares(1, 1, 1) == [4, 4, 4]
+    assert shares(2, 1, 1) == [6, 3, 3]
+    assert shares(1, 1000, 1) == [1, 10, 1]
+
+
+def test_a_head_is_work_of_the_last_stage() -> None:
+    assert shares(1, 1, 1, head=3) == [5, 5, 2]
+    assert shares(1, 1, 1, head=50) == [6, 5, 1]
+
+
+def test_memory_limits_what_speed_would_give() -> None:
+    assert shares(4, 1, 1, most=[5, 12, 12]) == [5, 4, 3]
+    assert shares(4, 1, 1, most=[5, 4, 3]) == [5, 4, 3]
+
+
+def test_layers_that_have_no_room_are_an_error() -> None:
+    with pytest.raises(
+        MemoryError, match=r"room for 12 layers, got room for \[5, 4, 0\]: use more"
+    ):
+        shares(1, 1, 1, most=[5, 4, 0])
+    with pytest.raises(ValueError, match="13 stages need at least 13 layers"):
+        shares(*[1.0] * 13)

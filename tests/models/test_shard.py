@@ -1,6 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.shard import Shard
-from pipeinfer_dask.models.tensors import StoredTensor
+from pipeinfer_dask.models.tensors import Reading, StoredTensor
 from tests.models.pipelines import (
     CAPACITY,
     LAYERS,
@@ -42,13 +41,13 @@ def test_a_stage_reads_and_holds_its_own_tensors_only(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[StoredTensor] = []
-    fetch = StoredTensor.__getitem__
+    fetch = Reading.tensor
 
-    def record(self: StoredTensor, index: EllipsisType) -> torch.Tensor:
-        read.append(self)
-        return fetch(self, index)
+    def record(self: Reading, stored: StoredTensor) -> torch.Tensor:
+        read.append(stored)
+        return fetch(self, stored)
 
-    monkeypatch.setattr(StoredTensor, "__getitem__", record)
+    monkeypatch.setattr(Reading, "tensor", record)
     layer = [
         f"model.layers.1.{name}.weight"
         for name in (
@@ -235,7 +234,7 @@ def test_a_missing_tensor_is_an_error_and_never_random(tmp_path: Path) -> None:
     config.write_text(
         config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     )
-    with pytest.raises(ValueError, match=r"lacks 9 tensors of .* model\.layers\.2"):
+    with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.2"):
         Shard.load(path, range(3), capacity=8)
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from pipeinfer_dask.core.messages import NO_PARENT, Batch, Kind, StartRun
-from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 
 SLOW = 1_000_000
 """A run that begins with this token takes a stage until it is cancelled."""
 BROKEN = 2_000_000
 """A run that begins with this token breaks the stage."""
+
+READ_BYTES = 3
+"""What a `CountingStage` pretends to have read."""
 
 
 def run_of(number: int, *tokens: int) -> StartRun:
@@ -61,7 +64,9 @@ class CountingSpec:
     name: str
     last: bool = False
 
-    def load(self) -> CountingStage:
+    def load(self, count: CountBytes) -> CountingStage:
+        for nbytes in range(READ_BYTES + 1):
+            count(nbytes, READ_BYTES)
         return CountingStage(self.last)
 
 
@@ -71,7 +76,7 @@ class MissingSpec:
 
     name: str = "missing"
 
-    def load(self) -> CountingStage:
+    def load(self, count: CountBytes) -> CountingStage:
         raise FileNotFoundError("no model here")
 
 
@@ -81,7 +86,7 @@ class DyingSpec:
 
     name: str = "dying"
 
-    def load(self) -> CountingStage:
+    def load(self, count: CountBytes) -> CountingStage:
         import os
         import signal
 
@@ -95,7 +100,7 @@ class StoppingSpec:
 
     name: str = "stopping"
 
-    def load(self) -> CountingStage:
+    def load(self, count: CountBytes) -> CountingStage:
         import os
         import signal
 
@@ -110,7 +115,7 @@ class WaitingSpec:
     path: str
     name: str = "waiting"
 
-    def load(self) -> CountingStage:
+    def load(self, count: CountBytes) -> CountingStage:
         pause = threading.Event()
         while not Path(self.path).exists():
             pause.wait(0.01)
@@ -137,5 +142,5 @@ class EchoingSpec:
 
     name: str = "echo"
 
-    def load(self) -> EchoingDraft:
+    def load(self, count: CountBytes) -> EchoingDraft:
         return EchoingDraft()

@@ -32,9 +32,11 @@ from pipeinfer_dask.runtime.actors import CONTROL, INPUT, StageSpec
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline, PipelineError
 from pipeinfer_dask.runtime.links import Link, dial
+from pipeinfer_dask.runtime.loading import Loading
 from pipeinfer_dask.runtime.wire import DialNext
 from tests.runtime.chain import (
     BROKEN,
+    READ_BYTES,
     SLOW,
     CountingSpec,
     DyingSpec,
@@ -117,10 +119,8 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_runs_come_out_in_order_with_what_every_stage_added(processes: bool) -> None:
     async def main() -> None:
         async with cluster(processes=processes) as (client, workers):
-            loaded = []
-            pipeline = await DaskPipeline.open(
-                client, STAGES, workers, progress=lambda title, worker: loaded.append(title)
-            )
+            steps: list[Loading] = []
+            pipeline = await DaskPipeline.open(client, STAGES, workers, progress=steps.append)
             listener = Listener(pipeline)
             for number in range(20):
                 pipeline.send(run_of(number, 10 * number, 7))
@@ -136,10 +136,12 @@ def test_runs_come_out_in_order_with_what_every_stage_added(processes: bool) -> 
                 ends = [span.ended for span in run.spans[:-1]]
                 begins = [span.began for span in run.spans[1:]]
                 assert all(began > end - 0.005 for end, began in zip(ends, begins, strict=True))
-            assert sorted(loaded) == [
-                f"stage {index} ({spec.name}) on worker {worker}"
-                for index, (spec, worker) in enumerate(zip(STAGES, workers, strict=True))
-            ]
+            for index, (spec, worker) in enumerate(zip(STAGES, workers, strict=True)):
+                node = f"stage {index} ({spec.name})"
+                told = [step for step in steps if step.node == node]
+                assert told[-1] == Loading(node, worker, READ_BYTES, READ_BYTES, stands=True)
+                assert [step.stands for step in told[:-1]] == [False] * (len(told) - 1)
+                assert [step.nbytes for step in told] == sorted(step.nbytes for step in told)
             if processes:
                 imported = await client.run(lambda: "torch" in __import__("sys").modules)
                 assert not any(imported.values())

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.models.stage import Stage, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, Stage, StageOutput
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from tests.runtime.chain import BROKEN, CountingStage, run_of
 
@@ -17,7 +17,7 @@ def thread_of_stage() -> threading.Thread:
 
 def test_a_thread_whose_loop_is_closed_ends_in_silence() -> None:
     loop = asyncio.new_event_loop()
-    pipeline = LocalPipeline([lambda: CountingStage(True)], None, loop)
+    pipeline = LocalPipeline([lambda count: CountingStage(True)], None, loop)
     loop.run_until_complete(pipeline.loaded())
     loop.close()
     thread = thread_of_stage()
@@ -28,7 +28,7 @@ def test_a_thread_whose_loop_is_closed_ends_in_silence() -> None:
 
 
 def test_a_model_that_exits_while_it_loads_is_an_error() -> None:
-    def load() -> Stage:
+    def load(count: CountBytes) -> Stage:
         raise SystemExit(3)
 
     async def main() -> None:
@@ -47,7 +47,7 @@ def test_a_model_that_exits_while_it_computes_is_lost() -> None:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        pipeline = LocalPipeline([lambda: Exiting(True)], None, loop)
+        pipeline = LocalPipeline([lambda count: Exiting(True)], None, loop)
         await pipeline.loaded()
         lost: asyncio.Future[Exception] = loop.create_future()
         pipeline.listen(lambda event: None, lost.set_result)
@@ -62,7 +62,7 @@ def test_a_model_that_exits_while_it_computes_is_lost() -> None:
 def test_a_thread_whose_loading_nobody_waits_for_any_more_ends_in_silence() -> None:
     begun, go = threading.Event(), threading.Event()
 
-    def load() -> Stage:
+    def load(count: CountBytes) -> Stage:
         begun.set()
         go.wait(20)
         return CountingStage(True)

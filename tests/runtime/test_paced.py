@@ -43,9 +43,13 @@ def test_a_cancelled_run_stops_at_the_next_layer(look: int) -> None:
     assert stopped.looks == look + 1
 
 
+def uncounted(nbytes: int, total: int) -> None:
+    raise AssertionError("emulated models read nothing")
+
+
 def test_a_stage_hands_on_as_many_bytes_as_the_model_would() -> None:
     specs, _ = paced_specs(Costs((QUICK, QUICK), QUICK, token_bytes=64), 0.8, 0)
-    output = specs[0].load().run(chain(0, 1, 2), None, picks=1, stopped=never)
+    output = specs[0].load(uncounted).run(chain(0, 1, 2), None, picks=1, stopped=never)
     assert output.hidden is not None and output.tokens is None
     assert output.hidden.shape == (3, 16) and output.hidden.dtype == np.float32
 
@@ -54,7 +58,7 @@ def test_the_last_stage_picks_the_synthetic_text() -> None:
     specs, _ = paced_specs(Costs((QUICK, QUICK), QUICK), 0.6, 7)
     text = SyntheticPair(0.6, 7).text(6)
     wrong = (text[4] + 1,)
-    last = specs[-1].load()
+    last = specs[-1].load(uncounted)
     output = last.run(chain(*text[:4], *wrong), None, picks=5, stopped=never)
     assert output.tokens == (*text[1:5], ELSEWHERE)
 

@@ -1,0 +1,82 @@
+"""How fast this machine computes a layer of a model, without a weight of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import torch
+from torch.nn.functional import linear
+from transformers import AutoConfig, PreTrainedConfig
+
+from pipeinfer_dask.core.messages import NO_PARENT, Batch
+from pipeinfer_dask.models.attention import SLOT_ATTENTION
+from pipeinfer_dask.models.families import model_class
+from pipeinfer_dask.models.shard import Shard, building
+from pipeinfer_dask.models.sources import Source
+from pipeinfer_dask.models.splice import spliced
+
+ROUNDS = 7
+"""The fastest of so many counts: whatever else a machine does only makes it slower."""
+LARGEST = 0.25
+"""A layer that would take more than this part of the free memory is not made."""
+WIDTH = 4096
+"""Then a matrix of so many rows and columns stands for it: 64 MiB, more than caches hold."""
+
+
+def layer_seconds(source: Source, threads: int) -> float:
+    """Return the seconds that one token takes through a random layer of a model's configuration.
+
+    A layer that is too large for this machine's free memory is told by a smaller matrix: what
+    one token takes is the time to read the weights.
+
+    Parameters
+    ----------
+    source : Source
+        Only its configuration is read.
+    threads : int
+        Threads that torch may use.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the model is not there.
+    """
+    config = AutoConfig.from_pretrained(source.directory())
+    # The thread count belongs to a thread, and this one is somebody else's.
+    with ThreadPoolExecutor(1) as own:
+        return own.submit(_seconds, config, threads).result()
+
+
+def _seconds(config: PreTrainedConfig, threads: int) -> float:
+    torch.set_num_threads(threads)
+    number = (config.num_hidden_layers - 1) // 2
+    layers = range(number, number + 1)
+    config._attn_implementation = SLOT_ATTENTION
+    family = spliced(model_class(config), layers)
+    with building, torch.device("meta"):
+        model = family(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if 4 * count > LARGEST * psutil.virtual_memory().available:
+        matrix, token = torch.ones(WIDTH, WIDTH), torch.ones(1, WIDTH)
+        return _fastest(lambda: linear(token, matrix)) * count / matrix.numel()
+    model = model.to_empty(device="cpu").float().requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # What happens to be in memory may be subnormal numbers, which are slow.
+        tensor.fill_(0.01)
+    shard = Shard(model, layers, capacity=1, parameters=count)
+    batch = Batch((0,), (0,), (0,), (NO_PARENT,))
+    hidden = None if shard.is_first else np.ones((1, config.hidden_size), np.float32)
+    return _fastest(lambda: shard.run(batch, hidden, picks=0, stopped=bool))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)

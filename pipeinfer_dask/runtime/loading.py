@@ -1,0 +1,113 @@
+"""What a pipeline tells while its models load."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from pipeinfer_dask.models.stage import CountBytes
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How far one node is.
+
+    Attributes
+    ----------
+    node : str
+        Its title, such as ``stage 0 (layers 0 to 9)``.
+    where : str
+        Its worker's address, or what stands for it.
+    nbytes, total : int
+        Bytes of the checkpoint that it has read, and all that it reads. Both are 0 as long as
+        that is not known.
+    stands : bool
+        Whether the model is ready. Told once for each node, as the last of it.
+    """
+
+    node: str
+    where: str
+    nbytes: int
+    total: int
+    stands: bool
+
+
+T = TypeVar("T")
+
+HERE = "a thread of this process"
+"""Where nodes are that are on no worker."""
+
+Progress = Callable[[Loading], None]
+"""Told of each step. Called on the engine's event loop: it must not wait."""
+
+
+class Steps:
+    """Tells one node's steps to whoever asked for progress, if anybody did."""
+
+    def __init__(self, node: str, where: str, progress: Progress | None) -> None:
+        self._node = node
+        self._where = where
+        self._progress = progress
+        self._last = (0, 0)
+
+    def read(self, nbytes: int, total: int) -> None:
+        self._last = nbytes, total
+        self._tell(stands=False)
+
+    def stands(self) -> None:
+        self._tell(stands=True)
+
+    def counted(
+        self, load: Callable[[CountBytes], T], post: Callable[..., None]
+    ) -> Callable[[], T]:
+        """Return what loads and tells, for a thread from which steps are posted to a loop."""
+
+        def counted() -> T:
+            model = load(partial(post, self.read))
+            post(self.stands)
+            return model
+
+        return counted
+
+    def _tell(self, *, stands: bool) -> None:
+        if self._progress is not None:
+            self._progress(Loading(self._node, self._where, *self._last, stands))
+
+
+def in_notebook() -> bool:
+    """Return whether this is the process of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+@contextmanager
+def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """Give who is to be told of the steps.
+
+    Parameters
+    ----------
+    progress : callable, bool or None
+        True shows one bar over all nodes, and wipes it away at the end; so does None in a
+        notebook.
+    """
+    if callable(progress):
+        yield progress
+    elif progress is False or (progress is None and not in_notebook()):
+        yield None
+    else:
+        # Shown here, in the caller's cell or terminal, for steps come from another thread.
+        with tqdm(desc="loading", unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+            latest: dict[str, Loading] = {}
+
+            def tell(step: Loading) -> None:
+                latest[step.node] = step
+                bar.total = sum(one.total for one in latest.values())
+                bar.update(sum(one.nbytes for one in latest.values()) - bar.n)
+
+            yield tell
