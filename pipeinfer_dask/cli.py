@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import import_module
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
 
+from pipeinfer_dask.bench import SUITES
 from pipeinfer_dask.core.ngram import NGRAM
 
 if TYPE_CHECKING:
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
 
     from pipeinfer_dask.engine import Engine, Result
     from pipeinfer_dask.runtime.admission import Admission
-
-SUITES = ("ablation", "head", "hop", "network", "open", "paced", "policies", "shard", "ttft")
-"""Modules of `pipeinfer_dask.bench`, each with a function ``run_SUITE_bench``."""
 
 
 class Failure(click.ClickException):
@@ -148,9 +147,15 @@ def demo(
 )
 @click.option("--strategy", help="By default adaptive, or iterative where there is no draft.")
 @click.option(
-    "--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A setting of the strategy."
+    "--set", "options", multiple=True, metavar="NAME=VALUE", help="A knob, or a generation setting."
 )
 @max_new_tokens_option
+@click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
+@click.option("--top-k", type=int, help="Sample from so many best tokens.")
+@click.option("--top-p", type=float, help="Sample from the best tokens of this probability.")
+@click.option("--seed", type=int, help="Of the sampling. By default a random one.")
+@click.option("--stop", "stop_strings", multiple=True, help="End the text with this string.")
+@click.option("--logprobs", type=int, default=0, help="With --json: of so many tokens.")
 @stages_option
 @click.option(
     "--layer-split",
@@ -172,8 +177,9 @@ def generate(
     target: str | None,
     draft: str | None,
     strategy: str | None,
-    knobs: tuple[str, ...],
+    options: tuple[str, ...],
     max_new_tokens: int,
+    stop_strings: tuple[str, ...],
     stages: int | None,
     layer_split: str | None,
     weights: str,
@@ -181,10 +187,12 @@ def generate(
     share_workers: bool,
     in_process: bool,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Continue PROMPT ("-" reads it from stdin)."""
     from pipeinfer_dask.models.demo_pair import demo_pair
     from pipeinfer_dask.models.linears import check_weights
+    from pipeinfer_dask.runtime.settings import split
 
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -195,12 +203,13 @@ def generate(
             raise ValueError("expected --target along with --draft, got a draft alone")
         pair = demo_pair()
         target, draft = str(pair.target), draft or str(pair.draft)
-    settings = _knobs(knobs)
+    asked |= {"stop_strings": stop_strings or None, "max_new_tokens": max_new_tokens}
+    settings, knobs = split(asked | _settings(options))
     shares = _split(layer_split)
     check_weights(weights)
     admission = _admission(target, draft, elsewhere=scheduler is not None)
-    admission.policy(strategy, settings)
-    admission.request(0, prompt, max_new_tokens)
+    admission.policy(strategy, knobs)
+    admission.request(0, prompt, **settings)
     console = _console(as_json)
     with ExitStack() as stack:
         client = None
@@ -219,15 +228,15 @@ def generate(
                 in_process=in_process,
             )
         )
-        result = _show(
-            console, engine, prompt, strategy=strategy, max_new_tokens=max_new_tokens, **settings
-        )
+        result = _show(console, engine, prompt, strategy=strategy, **settings, **knobs)
     if as_json:
         _print_json([result])
     else:
         from pipeinfer_dask import terminal
 
         console.print(terminal.table([(result.strategy, result.metrics)]))
+        if result.seed is not None:
+            console.print(f"sampled with seed {result.seed}")
 
 
 @main.command()
@@ -402,6 +411,9 @@ def _print_json(results: Sequence[Result]) -> None:
                         "strategy": result.strategy,
                         "text": result.text,
                         "token_ids": result.token_ids,
+                        "finish_reason": result.finish_reason,
+                        "seed": result.seed,
+                        "logprobs": result.logprobs and list(map(asdict, result.logprobs)),
                         "metrics": result.metrics.to_dict(),
                     }
                     for result in results
@@ -411,19 +423,18 @@ def _print_json(results: Sequence[Result]) -> None:
     )
 
 
-def _knobs(settings: Sequence[str]) -> dict[str, Any]:
-    knobs: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
+def _settings(options: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
         if not equals:
-            raise ValueError(f"expected --set KNOB=VALUE, got {setting!r}")
+            raise ValueError(f"expected --set NAME=VALUE, got {option!r}")
         try:
-            knobs[name] = json.loads(value.lower())
+            settings[name] = json.loads(value.lower())
         except json.JSONDecodeError:
-            raise ValueError(
-                f"expected a number, true or false for {name}, got {value!r}"
-            ) from None
-    return knobs
+            told = f"expected a number, true or false for {name}, got {value!r}"
+            raise ValueError(told) from None
+    return settings
 
 
 def _split(text: str | None) -> list[float] | Literal["auto"] | None:

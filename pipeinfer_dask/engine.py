@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import warnings
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -38,11 +38,12 @@ from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import default_stages, place
 from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
-from pipeinfer_dask.runtime.text import DecodedText
+from pipeinfer_dask.runtime.settings import split
+from pipeinfer_dask.runtime.text import text_of
 from pipeinfer_dask.simulation import Costs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 __all__ = [
     "Engine",
@@ -187,12 +188,6 @@ class Engine:
         # A cluster's own machines may have their own copies; without one, all is here.
         elsewhere = client is not None
         opened = open_checkpoint(os.fspath(target), elsewhere=elsewhere)
-        if opened.unapplied:
-            warnings.warn(
-                f"{opened.path} asks for {', '.join(opened.unapplied)} in generation_config.json: "
-                f"this is not applied, the text is that of plain greedy decoding",
-                stacklevel=2,
-            )
         opened_draft: Draft = None
         if draft == NGRAM:
             opened_draft = NGRAM
@@ -202,6 +197,9 @@ class Engine:
         # A lookup needs no worker.
         drafter = isinstance(opened_draft, Checkpoint)
         admission = Admission(opened, load_tokenizer(opened), opened_draft is not None)
+        if beyond := admission.stated[1]:
+            asks = f"{opened.path} asks for {', '.join(beyond)} in generation_config.json"
+            warnings.warn(f"{asks}: this is not supported, and not applied", stacklevel=2)
         workers = workers_of(client) if client is not None else None
         if stages is None:
             available = DEFAULT_STAGES + drafter if workers is None else len(workers)
@@ -294,12 +292,12 @@ class Engine:
         self,
         prompt: str | Sequence[int],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         strategy: str | Policy | None = None,
-        **knobs: Any,
+        **options: Any,
     ) -> Result:
         """Generate, and wait for the result. Parameters and errors as those of `start`."""
-        generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **knobs)
+        generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **options)
         try:
             return generation.result()
         except KeyboardInterrupt:
@@ -310,9 +308,12 @@ class Engine:
         self,
         prompt: str | Sequence[int],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         strategy: str | Policy | None = None,
-        **knobs: Any,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        logprobs: int = 0,
+        **options: Any,
     ) -> Generation:
         """Start to generate, and return at once. Generations are served one after another.
 
@@ -320,29 +321,56 @@ class Engine:
         ----------
         prompt : str or sequence of int
             Text, or token ids.
-        max_new_tokens : int
+        max_new_tokens : int, optional
+            By default that of ``generation_config``, and 64 if it says nothing.
         strategy : str or Policy, optional
             ``"iterative"``, ``"speculative"``, ``"pipeinfer"`` or ``"adaptive"``; by default
             ``"adaptive"``, or ``"iterative"`` for an engine without a draft.
-        **knobs
-            The strategy's own settings, such as ``micro_batch``; see
-            `pipeinfer_dask.core.policies`.
+        generation_config : GenerationConfig or dict, optional
+            Of transformers. What it asks for and can't be had is refused by name.
+        seed : int, optional
+            For sampling: it and the settings alone decide on the text. By default a random one,
+            which the result names.
+        logprobs : int
+            Report log-probabilities of each token, and of so many best ones at its place: the
+            log-softmax of the target's raw logits.
+        **options
+            Fields of `GenerationConfig`, with its meaning, which win over those of
+            ``generation_config``: ``temperature``, ``top_p``, ``stop_strings``, ... And the
+            strategy's own knobs, such as ``micro_batch``; see `pipeinfer_dask.core.policies`.
 
         Raises
         ------
         ValueError
             If the prompt is empty or holds an unknown token, prompt and new tokens are longer
-            than the model's context, or strategy and knobs are not to be had.
+            than the model's context, or a setting or a knob is not to be had.
         EngineClosedError
             If the engine is closed, or its pipeline is lost.
+
+        Notes
+        -----
+        The text is greedy unless sampling is asked for: by ``do_sample=True``, or by any of
+        ``temperature`` (0 is greedy), ``top_k``, ``top_p``, ``top_h``, ``min_p``, ``typical_p``,
+        ``epsilon_cutoff``, ``eta_cutoff``. As in ``generate``, what is not given is taken from the
+        checkpoint's generation_config.json, but for ``do_sample`` and the lengths: its temperature
+        is that of texts that are sampled. Otherwise ``top_k`` is off by default, and not 50.
         """
         if self._head.lost is not None and not self._closed:
             raise EngineClosedError(f"the pipeline is lost ({self._head.lost}): open another one")
+        settings, knobs = split(options)
         policy = self._admission.policy(strategy, knobs)
         with self._lock:  # requests reach the head in the order of their numbers
-            request = self._admission.request(next(self._requests), prompt, max_new_tokens)
-            stream = DecodedText(self.tokenizer, request.prompt)
-            generation = Generation(request, policy, stream, cancel=self._head.cancel)
+            request = self._admission.request(
+                next(self._requests),
+                prompt,
+                max_new_tokens,
+                generation_config=generation_config,
+                seed=seed,
+                logprobs=logprobs,
+                **settings,
+            )
+            stream, stops = text_of(request, self.tokenizer)
+            generation = Generation(request, policy, stream, cancel=self._head.cancel, stops=stops)
             try:
                 if self._closed:
                     raise RuntimeError

@@ -120,6 +120,27 @@ def test_stages_shares_and_knobs_are_handed_on(target: str, draft: str) -> None:
     assert result["metrics"]["runs_cancelled"] == 0
 
 
+def test_a_text_is_sampled_as_the_options_say_and_the_seed_is_told(target: str, draft: str) -> None:
+    models = ("--target", target, "--draft", draft, "--json")
+    how = ("--temperature", "0.9", "--top-k", "40", "--set", "no_repeat_ngram_size=3")
+    ran = generate("def main", *models, *how, "--logprobs", "1")
+    assert ran.exit_code == 0, ran.stderr
+    (result,) = last_object(ran.stdout)["results"]
+    same = ("--strategy", "iterative", "--seed", str(result["seed"]))
+    (again,) = last_object(generate("def main", *models, *how, *same).stdout)["results"]
+    assert again["token_ids"] == result["token_ids"]
+    assert (again["seed"], again["logprobs"]) == (result["seed"], None)
+    assert len(result["logprobs"]) == len(result["token_ids"])
+    assert result["finish_reason"] == "length"
+
+
+def test_a_text_can_be_stopped_at_a_string(target: str, expected: pi.Result) -> None:
+    ran = generate("def main", "--target", target, "--json", "--stop", expected.text[4:6])
+    (result,) = last_object(ran.stdout)["results"]
+    assert result["finish_reason"] == "stop_string"
+    assert expected.text.startswith(result["text"])
+
+
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     with (
@@ -185,9 +206,17 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["generate", "x", "--target", "{target}", "--set", "strategy=2"],
         "'iterative' has no knob 'strategy'",
     ),
+    "no temperature": (
+        ["generate", "x", "--target", "{target}", "--temperature", "-1"],
+        "expected temperature above 0, and finite, got -1.0",
+    ),
+    "beams": (
+        ["generate", "x", "--target", "{target}", "--set", "num_beams=2"],
+        "num_beams=2 is not supported",
+    ),
     "knob without value": (
         ["generate", "x", "--target", "{target}", "--set", "k"],
-        "expected --set KNOB=VALUE, got 'k'",
+        "expected --set NAME=VALUE, got 'k'",
     ),
     "knob of text": (
         ["generate", "x", "--target", "{target}", "--draft", "{draft}", "--set", "split=wide"],

@@ -20,6 +20,7 @@ from distributed import Client, LocalCluster
 
 from pipeinfer_dask.bench.floor import Floor
 from pipeinfer_dask.core.messages import NO_PARENT, Batch, Event, Kind, RunDone, StartRun
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
@@ -38,6 +39,7 @@ class PassingStage:
         *,
         picks: int,
         stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> StageOutput:
         """Return ``hidden``."""
         return StageOutput(hidden, None, 0)

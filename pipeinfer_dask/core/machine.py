@@ -18,11 +18,12 @@ events, and may be the real cluster or virtual time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeinfer_dask.core.drafts import Draft, ProtocolError, unevaluated
+from pipeinfer_dask.core.ending import Ending
 from pipeinfer_dask.core.messages import (
     LEFT_OUT,
     NO_SLOT,
@@ -49,7 +50,8 @@ from pipeinfer_dask.core.messages import (
     Woken,
 )
 from pipeinfer_dask.core.request import Request
-from pipeinfer_dask.core.runs import RunFuture
+from pipeinfer_dask.core.runs import RunFuture, runs_before
+from pipeinfer_dask.core.sampling import Logprobs
 from pipeinfer_dask.core.tree import Node, Tree, batch_of
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Machine:
         Fresh: a policy counts what it sees.
     generation : int
         Of the pipeline. Events of another generation are stale: dropped and counted.
+    stops : callable, optional
+        Told of each committed token: whether the text ends with it; see `Ending`.
 
     Attributes
     ----------
@@ -75,12 +79,19 @@ class Machine:
     generated : int
         Tokens committed so far.
     finished : str or None
-        Why the text ended: "length", "end_token" or "stopped".
+        Why the text ended: "length", "end_token", "stop_string" or "stopped".
     stale : int
         Events dropped because they belong to another request or generation.
     """
 
-    def __init__(self, request: Request, policy: Policy, *, generation: int = 0) -> None:
+    def __init__(
+        self,
+        request: Request,
+        policy: Policy,
+        *,
+        generation: int = 0,
+        stops: Callable[[int], bool] | None = None,
+    ) -> None:
         self.request = request
         self.policy = policy
         self.generation = generation
@@ -90,6 +101,7 @@ class Machine:
         self.finished: str | None = None
         self.stale = 0
         self.now = 0.0
+        self._ending = Ending(request, stops)
         self._draft: Draft | None = None
         self._prefill: deque[list[Node]] = deque()
         # In order of arrival. A dictionary, so that one leaves without the others being touched.
@@ -167,8 +179,7 @@ class Machine:
             If the event can't have happened.
         """
         self.now = now
-        commands: list[Command] = []
-        self._commands = commands
+        commands = self._commands = list[Command]()
         if event.request != self.request.id or self._over:
             self.stale += 1
             return commands
@@ -225,9 +236,11 @@ class Machine:
                 f"run {run.id} was asked for {run.picks} tokens and came with {len(event.tokens)}"
             )
         run.finish(event.tokens)
-        for node, token in zip(run.nodes[len(run.nodes) - run.picks :], event.tokens, strict=True):
+        picked = run.nodes[len(run.nodes) - run.picks :]
+        asked = event.logprobs or (None,) * run.picks
+        for node, token, logprobs in zip(picked, event.tokens, asked, strict=True):
             if token != LEFT_OUT:
-                node.next = token
+                node.next, node.next_logprobs = token, logprobs
             elif node.alive:
                 raise ProtocolError(f"run {run.id} left out token {node.token}, which is alive")
         self.policy.ran(self, run, event)
@@ -250,14 +263,16 @@ class Machine:
         """Move the root along what the target has picked, and cancel what that rules out."""
         tokens: list[int] = []
         origins: list[Origin] = []
+        logprobs: list[Logprobs] = []
         dead: list[RunFuture] = []
         thinned: dict[int, list[int]] = {}
         while self.root.next is not None and self.finished is None:
             self.policy.judged(self.root.children, self.root.next)
+            if self.root.next_logprobs is not None:
+                logprobs.append(self.root.next_logprobs)
             origin, pruned = self.tree.advance()
             tokens.append(self.root.token)
             origins.append(origin)
-            self.generated += 1
             self._fresh.pop(self.root, None)
             for node in pruned:
                 self._fresh.pop(node, None)
@@ -266,10 +281,8 @@ class Machine:
                     thinned.setdefault(run.id, []).append(run.nodes.index(node))
                     if run.live == 0:
                         dead.append(run)
-            if self.root.token in self.request.end_tokens:
-                self.finished = "end_token"
-            elif self.generated == self.request.max_new_tokens:
-                self.finished = "length"
+            self.generated += 1
+            self.finished = self._ending.after(self.root.token, self.generated)
         if not tokens:
             return
         self._cancel(dead, CancelReason.INVALID)
@@ -277,7 +290,8 @@ class Machine:
         draft = self._draft
         if draft is not None and draft.frontier and not any(n.alive for n in draft.frontier):
             self._cancel_draft()
-        self._commands.append(Commit(self.request.id, tuple(tokens), tuple(origins)))
+        commit = Commit(self.request.id, tuple(tokens), tuple(origins), tuple(logprobs))
+        self._commands.append(commit)
         self.policy.committed(self, origins)
         if self.finished is not None:
             self._end(self.finished)
@@ -349,38 +363,23 @@ class Machine:
     def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
         run_id = self._run_ids
         self._run_ids += 1
-        # What holds the prefix, unless it lies (in part) in finished runs: then no
-        # cancellation of others can make this run invalid.
-        prefix: dict[int, RunFuture] = {}
-        chained = True
         for node in nodes:
             node.run = run_id
             self._fresh.pop(node, None)
-            if node.parent is None:
-                continue
-            holder = node.parent.run
-            if holder is None:
-                raise ProtocolError(
-                    f"{type(self.policy).__name__} chose token {node.token} at position "
-                    f"{node.position}, but no run evaluates the token before it"
-                )
-            if holder in self.runs:
-                prefix[holder] = self.runs[holder]
-            elif holder != run_id:
-                chained = False
         last = kind is not Kind.PREFILL or nodes[-1] is self.root
         run = RunFuture(
             run_id,
             kind,
             tuple(nodes),
-            parents=tuple(prefix.values()) if chained else (),
+            parents=runs_before(run_id, nodes, self.runs),
             picks=(1 if kind is Kind.PREFILL else len(nodes)) if last else 0,
             started=self.now,
         )
         self.runs[run_id] = run
         self._waiting.add(run_id)
+        batch, sampling = batch_of(run.nodes), self.request.sampling
         self._commands.append(
-            StartRun(self.request.id, self.generation, run_id, kind, batch_of(run.nodes), run.picks)
+            StartRun(self.request.id, self.generation, run_id, kind, batch, run.picks, sampling)
         )
 
     def _start_draft(self, plan: DraftPlan | TreePlan, frontier: Sequence[Node]) -> None:
@@ -406,6 +405,7 @@ class Machine:
                 len(frontier),
                 slots,
                 replace(plan, size=size, last_position=self.last_position),
+                self.request.sampling,
             )
         )
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pipeinfer_dask.core.sampling import Logprobs, Sampling
+
 NO_PARENT = -1
 """The parent slot of the first token of a text."""
 NO_SLOT = -1
@@ -162,7 +164,11 @@ class TreePlan:
 
 @dataclass(frozen=True, slots=True)
 class StartRun:
-    """Start a run. The last stage picks a token after each of its last ``picks`` tokens."""
+    """Start a run. The last stage picks a token after each of its last ``picks`` tokens.
+
+    The settings of the picks travel with each run: the links are in no order to one another,
+    so that nothing sent once could be relied on to be there.
+    """
 
     request: int
     generation: int
@@ -170,6 +176,7 @@ class StartRun:
     kind: Kind
     batch: Batch
     picks: int
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +217,7 @@ class StartDraft:
     frontier: int
     slots: tuple[int, ...]
     plan: DraftPlan | TreePlan
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +231,12 @@ class CancelDraft:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """These tokens are final, in order."""
+    """These tokens are final, in order; ``logprobs`` is empty unless they were asked for."""
 
     request: int
     tokens: tuple[int, ...]
     origins: tuple[Origin, ...]
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +282,8 @@ class RunDone:
 
     ``tokens`` holds the target's pick after each of the run's last ``picks``
     tokens (`LEFT_OUT` after one that was pruned on the way), or is None for a run
-    that a stage skipped. ``spans`` has one entry for each stage.
+    that a stage skipped. ``spans`` has one entry for each stage. ``logprobs`` has one for
+    each pick, None where nothing was picked; it is empty unless they were asked for.
     """
 
     request: int
@@ -281,6 +291,7 @@ class RunDone:
     run: int
     tokens: tuple[int, ...] | None
     spans: tuple[Span, ...] = ()
+    logprobs: tuple[Logprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeinfer_dask.core.messages import NO_PARENT, Batch
+from pipeinfer_dask.core.sampling import Sampling
 
 NGRAM: Literal["ngram"] = "ngram"
 """What to give in place of a draft model."""
@@ -46,7 +47,13 @@ class NgramDraft:
         self._ends: dict[tuple[int, ...], list[int]] = {}
 
     def candidates(
-        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+        self,
+        batch: Batch,
+        frontier: int,
+        *,
+        width: int,
+        stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> list[list[tuple[int, float]]] | None:
         """Say what may come next; see `DraftModel`. Where nothing is known it's an empty list."""
         if stopped():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeinfer_dask.core.sampling import Sampling
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -25,6 +27,10 @@ class Request:
     reads_ahead : bool
         Whether the draft model may read a long prompt while the target does. Only where it has
         cores of its own: elsewhere the first token would be late.
+    sampling : Sampling, optional
+        How tokens are picked; without it the most probable one, always.
+    stop_strings : tuple of str
+        The text ends with the token that completes any of these.
     """
 
     id: int
@@ -34,6 +40,8 @@ class Request:
     end_tokens: frozenset[int] = frozenset()
     prefill_chunk: int = 128
     reads_ahead: bool = False
+    sampling: Sampling | None = None
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompt:

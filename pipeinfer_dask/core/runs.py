@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeinfer_dask.core.drafts import ProtocolError
 from pipeinfer_dask.core.messages import CancelReason, Kind
 from pipeinfer_dask.core.tree import Node
 
@@ -141,3 +142,34 @@ class RunFuture:
             self.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
             yield from waiter
         return self.result()
+
+
+def runs_before(
+    run: int, nodes: Sequence[Node], in_flight: Mapping[int, RunFuture]
+) -> tuple[RunFuture, ...]:
+    """Return the runs that hold the prefix of a new run's nodes.
+
+    None if it lies (in part) in finished runs: then no cancellation of others can make the
+    new run invalid.
+
+    Raises
+    ------
+    ProtocolError
+        If no run evaluates the token before one of them.
+    """
+    prefix: dict[int, RunFuture] = {}
+    chained = True
+    for node in nodes:
+        if node.parent is None:
+            continue
+        holder = node.parent.run
+        if holder is None:
+            raise ProtocolError(
+                f"token {node.token} at position {node.position} was chosen for run {run}, but no "
+                f"run evaluates the token before it"
+            )
+        if holder in in_flight:
+            prefix[holder] = in_flight[holder]
+        elif holder != run:
+            chained = False
+    return tuple(prefix.values()) if chained else ()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer_dask.core.messages import NO_PARENT, NO_SLOT, Batch, Origin
+from pipeinfer_dask.core.sampling import Logprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +33,8 @@ class Node:
         The run that evaluates it on the target, once started.
     next : int or None
         The token that the target puts after it, once known.
+    next_logprobs : Logprobs or None
+        How probable that token is, if this was asked for.
     drafted : bool
         Whether the draft model's cache holds it.
     alive : bool
@@ -46,6 +49,7 @@ class Node:
     reach: float = 0.0
     run: int | None = None
     next: int | None = None
+    next_logprobs: Logprobs | None = None
     drafted: bool = False
     alive: bool = True
     children: list[Node] = field(default_factory=list)

@@ -50,6 +50,7 @@ class Ancestry:
 
     def __init__(self) -> None:
         self._rows: dict[int, Spans] = {}
+        self._tokens = np.zeros(0, dtype=np.int64)
         self._positions = np.zeros(0, dtype=np.int64)
 
     def attend(self, batch: Batch) -> Attendance:
@@ -69,12 +70,22 @@ class Ancestry:
                 attended[start:stop] = True
         return Attendance(mask, self._positions[:filled].copy())
 
+    def path(self, slot: int) -> npt.NDArray[np.int64]:
+        """Return the token ids of the text up to the token in this slot, [n]."""
+        held = np.concatenate([np.arange(*span) for span in self._rows[slot]])
+        # In the order of positions, not at them: what belongs to a cancelled run may have gaps.
+        order = self._positions[held].argsort(kind="stable")
+        path: npt.NDArray[np.int64] = self._tokens[held[order]]
+        return path
+
     def _place(self, batch: Batch, filled: int) -> None:
         if filled > len(self._positions):
-            grown = np.zeros(2 * filled, dtype=np.int64)
-            grown[: len(self._positions)] = self._positions
-            self._positions = grown
-        self._positions[list(batch.slots)] = batch.positions
+            more = np.zeros(2 * filled - len(self._positions), dtype=np.int64)
+            self._tokens = np.concatenate((self._tokens, more))
+            self._positions = np.concatenate((self._positions, more))
+        slots = list(batch.slots)
+        self._tokens[slots] = batch.tokens
+        self._positions[slots] = batch.positions
 
 
 def _joined(spans: Spans, slot: int) -> Spans:

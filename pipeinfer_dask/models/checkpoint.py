@@ -40,20 +40,6 @@ HARMLESS = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)
 """Tensors of old checkpoints that today's models compute for themselves."""
 
 
-GREEDY_SETTINGS: dict[str, object] = {
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "sequence_bias": None,
-    "forced_eos_token_id": None,
-}
-"""Fields of a generation_config.json that change what is generated greedily, when not neutral."""
-
-
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model on disk that can be split into stages.
@@ -82,9 +68,8 @@ class Checkpoint:
         How large its parts are.
     narrow : bool
         Whether its weights are stored in 16 bits.
-    unapplied : tuple of str
-        What its generation_config.json asks for and we don't do, such as
-        ``"repetition_penalty=1.1"``.
+    generation_config : dict
+        The fields of its generation_config.json; empty if it has none.
     """
 
     path: Path
@@ -98,7 +83,7 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     sizes: Sizes
     narrow: bool
-    unapplied: tuple[str, ...]
+    generation_config: dict[str, Any]
 
 
 def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoint:
@@ -146,6 +131,8 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
     sizes = Sizes.of(model)  # before it is filled: then nothing is tied any more
     if listed:
         check_tensors(path, listed, stored, model)
+    file = path / "generation_config.json"
+    generation_config = _read_json(file) if file.is_file() else None
     return Checkpoint(
         path=path,
         source=found,
@@ -155,10 +142,10 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context=context_of(config),
-        eos_token_ids=_end_of_text(path, fields),
+        eos_token_ids=_end_of_text(fields if generation_config is None else generation_config),
         sizes=sizes,
         narrow=_narrow(config, stored),
-        unapplied=_unapplied(path),
+        generation_config=generation_config or {},
     )
 
 
@@ -297,19 +284,8 @@ def _narrow(config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> boo
     return kinds <= {"F16", "BF16"}
 
 
-def _end_of_text(path: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
-    file = path / "generation_config.json"
-    ids = (_read_json(file) if file.is_file() else fields).get("eos_token_id")
+def _end_of_text(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = fields.get("eos_token_id")
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
-
-
-def _unapplied(path: Path) -> tuple[str, ...]:
-    file = path / "generation_config.json"
-    fields = _read_json(file) if file.is_file() else {}
-    return tuple(
-        f"{name}={fields[name]}"
-        for name, neutral in GREEDY_SETTINGS.items()
-        if fields.get(name) not in (None, neutral)
-    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
@@ -22,6 +23,7 @@ from pipeinfer_dask.models.families import context_of, model_class
 from pipeinfer_dask.models.fused import forward_pass, fuse
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
+from pipeinfer_dask.models.sampling import Choice, Sampler, logprobs
 from pipeinfer_dask.models.sources import Source, locate
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
@@ -80,6 +82,7 @@ class Shard:
         self._context = context_of(model.config)
         self._target_vocab_size = target_vocab_size
         self._ancestry = Ancestry()
+        self._sampler: Sampler | None = None
         self._cache = SlotCache(layers, capacity)
         self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
 
@@ -207,8 +210,9 @@ class Shard:
         *,
         picks: int,
         stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> StageOutput:
-        """Evaluate one run; see `Stage.run`. The last stage picks the most probable token.
+        """Evaluate one run; see `Stage.run`.
 
         Raises
         ------
@@ -220,9 +224,16 @@ class Shard:
             layers = self._splice.computed
             if result is None:
                 return StageOutput(None, None, layers)
-            if self.is_last:
+            if not self.is_last:
+                return StageOutput(result.float().contiguous().numpy(), None, layers)
+            if sampling is None:
                 return StageOutput(None, tuple(result.argmax(dim=-1).tolist()), layers)
-            return StageOutput(result.float().contiguous().numpy(), None, layers)
+            ends = batch[len(batch) - picks :]
+            tokens = tuple(choice.best for choice in self._choices(ends, result, sampling))
+            if not sampling.logprobs:
+                return StageOutput(None, tokens, layers)
+            probable = logprobs(result, torch.tensor(tokens, dtype=torch.long), sampling.logprobs)
+            return StageOutput(None, tokens, layers, tuple(probable))
 
     def logits(
         self,
@@ -251,9 +262,16 @@ class Shard:
             return self._evaluate(batch, hidden, picks, stopped)
 
     def candidates(
-        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+        self,
+        batch: Batch,
+        frontier: int,
+        *,
+        width: int,
+        stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next; see `DraftModel.candidates`."""
+        ends = batch[len(batch) - frontier :]
         # What only the target knows is something else to a draft model: a token, or a place beyond
         # its context. Its guesses may be worse for it, and the text is the target's all the same.
         batch = replace(
@@ -270,10 +288,25 @@ class Shard:
         if logits is None:
             return None
         logits = logits[:, : self._target_vocab_size]
+        if sampling is not None:
+            choices = self._choices(ends, logits, sampling)
+            return [choice.candidates(width) for choice in choices]
         top = torch.softmax(logits.float(), dim=-1).topk(width)
         return [
             list(zip(tokens, confidences, strict=True))
             for tokens, confidences in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def _choices(self, ends: Batch, logits: Tensor, sampling: Sampling) -> list[Choice]:
+        """Return what may follow each of these tokens, by its row of logits."""
+        if self._sampler is None or self._sampler.sampling != sampling:
+            self._sampler = Sampler(sampling, logits.shape[-1])
+        sampler = self._sampler
+        return [
+            sampler.choose(
+                row, position + 1, self._ancestry.path(slot) if sampling.looks_back else None
+            )
+            for row, position, slot in zip(logits, ends.positions, ends.slots, strict=True)
         ]
 
     def _evaluate(

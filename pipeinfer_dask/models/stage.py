@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.core.sampling import Logprobs, Sampling
 
 HiddenStates = npt.NDArray[np.floating[Any]]
 """[n, hidden_size], C-contiguous: what travels from stage to stage."""
@@ -34,6 +35,8 @@ class StageOutput:
         The target's picks; None on all but the last stage.
     layers : int
         Decoder layers computed.
+    logprobs : tuple of Logprobs, [picks]
+        Empty unless they were asked for.
 
     Both `hidden` and `tokens` are None when the run was cancelled on the way.
     """
@@ -41,6 +44,7 @@ class StageOutput:
     hidden: HiddenStates | None
     tokens: tuple[int, ...] | None
     layers: int
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class Stage(Protocol):
@@ -53,6 +57,7 @@ class Stage(Protocol):
         *,
         picks: int,
         stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> StageOutput:
         """Evaluate one run.
 
@@ -65,6 +70,8 @@ class Stage(Protocol):
             On the last stage, pick a token after each of the last ``picks`` tokens.
         stopped : callable
             Looked at before each layer; true means that nobody wants the rest.
+        sampling : Sampling, optional
+            How to pick; without it the most probable token.
         """
         ...
 
@@ -73,7 +80,13 @@ class DraftModel(Protocol):
     """A whole draft model with its own KV cache."""
 
     def candidates(
-        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+        self,
+        batch: Batch,
+        frontier: int,
+        *,
+        width: int,
+        stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next.
 
@@ -83,9 +96,11 @@ class DraftModel(Protocol):
         frontier : int
             Look for candidates after each of the last ``frontier`` tokens.
         width : int
-            Candidates for each of them.
+            Most candidates for each of them.
         stopped : callable
             Looked at before each layer; true means that nobody wants the rest.
+        sampling : Sampling, optional
+            How the target picks: candidates are ranked by what it is likely to pick.
 
         Returns
         -------

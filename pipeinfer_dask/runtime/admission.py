@@ -5,14 +5,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipeinfer_dask.core.policies import Policy, policy_of
 from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.checkpoint import Checkpoint
+from pipeinfer_dask.runtime.settings import ids, requested, sampling_of, stated, texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+DEFAULT_NEW_TOKENS = 64
+"""Tokens to generate where nobody says how many."""
 
 SPECULATIVE_SLOTS = 1024
 """Slots of each KV cache beyond the text itself: room for drafts at any one time."""
@@ -54,16 +60,41 @@ class Admission:
             )
         return policy
 
-    def request(self, number: int, prompt: str | Sequence[int], max_new_tokens: int) -> Request:
-        """Return the request of this number.
+    @cached_property
+    def stated(self) -> tuple[dict[str, Any], list[str]]:
+        """What the target's generation_config.json asks for and we do, and what we don't do."""
+        ours, beyond = stated(self.target.generation_config)
+        try:
+            self._sampling({"do_sample": True, **ours}, {}, 1, None, 0)
+            texts("stop_strings", ours.get("stop_strings", ()))
+        except ValueError as error:
+            file = self.target.path / "generation_config.json"
+            raise ValueError(f"{file} can't be used: {error}") from error
+        return ours, beyond
+
+    def request(
+        self,
+        number: int,
+        prompt: str | Sequence[int],
+        max_new_tokens: int | None = None,
+        *,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        logprobs: int = 0,
+        **settings: Any,
+    ) -> Request:
+        """Return the request of this number; the rest is what `Engine.start` takes.
 
         Raises
         ------
         ValueError
-            If the prompt is empty or holds an unknown token, or prompt and new tokens are
-            longer than the model's context.
+            If the prompt is empty or holds an unknown token, prompt and new tokens are
+            longer than the model's context, or a setting is not to be had.
         """
         tokens = self._tokens(prompt)
+        asked = requested(generation_config, settings)
+        if max_new_tokens is None:
+            max_new_tokens = asked.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
             raise ValueError(f"expected max_new_tokens as a whole number, got {max_new_tokens!r}")
         if max_new_tokens < 1:
@@ -79,8 +110,35 @@ class Admission:
             prompt=tokens,
             max_new_tokens=max_new_tokens,
             capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
-            end_tokens=frozenset(self.target.eos_token_ids),
+            end_tokens=self._end_tokens(asked),
             reads_ahead=self.draft_apart,
+            sampling=self._sampling(asked, self.stated[0], len(tokens), seed, logprobs),
+            stop_strings=texts("stop_strings", (self.stated[0] | asked).get("stop_strings", ())),
+        )
+
+    def _end_tokens(self, asked: Mapping[str, Any]) -> frozenset[int]:
+        ends = asked.get("eos_token_id")
+        if ends is None:
+            return frozenset(self.target.eos_token_ids)
+        listed = [ends] if isinstance(ends, int) else ends
+        return frozenset(ids("eos_token_id", listed, self.target.vocab_size))
+
+    def _sampling(
+        self,
+        asked: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        prompt_length: int,
+        seed: int | None,
+        logprobs: int,
+    ) -> Sampling | None:
+        return sampling_of(
+            asked,
+            defaults,
+            prompt_length=prompt_length,
+            vocab_size=self.target.vocab_size,
+            end_tokens=self._end_tokens(asked),
+            seed=seed,
+            logprobs=logprobs,
         )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:

@@ -29,10 +29,12 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage
+from pipeinfer_dask.core.sampling import Logprobs
+from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage, StageOutput
 
 ModelT = TypeVar("ModelT")
 JobT = TypeVar("JobT")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class RunPass:
         payload, so that every stage and the driver see each run go by in order.
     left_out : tuple of int
         Places in the run's batch that were pruned on the way, ascending.
+    logprobs : tuple of Logprobs or None, [picks]
+        None where there is no pick; empty unless they were asked for.
     """
 
     run: StartRun
@@ -61,6 +65,7 @@ class RunPass:
     spans: tuple[Span, ...] = ()
     skipped: bool = False
     left_out: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs | None, ...] = ()
 
     @property
     def batch(self) -> Batch:
@@ -83,13 +88,13 @@ class RunPass:
             hidden = hidden[[row for row, place in enumerate(held) if place not in left_out]]
         return replace(self, hidden=hidden, left_out=left_out)
 
-    def whole_picks(self, tokens: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """Return the picks with `LEFT_OUT` in the places of what was left out."""
-        if tokens is None or not self.left_out:
-            return tokens
-        picked = iter(tokens)
+    def whole(self, picks: tuple[T, ...], missing: T) -> tuple[T, ...]:
+        """Return what belongs to the picks, with ``missing`` in the places of what was left out."""
+        if not picks or not self.left_out:
+            return picks
+        picked = iter(picks)
         out = set(self.left_out)
-        return tuple(LEFT_OUT if p in out else next(picked) for p in range(len(self.run.batch)))
+        return tuple(missing if p in out else next(picked) for p in range(len(self.run.batch)))
 
 
 class Cancellations:
@@ -243,25 +248,27 @@ class StageThread(ComputeThread[Stage, RunPass]):
             return self._closing or key in self.cancelled
 
         began = time.monotonic()
-        hidden, tokens, layers = None, None, 0
+        output = StageOutput(None, None, 0)
         if not job.skipped and not stopped():
             job = job.without(self.cancelled.pruned(key))
             # Only a run that picks after each of its tokens is ever pruned.
             picks = run.picks - len(job.left_out)
-            output = model.run(job.batch, job.hidden, picks=picks, stopped=stopped)
-            hidden, tokens, layers = output.hidden, output.tokens, output.layers
-            tokens = job.whole_picks(tokens)
+            output = model.run(
+                job.batch, job.hidden, picks=picks, stopped=stopped, sampling=run.sampling
+            )
         if self._closing:
             return  # nobody has cancelled this run: it must not look as if
         self.cancelled.passed(key)
-        span = Span(began, time.monotonic(), layers)
+        span = Span(began, time.monotonic(), output.layers)
+        tokens = output.tokens
         self._deliver(
             replace(
                 job,
-                hidden=hidden,
-                tokens=tokens,
+                hidden=output.hidden,
+                tokens=tokens if tokens is None else job.whole(tokens, LEFT_OUT),
                 spans=(*job.spans, span),
-                skipped=hidden is None and tokens is None,
+                skipped=output.hidden is None and tokens is None,
+                logprobs=job.whole(output.logprobs, None),
             )
         )
 
@@ -304,7 +311,9 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
         passes = 0
         while (step := expansion.next_batch()) is not None:
             batch, frontier = step
-            candidates = model.candidates(batch, frontier, width=expansion.width, stopped=stopped)
+            candidates = model.candidates(
+                batch, frontier, width=expansion.width, stopped=stopped, sampling=job.sampling
+            )
             if candidates is None:
                 break
             passes += 1

@@ -367,7 +367,10 @@ class DaskPipeline:
         spans = tuple(
             stage.localize(span) for stage, span in zip(self._stages, message.spans, strict=True)
         )
-        self._tell(RunDone(run.request, run.generation, run.run, message.tokens, spans))
+        done = RunDone(
+            run.request, run.generation, run.run, message.tokens, spans, message.logprobs
+        )
+        self._tell(done)
 
     def _heed(self, message: Message) -> None:
         match message:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from pipeinfer_dask.core.messages import Commit, Origin
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.core.sampling import Logprobs
 from pipeinfer_dask.trace import Metrics, Trace
 
 GLANCE_S = 0.5
@@ -69,9 +70,13 @@ class Result:
         The same as token ids, an end token included.
     origins : list of Origin
         Where each token came from.
-    finish_reason : {"length", "end_token", "stopped"}
+    finish_reason : {"length", "end_token", "stop_string", "stopped"}
     strategy : str
     trace : Trace
+    seed : int or None
+        With which these very tokens can be sampled again; None for a greedy text.
+    logprobs : list of Logprobs or None
+        How probable each token was, if it was asked for.
     """
 
     text: str
@@ -80,6 +85,8 @@ class Result:
     finish_reason: str
     strategy: str
     trace: Trace
+    seed: int | None = None
+    logprobs: list[Logprobs] | None = None
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -124,9 +131,11 @@ class Generation:
         stream: TextStream,
         *,
         cancel: Callable[[Generation], None],
+        stops: Callable[[int], bool] | None = None,
     ) -> None:
         self.request = request
         self.policy = policy
+        self.stops = stops
         self._stream = stream
         self._cancel = cancel
         self._changed = Condition()
@@ -134,6 +143,7 @@ class Generation:
         self._pieces: list[Piece] = []
         self._tokens: list[int] = []
         self._origins: list[Origin] = []
+        self._logprobs: list[Logprobs] = []
         self._future: Future[Result] = Future()
         self._wakers: set[Callable[[], None]] = set()
 
@@ -263,6 +273,7 @@ class Generation:
 
     def commit(self, commit: Commit) -> None:
         with self._changed:
+            self._logprobs.extend(commit.logprobs)
             for token, origin in zip(commit.tokens, commit.origins, strict=True):
                 self._tokens.append(token)
                 self._origins.append(origin)
@@ -276,8 +287,18 @@ class Generation:
             if (rest := self._stream.flush()) and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
             self._status = "stopped" if reason == "stopped" else "finished"
+            sampling = self.request.sampling
             self._future.set_result(
-                Result(self.text, self.token_ids, list(self._origins), reason, self.strategy, trace)
+                Result(
+                    self.text,
+                    self.token_ids,
+                    list(self._origins),
+                    reason,
+                    self.strategy,
+                    trace,
+                    seed=sampling.seed if sampling is not None else None,
+                    logprobs=list(self._logprobs) if sampling and sampling.logprobs else None,
+                )
             )
         self._notify()
 

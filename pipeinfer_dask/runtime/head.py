@@ -125,7 +125,7 @@ class Head:
     def _next(self) -> None:
         if self._current is None and self._queue and self._borrower is None:
             self._current = generation = self._queue.popleft()
-            self._machine = Machine(generation.request, generation.policy)
+            self._machine = Machine(generation.request, generation.policy, stops=generation.stops)
             self._trace = Trace(self.pipeline.stages)
             generation.begin()
             self._report(Begin(generation.request.id))

@@ -126,7 +126,9 @@ class LocalPipeline:
 
     def _done(self, item: RunPass) -> None:
         run = item.run
-        self._tell(RunDone(run.request, run.generation, run.run, item.tokens, item.spans))
+        self._tell(
+            RunDone(run.request, run.generation, run.run, item.tokens, item.spans, item.logprobs)
+        )
 
     def _drafted(self, answer: Drafted) -> None:
         self._tell(answer)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.simulation.costs import Costs, Curve
 from pipeinfer_dask.simulation.truth import Places, SyntheticPair
@@ -67,6 +68,7 @@ class PacedStage:
         *,
         picks: int,
         stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> StageOutput:
         """Wait for the time of these tokens: see `Stage`."""
         began = time.monotonic()
@@ -105,7 +107,13 @@ class PacedDraft:
         self._places = Places(pair)
 
     def candidates(
-        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+        self,
+        batch: Batch,
+        frontier: int,
+        *,
+        width: int,
+        stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> list[list[tuple[int, float]]] | None:
         """Wait for the time of these tokens: see `DraftModel`."""
         if stopped():

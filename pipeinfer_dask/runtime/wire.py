@@ -34,6 +34,7 @@ from pipeinfer_dask.core.messages import (
     StartRun,
     TreePlan,
 )
+from pipeinfer_dask.core.sampling import Logprobs, Sampling
 from pipeinfer_dask.models.stage import HiddenStates
 from pipeinfer_dask.runtime.compute import RunPass
 
@@ -144,32 +145,62 @@ Plain = tuple[Any, ...]
 _PLANS: tuple[type[DraftPlan] | type[TreePlan], ...] = (DraftPlan, TreePlan)
 
 _batch = attrgetter("tokens", "positions", "slots", "parents")
+_logprobs = attrgetter("token", "best")
 _run = attrgetter("request", "generation", "run", "kind", "picks")
 _span = attrgetter("began", "ended", "layers")
 
 
 def _plain_run_pass(job: RunPass) -> Plain:
     spans = tuple(map(_span, job.spans))
-    batch = _batch(job.run.batch)
-    return (*_run(job.run), batch, job.tokens, spans, job.skipped, job.left_out)
+    run, batch = _run(job.run), _batch(job.run.batch)
+    sampling = _plain_sampling(job.run.sampling)
+    logprobs = tuple(one and _logprobs(one) for one in job.logprobs)
+    return (*run, batch, job.tokens, spans, job.skipped, job.left_out, sampling, logprobs)
 
 
 def _run_pass(plain: Plain, hidden: HiddenStates | None = None) -> RunPass:
-    request, generation, run, kind, picks, batch, tokens, spans, skipped, left_out = plain
-    start = StartRun(request, generation, run, Kind(kind), Batch(*batch), picks)
-    return RunPass(start, hidden, tokens, tuple(Span(*span) for span in spans), skipped, left_out)
+    request, generation, run, kind, picks, batch, tokens, spans, skipped, left_out, *picking = plain
+    sampling, logprobs = picking
+    start = StartRun(
+        request, generation, run, Kind(kind), Batch(*batch), picks, _sampling(sampling)
+    )
+    return RunPass(
+        start,
+        hidden,
+        tokens,
+        tuple(Span(*span) for span in spans),
+        skipped,
+        left_out,
+        tuple(one and Logprobs(*one) for one in logprobs),
+    )
+
+
+def _plain_sampling(sampling: Sampling | None) -> Plain | None:
+    return None if sampling is None else _fields(Sampling)(sampling)
+
+
+def _sampling(plain: Plain | None) -> Sampling | None:
+    return None if plain is None else Sampling(*plain)
 
 
 def _plain_draft(draft: StartDraft) -> Plain:
     whole = attrgetter("request", "generation", "draft", "frontier", "slots")(draft)
     kind = type(draft.plan)
-    return (*whole, _batch(draft.batch), _PLANS.index(kind), _fields(kind)(draft.plan))
+    plan, sampling = _fields(kind)(draft.plan), _plain_sampling(draft.sampling)
+    return (*whole, _batch(draft.batch), _PLANS.index(kind), plan, sampling)
 
 
 def _draft(plain: Plain) -> StartDraft:
-    request, generation, draft, frontier, slots, batch, kind, plan = plain
+    request, generation, draft, frontier, slots, batch, kind, plan, sampling = plain
     return StartDraft(
-        request, generation, draft, Batch(*batch), frontier, slots, _PLANS[kind](*plan)
+        request,
+        generation,
+        draft,
+        Batch(*batch),
+        frontier,
+        slots,
+        _PLANS[kind](*plan),
+        _sampling(sampling),
     )
 
 

@@ -59,6 +59,7 @@ class AnyOrder(RuleBasedStateMachine):
         spare=st.sampled_from([0, 1, 3, 8, 40]),
         chunk=st.sampled_from([1, 3, 6, 40]),
         end_tokens=st.frozensets(st.integers(0, 6), max_size=1),
+        stop=st.just(()) | st.lists(st.integers(0, 6), min_size=1, max_size=2).map(tuple),
     )
     def begin(
         self,
@@ -70,6 +71,7 @@ class AnyOrder(RuleBasedStateMachine):
         spare: int,
         chunk: int,
         end_tokens: frozenset[int],
+        stop: tuple[int, ...],
     ) -> None:
         self.world = World(
             fresh(name),
@@ -80,6 +82,7 @@ class AnyOrder(RuleBasedStateMachine):
             spare=spare,
             prefill_chunk=chunk,
             end_tokens=end_tokens,
+            stop=stop,
         )
 
     @rule(data=st.data())
@@ -117,6 +120,18 @@ def test_the_text_is_the_targets_own_in_any_order_of_events() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_text_ends_within_a_commit_of_several_tokens(name: str) -> None:
+    text = plain_text((1, 2, 3), 40)
+    for end in (2, 7, 12):
+        stop = text[end - 2 : end]
+        first = next(i for i in range(2, 41) if text[i - 2 : i] == stop)
+        world = World(fresh(name), quality=1.0, max_new_tokens=40, spare=60, stop=stop)
+        world.run(random.Random(end).randrange)
+        world.check_end()
+        assert (world.finished, tuple(world.tokens)) == ("stop_string", text[:first])
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

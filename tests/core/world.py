@@ -38,6 +38,7 @@ from pipeinfer_dask.core.messages import (
 )
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.core.sampling import Logprobs, Sampling
 from pipeinfer_dask.trace import Trace
 
 Path = tuple[int, ...]
@@ -56,6 +57,11 @@ def target_token(path: Path) -> int:
     if path is GARBAGE:
         return -1
     return _digest(path, "target") % VOCABULARY
+
+
+def log_probability(path: Path) -> Logprobs:
+    """Return what is told apart by the whole path, as a log-probability would be."""
+    return Logprobs(-float(_digest(path, "log-probability")), ())
 
 
 def plain_text(prompt: Path, count: int) -> Path:
@@ -91,6 +97,8 @@ class World:
     ----------
     quality : float
         How often the draft's first choice is the target's token.
+    stop : tuple of int
+        Tokens in a row that end the text.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class World:
         spare: int = 16,
         prefill_chunk: int = 2,
         end_tokens: frozenset[int] = frozenset(),
+        stop: Path = (),
     ) -> None:
         self.request = Request(
             0,
@@ -113,8 +122,11 @@ class World:
             end_tokens,
             prefill_chunk,
             reads_ahead=True,
+            sampling=Sampling(logprobs=1),
         )
-        self.machine = Machine(self.request, policy)
+        self.stop_tokens = stop
+        self.heard: list[int] = []
+        self.machine = Machine(self.request, policy, stops=self._stops if stop else None)
         self.quality = quality
         self.stages = [Cache() for _ in range(stages)]
         self.queues: list[deque[Queued]] = [deque() for _ in range(stages)]
@@ -131,12 +143,17 @@ class World:
         self.draft_cancelled = False
         self.tokens: list[int] = []
         self.origins: list[Origin] = []
+        self.logprobs: list[Logprobs] = []
         self.commands: list[Command] = []
         self.computed = 0
         self.skipped = 0
         self.finished: str | None = None
         self.trace = Trace(stages)
         self.tell(Begin(0))
+
+    def _stops(self, token: int) -> bool:
+        self.heard.append(token)
+        return tuple(self.heard[-len(self.stop_tokens) :]) == self.stop_tokens
 
     # --- driving ------------------------------------------------------------------
 
@@ -152,6 +169,7 @@ class World:
         self.commands.append(command)
         match command:
             case StartRun():
+                assert command.sampling is self.request.sampling
                 self.queues[0].append((command, False, frozenset()))
             case CancelRuns():
                 for pending in self.pending_cancels:
@@ -163,6 +181,7 @@ class World:
                 self.wanted_wake = True
             case StartDraft():
                 assert self.draft is None, "two drafts at once"
+                assert command.sampling is self.request.sampling
                 self.draft = expansion_of(command)
                 self.draft_cancelled = False
             case CancelDraft():
@@ -170,6 +189,7 @@ class World:
             case Commit():
                 self.tokens.extend(command.tokens)
                 self.origins.extend(command.origins)
+                self.logprobs.extend(command.logprobs)
             case Finish():
                 self.finished = command.reason
 
@@ -215,7 +235,11 @@ class World:
             return
         places = range(len(run.batch) - run.picks, len(run.batch))
         picked = tuple(target_token(paths[p]) if p in paths else LEFT_OUT for p in places)
-        self.done.append(RunDone(0, 0, run.run, None if skipped else picked))
+        logprobs = tuple(log_probability(paths[p]) if p in paths else None for p in places)
+        if skipped:
+            self.done.append(RunDone(0, 0, run.run, None))
+        else:
+            self.done.append(RunDone(0, 0, run.run, picked, logprobs=logprobs))
 
     def hear_cancel(self, i: int) -> None:
         self.cancelled[i].add(self.pending_cancels[i].popleft())
@@ -277,6 +301,15 @@ class World:
         if self.finished == "end_token":
             assert self.tokens[-1] in self.request.end_tokens
             assert not self.request.end_tokens & set(self.tokens[:-1])
+        stop = self.stop_tokens
+        if self.finished == "stop_string":
+            assert tuple(self.tokens[-len(stop) :]) == stop
+        if stop:
+            before = range(len(self.tokens) - len(stop))
+            assert all(tuple(self.tokens[i : i + len(stop)]) != stop for i in before)
+        whole = (*self.request.prompt, *self.tokens)
+        begun = range(len(self.request.prompt), len(whole))
+        assert self.logprobs == [log_probability(whole[:i]) for i in begun]
         assert not self.machine.runs and not self.machine.drafting
         metrics = self.trace.metrics()
         assert metrics.accepted_tokens <= metrics.drafted_tokens

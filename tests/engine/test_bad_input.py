@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from distributed import Client, LocalCluster
+from transformers import GenerationConfig
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.core.policies import PipeInfer
@@ -139,10 +140,10 @@ def test_what_is_neither_path_nor_name_is_no_model(nothing_starts: None) -> None
 def test_settings_that_are_not_applied_are_told(pair: Pair, tmp_path: Path) -> None:
     model = shutil.copytree(pair.target, tmp_path / "model")
     (model / "generation_config.json").write_text(
-        json.dumps({"repetition_penalty": 1.1, "no_repeat_ngram_size": 0})
+        json.dumps({"repetition_penalty": 1.1, "num_beams": 1, "forced_eos_token_id": 7})
     )
     with (
-        pytest.warns(UserWarning, match=r"asks for repetition_penalty=1.1 in .* not applied"),
+        pytest.warns(UserWarning, match=r"asks for forced_eos_token_id=7 in .* not applied"),
         pi.Engine.from_pretrained(model, in_process=True, stages=1),
     ):
         pass
@@ -226,6 +227,33 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": [1] * 12, "max_new_tokens": 501},
         r"context of 512, got 12 \+ 501: shorten the prompt or ask for fewer tokens",
     ),
+    "beams": ({"num_beams": 4}, "num_beams=4 is not supported: leave it out"),
+    "beams in a dict": ({"generation_config": {"num_beams": 4}}, "num_beams=4 is not supported"),
+    "guidance": (
+        {"generation_config": GenerationConfig(guidance_scale=1.5)},
+        r"guidance_scale=1\.5 is not supported",
+    ),
+    "several texts": ({"num_return_sequences": 2}, "start several generations, each with a seed"),
+    "length in all": ({"max_length": 99}, "max_length=99 is not supported: use max_new_tokens"),
+    "no such field": ({"generation_config": {"temp": 1}}, "fields of GenerationConfig, got 'temp'"),
+    "no configuration": ({"generation_config": 3}, "as a GenerationConfig or a dict, got 3"),
+    "a slip": ({"temprature": 1.0}, "no setting 'temprature': did you mean 'temperature'"),
+    "cold": ({"temperature": -1}, r"expected temperature above 0, and finite, got -1\.0"),
+    "warm in words": ({"temperature": "warm"}, "expected temperature as a number, got 'warm'"),
+    "greedy draws": ({"temperature": 0, "do_sample": True}, "temperature above 0"),
+    "perhaps": ({"do_sample": "yes"}, "do_sample to be true or false, got 'yes'"),
+    "all and more": ({"top_p": 1.1}, r"expected top_p above 0 and up to 1, got 1\.1"),
+    "half a token kept": ({"top_k": 1.5}, r"expected top_k as a whole number, got 1\.5"),
+    "negative seed": ({"seed": -1}, "expected seed of at least 0, got -1"),
+    "large seed": ({"seed": 2**63, "top_k": 5}, r"expected seed from 0 to 2\*\*63 - 1"),
+    "unknown bad word": ({"bad_words_ids": [[1], [288]]}, "bad_words_ids up to 287, got 288"),
+    "a bad word alone": ({"bad_words_ids": [7]}, "expected bad_words_ids as a list, got 7"),
+    "empty bad word": ({"bad_words_ids": [[]]}, "bad_words_ids without an empty word"),
+    "bias without a number": ({"sequence_bias": [[[1]]]}, "as token ids and a number"),
+    "unknown end": ({"eos_token_id": 999}, "eos_token_id up to 287, got 999"),
+    "empty stop string": ({"stop_strings": ["x", ""]}, "texts that are not empty, got ''"),
+    "stop token": ({"stop_strings": [3]}, "texts that are not empty, got 3"),
+    "fewer than no logprobs": ({"logprobs": -1}, "expected logprobs of at least 0, got -1"),
     "too long a prompt": ({"prompt": "x" * 512, "max_new_tokens": 1}, r"512, got 512 \+ 1"),
 }
 

@@ -15,6 +15,7 @@ from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.core.messages import Batch, Kind, StartRun
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
@@ -88,6 +89,7 @@ def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -
             *,
             picks: int,
             stopped: Callable[[], bool],
+            sampling: Sampling | None = None,
         ) -> StageOutput:
             begun.set()
             pause = Event()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeinfer_dask.core.messages import NO_PARENT, Batch, Kind, StartRun
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 
 SLOW = 1_000_000
@@ -41,6 +42,7 @@ class CountingStage:
         *,
         picks: int,
         stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> StageOutput:
         if batch.tokens[0] == BROKEN:
             raise ArithmeticError("numbers ran out")
@@ -126,7 +128,13 @@ class EchoingDraft:
     """Proposes the same token again, until it is stopped where the token is `SLOW`."""
 
     def candidates(
-        self, batch: Batch, frontier: int, *, width: int, stopped: Callable[[], bool]
+        self,
+        batch: Batch,
+        frontier: int,
+        *,
+        width: int,
+        stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> list[list[tuple[int, float]]] | None:
         if batch.tokens[-1] == SLOW:
             pause = threading.Event()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeinfer_dask.core.messages import LEFT_OUT, Batch, Prune
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.runtime.compute import Cancellations, RunPass, StageThread
 from tests.runtime.chain import run_of
@@ -37,14 +38,14 @@ def test_a_run_without_any_token_less_is_itself() -> None:
         ((), (5, 6, 7, 8), (5, 6, 7, 8)),
         ((1, 3), (5, 7), (5, LEFT_OUT, 7, LEFT_OUT)),
         ((0,), (6, 7, 8), (LEFT_OUT, 6, 7, 8)),
-        ((1,), None, None),
+        ((1,), (), ()),
     ],
 )
 def test_picks_keep_their_places(
-    left_out: tuple[int, ...], tokens: tuple[int, ...] | None, whole: tuple[int, ...] | None
+    left_out: tuple[int, ...], tokens: tuple[int, ...], whole: tuple[int, ...]
 ) -> None:
     job = RunPass(run_of(1, 10, 11, 12, 13), left_out=left_out)
-    assert job.whole_picks(tokens) == whole
+    assert job.whole(tokens, LEFT_OUT) == whole
 
 
 def test_what_was_pruned_is_forgotten_once_the_run_has_passed() -> None:
@@ -73,6 +74,7 @@ class Doubling:
         *,
         picks: int,
         stopped: Callable[[], bool],
+        sampling: Sampling | None = None,
     ) -> StageOutput:
         assert hidden is not None
         assert len(batch) == len(hidden) == picks

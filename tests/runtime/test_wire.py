@@ -23,6 +23,7 @@ from pipeinfer_dask.core.messages import (
     StartRun,
     TreePlan,
 )
+from pipeinfer_dask.core.sampling import Logprobs, Sampling
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.wire import (
     Close,
@@ -43,7 +44,24 @@ numbers = st.tuples() | st.lists(counts, max_size=5).map(tuple)
 seconds = st.floats(allow_nan=False)
 spans = st.builds(Span, seconds, seconds, counts)
 batches = st.builds(Batch, numbers, numbers, numbers, st.lists(st.integers(-1, 99)).map(tuple))
-runs = st.builds(StartRun, counts, counts, counts, st.sampled_from(Kind), batches, counts)
+samplings = st.builds(
+    Sampling,
+    seed=st.none() | st.integers(0, 2**63 - 1),
+    temperature=st.floats(0.01, 9),
+    top_k=counts,
+    top_h=st.none() | st.floats(0.01, 1),
+    bad_words_ids=st.lists(st.lists(counts, min_size=1, max_size=2).map(tuple)).map(tuple),
+    sequence_bias=st.lists(
+        st.tuples(st.lists(counts, min_size=1, max_size=2).map(tuple), st.floats(-5, 5))
+    ).map(tuple),
+    suppress_tokens=numbers,
+    min_length=counts,
+)
+logprobs = st.builds(Logprobs, seconds, st.lists(st.tuples(counts, seconds), max_size=3).map(tuple))
+runs = st.builds(
+    StartRun,
+    *(counts, counts, counts, st.sampled_from(Kind), batches, counts, st.none() | samplings),
+)
 hidden = arrays.arrays(
     st.sampled_from([np.float16, np.float32, np.float64]),
     st.tuples(st.integers(0, 4), st.integers(0, 5)),
@@ -56,6 +74,7 @@ passes = st.builds(
     st.lists(spans, max_size=3).map(tuple),
     st.booleans(),
     numbers,
+    st.lists(st.none() | logprobs, max_size=3).map(tuple),
 )
 proposals = st.builds(Proposal, counts, counts, st.integers(-1, 2**40), st.floats(0, 1))
 plans = st.builds(DraftPlan, counts, st.floats(0, 1), st.floats(0, 1), counts, st.none() | counts)
@@ -74,7 +93,11 @@ messages = st.one_of(
     passes,
     st.builds(Prune, counts, counts, numbers, st.lists(numbers, max_size=3).map(tuple)),
     st.builds(CancelRuns, counts, counts, numbers, st.sampled_from(CancelReason)),
-    st.builds(StartDraft, counts, counts, counts, batches, counts, numbers, plans | trees),
+    st.builds(
+        StartDraft,
+        *(counts, counts, counts, batches, counts, numbers, plans | trees),
+        st.none() | samplings,
+    ),
     st.builds(CancelDraft, counts, counts, counts),
     st.builds(
         Drafted,
@@ -156,6 +179,14 @@ def test_hidden_states_of_objects_are_refused() -> None:
     forged = msgpack.packb((*rest, ("|O", layout[1])))
     with pytest.raises(WireError, match="expected a floating dtype"):
         decode([forged, payload])
+
+
+def test_settings_out_of_range_are_no_message() -> None:
+    run = replace(run_pass(np.ones((2, 8), np.float32)).run, sampling=Sampling(temperature=2.0))
+    (header,) = encode(Envelope(0, 0, RunPass(run)))
+    forged = header.replace(msgpack.packb(2.0), msgpack.packb(-2.0))  # type: ignore[union-attr]
+    with pytest.raises(WireError, match=r"expected temperature above 0, and finite, got -2\.0"):
+        decode([forged])
 
 
 def test_what_is_no_number_is_not_sent() -> None:
