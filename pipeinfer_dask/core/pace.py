@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeinfer_dask.core.messages import Span
 
-PRIOR_SHARE = 0.1
+PRIOR_SHARE = 0.15
 """What a further token adds to a run, as a share of the first one's time, until it's known."""
 
 FARTHEST = 2.0

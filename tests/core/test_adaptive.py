@@ -20,6 +20,7 @@ from pipeinfer_dask.core.messages import (
     Prune,
     RunDone,
     RunTaken,
+    Span,
     StartDraft,
     StartRun,
     TreePlan,
@@ -90,6 +91,70 @@ def test_the_likeliest_tokens_run_first_whether_deep_or_broad() -> None:
     pipeline.answer((8, 0.6), (9, 0.3), (10, 0.05))
     (first,) = pipeline.runs()[2:]
     assert first.batch.tokens == (8, 9)
+
+
+def test_a_token_whose_result_decides_much_runs_before_a_likelier_one_that_decides_little() -> None:
+    pipeline = begun(Adaptive(micro_batch=1, calibrate=False))
+    draft = pipeline.draft()
+    root = draft.batch.slots[-1]
+    sure, unsure = draft.slots[:2]
+    proposals = (
+        Proposal(8, root, sure, 0.55),
+        Proposal(9, root, unsure, 0.45),
+        Proposal(20, sure, NO_SLOT, 0.99),
+        Proposal(21, unsure, NO_SLOT, 0.4),
+    )
+    evaluated = (*draft.batch.slots, sure, unsure)
+    pipeline.tell(Drafted(0, 0, draft.draft, proposals, evaluated))
+    (first,) = pipeline.runs()[2:]
+    assert first.batch.tokens == (9,)
+
+
+def test_what_a_token_decides_is_weighed_when_its_followers_come_later() -> None:
+    pipeline = begun(Adaptive(micro_batch=1, calibrate=False))
+    pipeline.answer((7, 0.6), (8, 0.21), (9, 0.19))
+    draft = pipeline.draft()
+    frontier = draft.batch.slots[len(draft.batch) - draft.frontier :]
+    tokens = draft.batch.tokens[len(draft.batch) - draft.frontier :]
+    likely = {7: 0.01, 8: 0.99, 9: 0.5}  # the first one runs already: its followers are worst
+    proposals = tuple(
+        Proposal(20 + token, slot, NO_SLOT, likely[token])
+        for token, slot in zip(tokens, frontier, strict=True)
+    )
+    pipeline.tell(Drafted(0, 0, draft.draft, proposals, draft.batch.slots))
+    pipeline.take(2)
+    assert [run.batch.tokens for run in pipeline.runs()[2:]] == [(7,), (9,)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "agreement", "share", "size"),
+    [
+        (16, 0.79, 0.3, 1),
+        (4, 0.79, 0.3, 2),
+        (4, 0.95, 0.3, 4),
+        (32, 0.95, 0.3, 1),
+        (8, 0.79, 0.15, 3),
+        (8, 0.79, 0.05, 12),
+        (8, 0.79, 0.0, 16),
+        (8, 0.79, 1.5, 1),
+    ],
+)
+def test_runs_are_large_where_tokens_are_cheap_and_few_errors_lie_on_the_way(
+    stages: int, agreement: float, share: float, size: int
+) -> None:
+    policy = Adaptive()
+    policy._pace.stages, policy._pace.share = stages, share
+    policy._agreement = agreement
+    assert policy._largest() == size
+
+
+def test_the_prompt_tells_how_many_stages_there_are() -> None:
+    policy = Adaptive()
+    pipeline = Pipeline(policy)
+    pipeline.take(0)
+    spans = tuple(Span(at, at + 1.0, 2) for at in range(5))
+    pipeline.tell(RunDone(0, 0, 0, (7,), spans))
+    assert policy._pace.stages == 5
 
 
 def test_a_run_grows_from_the_ramp_to_its_largest_size() -> None:

@@ -5,9 +5,9 @@ Three questions, each asked as late as possible:
 - *What to draft?* The tokens that the text reaches most likely and that the draft model
   has not evaluated yet, several in one pass.
 - *What to run?* When the first stage is about to be free: the tokens that the text
-  reaches most likely and that are in no run yet. Depth and breadth compete on equal
-  terms: a second choice near the root wins over a first choice far below it when its
-  chance is the better one.
+  reaches most likely and that are in no run yet, those first whose results decide most.
+  Depth and breadth compete on equal terms: a second choice near the root wins over a first
+  choice far below it when its chance is the better one.
 - *How many in one run?* Each token more makes the run, and all behind it, slower on every
   stage. So the size follows from what a token costs here (measured) and grows from run to
   run behind a fresh start, when the first answers are needed soonest.
@@ -45,6 +45,8 @@ LARGEST = 16
 """Most tokens of one run, however cheap."""
 AGREEMENT_STEP = 0.03
 """How fast the share of the draft model's right first choices is learned."""
+NEWS = 4.0
+"""So many times more is a token worth, at most, whose result tells what nobody can guess."""
 
 
 @dataclass(slots=True)
@@ -92,8 +94,9 @@ class Adaptive(Policy):
     _trial: Trial = field(default_factory=Trial, init=False)
     _agreement: float = field(default=0.75, init=False)
     _count: int = field(default=0, init=False)
-    # Heaps of (-reach, number, node). A node's reach never changes, and what the text has
-    # passed by comes up first and is dropped then.
+    # Heaps of (-reach, number, node) and (-value, number, node). What the text has passed by
+    # comes up first and is dropped then. A value grows once, when followers are proposed: the
+    # node is put in again, and its older entry is dropped when the node is in a run.
     _unevaluated: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
     _ready: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
     _on_first: RunFuture | None = field(default=None, init=False)
@@ -148,21 +151,33 @@ class Adaptive(Policy):
         """Return how many tokens of a run pay.
 
         A token more makes the way through the pipeline longer for this run and all behind it;
-        what it adds becomes less and less. The optimum is flat, and lies where all further
-        tokens together cost about half of the first; higher where the pipeline is short, or
-        the draft nearly always right, since then it's throughput that counts. Fitted to
-        simulations: see docs/policies.md.
+        what it adds becomes less and less. The optimum is flat: the less a token costs, the
+        larger, and larger still where fewer errors are to be expected on the way through the
+        pipeline, since then it's throughput that counts. Fitted to simulations: see
+        docs/policies.md.
         """
         if self.micro_batch:
             return self.micro_batch
-        sure = 1 + min(0.5, max(0.0, (self._agreement - 0.79) / 0.32))
-        pays = (0.4 + 0.4 / self._pace.stages) * sure / max(self._pace.share, 1e-3)
+        errors = self._pace.stages * max(1 - self._agreement, 0.03)
+        pays = (0.46 + 0.26 / errors) * (1 / max(self._pace.share, 1e-3) - 1)
         return max(1, min(LARGEST, round(pays)))
 
     def _open_children(self, node: Node) -> None:
         for child in node.children:
             if child.run is None:
-                heapq.heappush(self._ready, (-child.reach, self._next_number(), child))
+                self._offer(child)
+
+    def _offer(self, node: Node) -> None:
+        """Make a node whose parent is in a run known as one to choose from.
+
+        Its value is its chance, and more where it is uncertain what follows: that result
+        decides most, and a chain that goes on for sure loses little by coming later.
+        """
+        value = node.reach
+        if node.children:
+            best = max(child.reach for child in node.children)
+            value += math.log1p(NEWS * max(0.0, 1 - math.exp(best - node.reach)))
+        heapq.heappush(self._ready, (-value, self._next_number(), node))
 
     def _next_number(self) -> int:
         self._count += 1
@@ -231,14 +246,18 @@ class Adaptive(Policy):
 
     def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
         table = self._calibration.table if self.calibrate else ()
+        parents: dict[Node, None] = {}
         for node in added:
             assert node.parent is not None
             node.reach = node.parent.reach + log_chance(worth(node.confidence, table))
-            number = self._next_number()
+            parents[node.parent] = None
             if depth_left(machine, node) > 0:
-                heapq.heappush(self._unevaluated, (-node.reach, number, node))
-            if node.parent.run is not None:
-                heapq.heappush(self._ready, (-node.reach, number, node))
+                heapq.heappush(self._unevaluated, (-node.reach, self._next_number(), node))
+        for parent in parents:
+            if parent.run is not None:
+                self._open_children(parent)
+            elif parent.parent is not None and parent.parent.run is not None:
+                self._offer(parent)
 
     def taken(self, machine: Machine, run: RunFuture) -> None:
         pace = self._pace
@@ -259,5 +278,4 @@ class Adaptive(Policy):
     def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
         if run is self._on_first:
             self._first_free_at = min(self._first_free_at, machine.now)
-        if run.kind is not Kind.PREFILL:
-            self._pace.ran(len(run.nodes), machine.now - run.started, done.spans)
+        self._pace.ran(len(run.nodes), machine.now - run.started, done.spans)
