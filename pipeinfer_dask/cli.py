@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
@@ -141,9 +141,7 @@ def demo(
 @click.argument("prompt")
 @click.option("--target", help="Directory or hub name of the target. By default the embedded one.")
 @click.option(
-    "--draft",
-    help="Directory or hub name of the draft. ngram: no model, but what followed the same tokens "
-    "earlier in the text (a directory of that name is ./ngram).",
+    "--draft", help="Directory or hub name of the draft; ngram: look up (that directory: ./ngram)."
 )
 @click.option("--strategy", help="By default adaptive, or iterative where there is no draft.")
 @click.option(
@@ -324,19 +322,21 @@ def simulate(
 
 @main.command()
 @click.argument("suite", type=click.Choice(SUITES))
+@click.option("--dial", type=int, multiple=True, help="compute: only this agreement, in percent.")
+@click.option("--quick", is_flag=True, help="compute: small models and short texts, once.")
 @as_json
-def bench(suite: str, as_json: bool) -> None:
+def bench(suite: str, dial: tuple[int, ...], quick: bool, as_json: bool) -> None:
     """Measure one part on this machine. The last line of stdout is one JSON object."""
-    measure: Callable[[], dict[str, Any]] = getattr(
-        import_module(f"pipeinfer_dask.bench.{suite}"), f"run_{suite}_bench"
-    )
-    report = measure()
+    given = {name: value for name, value in (("dial", dial), ("quick", quick)) if value}
+    if given and suite != "compute":
+        raise ValueError(f"expected --{next(iter(given))} with suite compute, got {suite}")
+    module = import_module(f"pipeinfer_dask.bench.{suite}")
+    report: dict[str, Any] = getattr(module, f"run_{suite}_bench")(**given)
     if not as_json:
         from rich.table import Table
 
-        rows = report["rows"]
-        table = Table(*rows[0], box=None)
-        for row in rows:
+        table = Table(*report["rows"][0], box=None)
+        for row in report["rows"]:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
         _console(as_json).print(table)
     click.echo(json.dumps(report))

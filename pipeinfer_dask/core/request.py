@@ -31,6 +31,9 @@ class Request:
         How tokens are picked; without it the most probable one, always.
     stop_strings : tuple of str
         The text ends with the token that completes any of these.
+    shares_cores : bool
+        Whether stages and draft model all compute on the same cores: then nothing is gained
+        by having several of them at work at once.
     """
 
     id: int
@@ -42,6 +45,7 @@ class Request:
     reads_ahead: bool = False
     sampling: Sampling | None = None
     stop_strings: tuple[str, ...] = ()
+    shares_cores: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -26,13 +26,17 @@ class ShardSpec:
     capacity : int
         Slots of the KV cache.
     threads : int
-        Threads that share one operation.
+        Threads that share one of torch's operations.
     name : str
         What messages call it.
     weights : {"auto", "fp16", "fp32"}
         How matrices are held; see `Shard.load`.
     target_vocab_size : int, optional
         Of a draft model: rows of the target's head.
+    sharers : int, optional
+        Threads that share a multiplication by a packed matrix; ``threads`` by default. They
+        sleep when idle, so nodes on the same cores may each have as many as there are cores:
+        torch's own would wait for one another there.
     """
 
     source: Source
@@ -43,6 +47,7 @@ class ShardSpec:
     name: str
     weights: Weights = "auto"
     target_vocab_size: int | None = None
+    sharers: int | None = None
 
     def load(self, count: CountBytes) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
@@ -52,7 +57,7 @@ class ShardSpec:
             range(self.first, self.last),
             capacity=self.capacity,
             weights=self.weights,
-            threads=self.threads,
+            threads=self.sharers or self.threads,
             target_vocab_size=self.target_vocab_size,
             count=count,
         )

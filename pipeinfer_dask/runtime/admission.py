@@ -36,12 +36,15 @@ class Admission:
         Whether there is a draft model.
     draft_apart : bool
         Whether the draft model is on a machine that holds no stage.
+    shares_cores : bool
+        Whether stages and draft model all compute on the same cores.
     """
 
     target: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     has_draft: bool
     draft_apart: bool = False
+    shares_cores: bool = False
 
     def policy(self, strategy: str | Policy | None, knobs: Mapping[str, Any]) -> Policy:
         """Return a fresh policy.
@@ -112,6 +115,7 @@ class Admission:
             capacity=len(tokens) + max_new_tokens + SPECULATIVE_SLOTS,
             end_tokens=self._end_tokens(asked),
             reads_ahead=self.draft_apart,
+            shares_cores=self.shares_cores,
             sampling=self._sampling(asked, self.stated[0], len(tokens), seed, logprobs),
             stop_strings=texts("stop_strings", (self.stated[0] | asked).get("stop_strings", ())),
         )

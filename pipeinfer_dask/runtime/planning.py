@@ -112,7 +112,9 @@ class Models:
         """Return what each node loads."""
 
         def spec(model: Checkpoint, layers: range, worker: str | None, name: str) -> ShardSpec:
+            sharers = None
             if placement is None or worker is None:
+                sharers = os.cpu_count()
                 nodes = len(ranges) + isinstance(self.draft, Checkpoint)
                 threads = max(1, (os.cpu_count() or 1) // nodes)
             else:
@@ -126,6 +128,7 @@ class Models:
                 threads=threads,
                 name=name,
                 weights=self.weights,
+                sharers=sharers,
             )
 
         stage_workers = placement.stages if placement is not None else [None] * len(ranges)

@@ -111,6 +111,7 @@ class World:
         quality: float = 0.7,
         spare: int = 16,
         prefill_chunk: int = 2,
+        shares_cores: bool = False,
         end_tokens: frozenset[int] = frozenset(),
         stop: Path = (),
     ) -> None:
@@ -123,6 +124,7 @@ class World:
             prefill_chunk,
             reads_ahead=True,
             sampling=Sampling(logprobs=1),
+            shares_cores=shares_cores,
         )
         self.stop_tokens = stop
         self.heard: list[int] = []

@@ -15,6 +15,7 @@ LAYERS = (
     "trace",
     "simulation",
     "models",
+    "testing",
     "runtime",
     "engine",
     "terminal",

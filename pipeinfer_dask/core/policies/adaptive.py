@@ -43,6 +43,10 @@ from pipeinfer_dask.core.trial import Trial
 
 LARGEST = 16
 """Most tokens of one run, however cheap."""
+DEEPEST = 6
+"""Most passes of the draft model before a run, where the two take turns."""
+PAYS = 0.35
+"""A pass for a token that is less likely costs more than it gains: about a third of a token."""
 AGREEMENT_STEP = 0.03
 """How fast the share of the draft model's right first choices is learned."""
 NEWS = 4.0
@@ -101,6 +105,7 @@ class Adaptive(Policy):
     _ready: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
     _on_first: RunFuture | None = field(default=None, init=False)
     _first_free_at: float = field(default=0.0, init=False)
+    _tried: Node | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         at_least(self, "micro_batch", 0)
@@ -113,6 +118,10 @@ class Adaptive(Policy):
     # --- what to run ------------------------------------------------------------------
 
     def choose_run(self, machine: Machine) -> Sequence[Node]:
+        if self._shares(machine) and (
+            not machine.idle or machine.drafting or self._draft_comes_first(machine)
+        ):
+            return []
         if machine.root_waits and not self._trial.speculate:
             return [machine.root]
         if machine.root_waits:
@@ -131,7 +140,7 @@ class Adaptive(Policy):
 
     def _quiet(self, machine: Machine) -> bool:
         """Whether there is nothing to choose a speculative run from, or no use in one now."""
-        waiting = machine.prefilling or not machine.has_room
+        waiting = machine.prefilling or not machine.has_room or self._shares(machine)
         return waiting or not machine.fresh or not self._trial.speculate
 
     def _grown(self, nodes: list[Node], size: int, machine: Machine) -> list[Node]:
@@ -190,13 +199,18 @@ class Adaptive(Policy):
             return fill_cache(machine)
         if not self._trial.speculate:
             return None
+        if shares := self._shares(machine):
+            if not machine.idle or not self._draft_comes_first(machine):
+                return None
+            self._tried = machine.root
         frontier = self._frontier(machine)
-        if not frontier or self._enough(machine, frontier[0]):
+        if not frontier or (not shares and self._enough(machine, frontier[0])):
             return None
         root = machine.root.reach
+        passes = self._depth() if shares else self.passes
         plan = TreePlan(
-            size=self.breadth * (self.passes - 1),
-            passes=self.passes,
+            size=max(1, self.breadth * (passes - 1)),
+            passes=passes,
             breadth=self.breadth,
             width=self.width if self.tree else 1,
             floor=self.floor,
@@ -204,6 +218,21 @@ class Adaptive(Policy):
             calibration=self._calibration.table if self.calibrate else (),
         )
         return plan, frontier
+
+    def _shares(self, machine: Machine) -> bool:
+        """Whether draft model and target take turns: what ran beside would slow both."""
+        return machine.request.shares_cores and not machine.prefilling
+
+    def _draft_comes_first(self, machine: Machine) -> bool:
+        """Whether, where they take turns, it's the draft model's."""
+        known = self._pace.plain > 0  # what speculation is compared with
+        untried = self._tried is not machine.root and self._trial.speculate and known
+        return untried and bool(self._frontier(machine))
+
+    def _depth(self) -> int:
+        """Return how many passes of the draft model pay before a run."""
+        agreement = min(max(self._agreement, 0.01), 0.95)
+        return max(1, min(DEEPEST, int(math.log(PAYS) / math.log(agreement))))
 
     def _frontier(self, machine: Machine) -> list[Node]:
         """Return what to extend next: the likeliest tokens that the draft model does not hold."""
