@@ -10,23 +10,17 @@ norms and sums are float32 throughout. Where torch has no such kernels, all is f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-from pipeinfer_dask.models.tensors import StoredTensor
 
 Weights = Literal["auto", "fp16", "fp32"]
 """How matrices are held: "auto" is "fp16" where the checkpoint is of 16 bits, else "fp32"."""
 
-STORED_AS = {"F16": torch.float16, "BF16": torch.bfloat16}
 LARGEST = torch.finfo(torch.float16).max
 SMALLEST_PART = 2**20
 """Elements worth handing to another thread, which takes as long as multiplying by so many."""
@@ -143,80 +137,3 @@ class StoredEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up [...]: [..., dim]."""
         return F.embedding(ids, self.weight).float()
-
-
-def keep_stored(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
-    """Have a model without memory load its large matrices as they are stored, for `pack`.
-
-    What is not packed is loaded as float32.
-    """
-    kinds = {STORED_AS.get(tensor.dtype) for tensor in stored.values() if len(tensor.shape) > 1}
-    # Some families' modules have other names than what is stored.
-    usual = kinds.pop() if len(kinds) == 1 else None
-    for name, module in model.named_modules():
-        if _is_linear(module) or _is_table(module):
-            known = stored.get(f"{name}.weight")
-            dtype = usual if known is None else STORED_AS.get(known.dtype)
-            if dtype is not None:
-                weight = torch.empty_like(module.weight, dtype=dtype)
-                module.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def pack(model: PreTrainedModel, *, everything: bool, threads: int) -> None:
-    """Have a loaded model's linears and embeddings compute from 16 bits, without a whole copy.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Its linears and embeddings are replaced, one after the other.
-    everything : bool
-        Pack what is stored in 32 bits, too.
-    threads : int
-        Threads that share a multiplication.
-    """
-    pool = ThreadPoolExecutor(threads - 1, "linears") if threads > 1 else None
-    room = torch.empty(LARGEST_PART)
-    parent: Any
-    module: Any
-    # By name, for whoever held the modules would hold their matrices until all are packed.
-    for parent in [m for m in model.modules() if not (_is_linear(m) or _is_table(m))]:
-        for name in [name for name, _ in parent.named_children()]:
-            module = getattr(parent, name)
-            narrow = any(p.dtype != torch.float32 for p in module.parameters(recurse=False))
-            if _is_table(module) and narrow:
-                setattr(parent, name, StoredEmbedding(module.weight.detach()))
-            elif _is_linear(module) and (narrow or everything):
-                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-                try:
-                    packed = PackedLinear(
-                        weight, module.bias, pool=pool, threads=threads, room=room
-                    )
-                except OverflowError:
-                    module.float()
-                else:
-                    setattr(parent, name, packed)
-
-
-def _is_table(module: Any) -> bool:
-    # Subclasses scale or shift what they look up.
-    return type(module) is nn.Embedding and module.max_norm is None
-
-
-def _is_linear(module: Any) -> bool:
-    return type(module) is Conv1D or (isinstance(module, nn.Linear) and _is_plain(type(module)))
-
-
-def _is_plain(kind: type[nn.Linear]) -> bool:
-    """Say whether a kind of linear computes what its base does, however it is written."""
-    if kind is nn.Linear:
-        return True
-    # While transformers builds a model, what is made has no memory and no values of its own.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        try:
-            example = kind(4, 3)
-        except TypeError:
-            return False
-        for parameter in example.parameters():
-            parameter.data = torch.linspace(-1, 1, parameter.numel()).view(parameter.shape)
-        x = torch.linspace(-1, 1, 8).view(2, 4)
-        return torch.allclose(example(x), F.linear(x, example.weight, example.bias))

@@ -21,7 +21,8 @@ from pipeinfer_dask.models.checkpoint import check_tensors
 from pipeinfer_dask.models.conversion import rehearse_names
 from pipeinfer_dask.models.families import context_of, model_class
 from pipeinfer_dask.models.fused import forward_pass, fuse
-from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels, keep_stored, pack
+from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels
+from pipeinfer_dask.models.packing import keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.sampling import Choice, Sampler, logprobs
 from pipeinfer_dask.models.sources import Source, locate

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from pipeinfer_dask.core.messages import Batch
-from pipeinfer_dask.models import linears
+from pipeinfer_dask.models import linears, packing
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.models.linears import PackedLinear, StoredEmbedding, has_kernels
 from pipeinfer_dask.models.shard import Shard
@@ -128,8 +128,8 @@ def test_linears_written_in_a_familys_own_way_are_packed_where_they_compute_the_
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    assert linears._is_linear(FalconLinear(2, 2))
-    assert not linears._is_linear(Scaled(2, 2))
+    assert packing._is_linear(FalconLinear(2, 2))
+    assert not packing._is_linear(Scaled(2, 2))
 
 
 def test_where_torch_has_no_kernels_auto_computes_in_32_bits_and_fp16_is_refused(
@@ -155,26 +155,28 @@ from pipeinfer_dask.models.shard import Shard
 memory = psutil.Process().memory_full_info
 Shard.load(Path(sys.argv[1]), range(1), capacity=8)  # what libraries take once
 before = memory().uss
-shard = Shard.load(Path(sys.argv[2]), range(4), capacity=8)
+shard = Shard.load(Path(sys.argv[2]), range(int(sys.argv[3])), capacity=8)
 print(memory().uss - before)
 """
 
 
-def test_a_worker_holds_a_16_bit_shard_in_its_16_bits(tmp_path: Path) -> None:
-    small = make_tiny(tmp_path / "small", "llama", layers=1, seed=1, dtype=torch.bfloat16)
-    large = make_tiny(
-        tmp_path / "large",
-        "llama",
-        layers=4,
-        seed=1,
-        dtype=torch.bfloat16,
-        hidden_size=512,
-        intermediate_size=4096,
-    )
+@pytest.mark.parametrize(
+    ("family", "layers", "config"), [("llama", 4, {}), ("mixtral", 1, {"num_local_experts": 8})]
+)
+def test_a_worker_holds_a_16_bit_shard_in_its_16_bits(
+    family: str, layers: int, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config |= {"dtype": torch.bfloat16}
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 4096}
+    small = make_tiny(tmp_path / "small", family, layers=1, seed=1, **config)
+    large = make_tiny(tmp_path / "large", family, layers=layers, seed=1, **config, **sizes)
     stored = (large / "model.safetensors").stat().st_size
     assert stored > 50e6
     child = subprocess.run(
-        [sys.executable, "-c", MEMORY, small, large], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, small, large, str(layers)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     held = int(child.stdout)
     assert 0.8 * stored < held < 1.1 * stored
@@ -206,7 +208,7 @@ def test_matrices_that_lie_the_other_way_round_are_packed(tmp_path: Path) -> Non
     model, ids = AutoModelForCausalLM.from_pretrained(path), torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         exact = model(ids).logits
-        linears.pack(model, everything=True, threads=1)
+        packing.pack(model, everything=True, threads=1)
         assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 9
         torch.testing.assert_close(model(ids).logits, exact, rtol=0.05, atol=0.05)
 
