@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from pipeinfer_dask.models.ancestry import Attendance
 from pipeinfer_dask.models.attention import attending, slot_attention
 from pipeinfer_dask.models.cache import SlotCache
+from pipeinfer_dask.models.linears import together
 from pipeinfer_dask.models.splice import decoder_layers
 
 LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -84,13 +85,10 @@ class FusedLayer(nn.Module):
         self._index: int = attention.layer_idx
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
+        self._qkv = together([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._gate_up = together([mlp.gate_proj, mlp.up_proj])
         # Called without what modules do around it: they have no hooks.
-        self._q, self._k, self._v, self._o = (
-            getattr(attention, f"{name}_proj").forward for name in "qkvo"
-        )
-        self._gate, self._up, self._down = (
-            getattr(mlp, f"{name}_proj").forward for name in ("gate", "up", "down")
-        )
+        self._o, self._down = attention.o_proj.forward, mlp.down_proj.forward
         self._activation = mlp.act_fn.forward
         self._before = RootMeanSquare(layer.input_layernorm).forward
         self._after = RootMeanSquare(layer.post_attention_layernorm).forward
@@ -113,7 +111,7 @@ class FusedLayer(nn.Module):
         half = self._head_dim // 2
 
         x = self._before(hidden_states)
-        q, k, v = self._q(x).view(heads), self._k(x).view(heads), self._v(x).view(heads)
+        q, k, v = (product.view(heads) for product in self._qkv(x))
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
         q = torch.addcmul(q * cos, q.roll(half, -1), sin)
@@ -124,8 +122,8 @@ class FusedLayer(nn.Module):
         )
         hidden_states = hidden_states + self._o(attended.flatten(2))
 
-        x = self._after(hidden_states)
-        added: Tensor = self._down(self._activation(self._gate(x)) * self._up(x))
+        gate, up = self._gate_up(self._after(hidden_states))
+        added: Tensor = self._down(self._activation(gate) * up)
         return hidden_states + added
 
 

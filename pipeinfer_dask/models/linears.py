@@ -10,13 +10,16 @@ norms and sums are float32 throughout. Where torch has no such kernels, all is f
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import chain, islice
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeinfer_dask.models.helpers import Helpers
 
 Weights = Literal["auto", "fp16", "fp32"]
 """How matrices are held: "auto" is "fp16" where the checkpoint is of 16 bits, else "fp32"."""
@@ -56,6 +59,14 @@ def has_kernels() -> bool:
     return torch.equal(product, F.linear(x, matrix))
 
 
+class Part(NamedTuple):
+    """Some rows of a matrix, packed, and of what is added to the product."""
+
+    packed: Tensor
+    bias: Tensor | None
+    rows: int
+
+
 class PackedLinear(nn.Module):
     """What `nn.Linear` computes, by a float16 matrix.
 
@@ -64,10 +75,8 @@ class PackedLinear(nn.Module):
     weight : Tensor, [out_features, in_features]
         Of any float type and in any order; not kept.
     bias : Tensor, [out_features], or None
-    pool : ThreadPoolExecutor or None
-        Threads beside the calling one; the rows of large matrices are shared among them all.
-    threads : int
-        How many they are together.
+    helpers : Helpers, optional
+        Threads that share the rows of a large matrix.
     room : Tensor of float32, [LARGEST_PART], optional
         Where parts are converted, so that packing many matrices leaves no holes in memory.
 
@@ -82,17 +91,17 @@ class PackedLinear(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         *,
-        pool: ThreadPoolExecutor | None = None,
-        threads: int = 1,
+        helpers: Helpers | None = None,
         room: Tensor | None = None,
     ) -> None:
         super().__init__()
         rows, columns = weight.shape
         self.in_features, self.out_features = columns, rows
-        shares = min(threads, max(1, weight.numel() // SMALLEST_PART))
+        self.helpers = helpers or Helpers(1)
+        shares = min(self.helpers.threads, max(1, weight.numel() // SMALLEST_PART))
         step = min(-(-rows // shares), LARGEST_PART // columns)
         room = torch.empty(LARGEST_PART) if room is None else room
-        parts = []
+        self.parts: list[Part] = []
         for start in range(0, rows, step):
             part = slice(start, start + step)
             stored = weight[part]
@@ -101,30 +110,59 @@ class PackedLinear(nn.Module):
             if not -LARGEST <= low <= high <= LARGEST:
                 raise OverflowError(f"values from {low} to {high} are beyond float16")
             packed = torch.fbgemm_pack_gemm_matrix_fp16(values)
-            parts.append((packed, None if bias is None else bias[part].float().contiguous()))
-        size = -(-len(parts) // shares)
-        self._shares = [parts[start : start + size] for start in range(0, len(parts), size)]
-        self._only = parts[0] if len(parts) == 1 else None
-        self._pool = pool
+            added = None if bias is None else bias[part].float().contiguous()
+            self.parts.append(Part(packed, added, len(stored)))
+        self._products = Products([self.parts], self.helpers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply [..., in_features]: [..., out_features]."""
-        if self._only is not None:
-            return torch.fbgemm_linear_fp16_weight_fp32_activation(x, *self._only)
-        *others, mine = self._shares
-        if self._pool is None:
-            products = [product for share in self._shares for product in _products(x, share)]
-        else:
-            handed = [self._pool.submit(_products, x, share) for share in others]
-            last = _products(x, mine)
-            products = [product for share in handed for product in share.result()] + last
-        return torch.cat(products, dim=-1)
+        if len(self.parts) == 1:
+            return _product(x, self.parts[0])
+        return self._products(x)[0]
 
 
-def _products(x: Tensor, share: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    return [
-        torch.fbgemm_linear_fp16_weight_fp32_activation(x, packed, bias) for packed, bias in share
-    ]
+class Products:
+    """The products of one input by several matrices, each in parts, handed to helpers at one go."""
+
+    def __init__(self, matrices: Sequence[Sequence[Part]], helpers: Helpers) -> None:
+        self._helpers = helpers
+        self._sizes = [len(parts) for parts in matrices]
+        parts = list(chain.from_iterable(matrices))
+        shares: list[list[int]] = [[] for _ in range(helpers.threads)]
+        # The largest first, each to who has least to do.
+        for place in sorted(range(len(parts)), key=lambda place: -parts[place].rows):
+            min(shares, key=lambda share: sum(parts[other].rows for other in share)).append(place)
+        places = list(chain.from_iterable(shares))
+        self._shares = [[parts[place] for place in share] for share in shares if share]
+        self._order = sorted(range(len(places)), key=places.__getitem__)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Multiply [..., in_features]: by each matrix, [..., out_features]."""
+        made = self._helpers.call([partial(_multiplied, x, share) for share in self._shares])
+        flat = list(chain.from_iterable(made))
+        parts = iter([flat[place] for place in self._order])
+        return [
+            next(parts) if size == 1 else torch.cat(list(islice(parts, size)), dim=-1)
+            for size in self._sizes
+        ]
+
+
+def _multiplied(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    return [_product(x, part) for part in parts]
+
+
+def _product(x: Tensor, part: Part) -> Tensor:
+    return torch.fbgemm_linear_fp16_weight_fp32_activation(x, part.packed, part.bias)
+
+
+def together(linears: Sequence[nn.Module]) -> Callable[[Tensor], list[Tensor]]:
+    """Return what computes several linears of one input, handed to helpers at one go."""
+    packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
+    if len(packed) == len(linears) and packed[0].helpers.threads > 1:
+        return Products([linear.parts for linear in packed], packed[0].helpers)
+    # Called without what modules do around it: they have no hooks.
+    forwards = [linear.forward for linear in linears]
+    return lambda x: [forward(x) for forward in forwards]
 
 
 class StoredEmbedding(nn.Module):

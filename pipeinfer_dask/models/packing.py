@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeinfer_dask.models.experts import MATRICES, PackedExperts, holds_experts
+from pipeinfer_dask.models.helpers import Helpers
 from pipeinfer_dask.models.linears import LARGEST_PART, PackedLinear, StoredEmbedding
 from pipeinfer_dask.models.tensors import StoredTensor
 
@@ -48,12 +48,12 @@ def pack(model: PreTrainedModel, *, everything: bool, threads: int) -> None:
     threads : int
         Threads that share a multiplication.
     """
-    pool = ThreadPoolExecutor(threads - 1, "linears") if threads > 1 else None
+    helpers = Helpers(threads)
     room = torch.empty(LARGEST_PART)
 
     def hold(matrix: Tensor, bias: Tensor | None) -> nn.Module:
         try:
-            return PackedLinear(matrix, bias, pool=pool, threads=threads, room=room)
+            return PackedLinear(matrix, bias, helpers=helpers, room=room)
         except OverflowError:
             rows, columns = matrix.shape
             wide = nn.Linear(columns, rows, bias=bias is not None, device="meta")

@@ -2,7 +2,6 @@ import gc
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models import linears, packing
 from pipeinfer_dask.models.demo_pair import demo_pair
-from pipeinfer_dask.models.linears import PackedLinear, StoredEmbedding, has_kernels
+from pipeinfer_dask.models.helpers import Helpers
+from pipeinfer_dask.models.linears import PackedLinear, StoredEmbedding, has_kernels, together
 from pipeinfer_dask.models.shard import Shard
 from tests.tiny import make_tiny
 
@@ -55,9 +55,21 @@ def test_neither_threads_nor_parts_change_a_bit(
     whole = PackedLinear(weight, bias)(x)
     monkeypatch.setattr(linears, "SMALLEST_PART", 256)
     monkeypatch.setattr(linears, "LARGEST_PART", largest)
-    with ThreadPoolExecutor(2) as pool:
-        shared = PackedLinear(weight, bias, pool=pool if threads > 1 else None, threads=threads)
-        assert torch.equal(shared(x), whole)
+    shared = PackedLinear(weight, bias, helpers=Helpers(threads))
+    assert torch.equal(shared(x), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_linears_of_one_input_give_together_what_each_gives_alone(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linears, "SMALLEST_PART", 256)
+    helpers, x = Helpers(threads), random(1, 3, 64).float()
+    several = [PackedLinear(random(n, 64), random(n), helpers=helpers) for n in (50, 3, 40, 7)]
+    for one, wanted in zip(together(several)(x), several, strict=True):
+        assert torch.equal(one, wanted(x))
+    wide = [nn.Linear(64, 5).requires_grad_(False), *several]
+    assert [one.shape[-1] for one in together(wide)(x)] == [5, 50, 3, 40, 7]
 
 
 def test_the_smallest_bfloat16_values_lose_no_more_than_half_of_float16s_smallest() -> None:
@@ -221,7 +233,7 @@ def test_threads_of_a_shard_share_its_products_and_end_with_it(
     text = tuple(range(20))
     shard = load(path, threads=3)
     assert torch.equal(logits(shard, text), logits(load(path), text))
-    started = [thread for thread in threading.enumerate() if thread.name.startswith("linears")]
+    started = [thread for thread in threading.enumerate() if thread.name.startswith("helper")]
     assert len(started) == 2
     del shard
     gc.collect()
