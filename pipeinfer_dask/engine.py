@@ -39,8 +39,10 @@ from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import default_stages, place
 from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.settings import split
-from pipeinfer_dask.runtime.text import text_of
+from pipeinfer_dask.runtime.text import TokenTexts, text_of
 from pipeinfer_dask.simulation import Costs
+from pipeinfer_dask.trace import Trace
+from pipeinfer_dask.trace.picture import table_html
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -90,6 +92,7 @@ class Engine:
         self.draft = draft
         self.layer_ranges = layer_ranges
         self._admission = admission
+        self._texts = TokenTexts(admission.tokenizer)
         self._head = head
         self._resources = resources
         self._requests = itertools.count()
@@ -371,7 +374,10 @@ class Engine:
                 **settings,
             )
             stream, stops = text_of(request, self.tokenizer)
-            generation = Generation(request, policy, stream, cancel=self._head.cancel, stops=stops)
+            trace = Trace(self.stages, texts=self._texts)
+            generation = Generation(
+                request, policy, stream, trace, cancel=self._head.cancel, stops=stops
+            )
             try:
                 if self._closed:
                     raise RuntimeError
@@ -435,6 +441,16 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        ranges = enumerate(self.layer_ranges)
+        rows = [
+            ("target", self.target.path.name),
+            ("draft", self.draft.path.name if self.draft is not None else "none"),
+            *((f"stage {n}", f"layers {r.start} to {r.stop - 1}") for n, r in ranges),
+            ("state", "closed" if self._closed else "open"),
+        ]
+        return table_html(["engine", ""], rows)
 
     def __repr__(self) -> str:
         name = self.draft.path.name if isinstance(self.draft, Checkpoint) else self.draft

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pipeinfer_dask.simulation import Costs, simulate
-from pipeinfer_dask.timeline import Fate, bars, draw, legend, window
+from pipeinfer_dask.timeline import Sign, draw, legend
+from pipeinfer_dask.trace import History
+from pipeinfer_dask.trace.tables import window
 
 PLAIN = simulate(
     "iterative",
@@ -38,14 +40,6 @@ def test_the_prompt_is_shown_as_such() -> None:
 
 def test_speculation_is_shown_by_what_it_came_to() -> None:
     trace = simulate("pipeinfer", stages=4, acceptance=0.6).trace
-    drafter, stages = bars(trace)
-    assert {bar.fate for bar in drafter} == {Fate.DRAFT}
-    assert {bar.fate for stage in stages for bar in stage} == {
-        Fate.PREFILL,
-        Fate.SINGLE,
-        Fate.SPECULATIVE,
-        Fate.CANCELLED,
-    }
     picture = rows(draw(trace, 100).plain)
     assert {"#", "+", "x"} <= set(picture["stage 0"])
     assert "~" in picture["drafter"]
@@ -59,8 +53,13 @@ def test_every_row_is_as_wide_as_was_asked_for(strategy: str, columns: int) -> N
     assert {len(row) for row in picture.values()} == {columns}
 
 
+def test_guesses_that_were_all_wrong_are_told_from_those_that_were_not() -> None:
+    trace = simulate("speculative", stages=2, acceptance=0.5).trace
+    assert {"+", "-"} <= set(rows(draw(trace, 200).plain)["stage 0"])
+
+
 def test_the_window_begins_with_the_first_token_and_ends_with_the_last() -> None:
-    began, ended = window(PLAIN.trace, 1000)
+    began, ended = window(History(PLAIN.trace), 1000)
     assert began == pytest.approx(3.0)
     assert ended == pytest.approx(24.0)
 
@@ -71,6 +70,6 @@ def test_an_empty_trace_is_an_empty_picture() -> None:
 
 
 def test_no_sign_means_two_things_and_each_is_explained() -> None:
-    assert len({fate.sign for fate in Fate}) == len(Fate)
-    for fate in Fate:
-        assert f"{fate.sign} {fate.meaning}" in legend().plain
+    assert len({sign.character for sign in Sign}) == len(Sign)
+    for sign in Sign:
+        assert f"{sign.character} {sign.meaning}" in legend().plain

@@ -34,6 +34,7 @@ from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import place
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs, SyntheticPair
+from pipeinfer_dask.trace import Trace
 
 
 def default_processes(stages: int) -> int:
@@ -204,7 +205,8 @@ class Emulation:
         prompt = SyntheticPair(self.acceptance, self.seed).text(prompt_tokens)
         capacity = prompt_tokens + max_new_tokens + SLOTS
         request = Request(next(self._requests), prompt, max_new_tokens, capacity)
-        generation = Generation(request, policy, _Numbers(), cancel=self._head.cancel)
+        trace = Trace(self._head.pipeline.stages)
+        generation = Generation(request, policy, _Numbers(), trace, cancel=self._head.cancel)
         self._head.start(generation)
         try:
             result = generation.result(timeout)

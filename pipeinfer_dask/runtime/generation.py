@@ -16,11 +16,12 @@ from threading import Condition
 from time import monotonic
 from typing import Any, Literal, Protocol
 
-from pipeinfer_dask.core.messages import Commit, Origin
+from pipeinfer_dask.core.messages import Command, Commit, Event, Origin
 from pipeinfer_dask.core.policies import Policy
 from pipeinfer_dask.core.request import Request
 from pipeinfer_dask.core.sampling import Logprobs
 from pipeinfer_dask.trace import Metrics, Trace
+from pipeinfer_dask.trace.picture import result_html
 
 GLANCE_S = 0.5
 """Who waits looks up so often, for an interrupt that woke nobody."""
@@ -93,6 +94,9 @@ class Result:
         """The figures of this generation."""
         return self.trace.metrics()
 
+    def _repr_html_(self) -> str:
+        return result_html(self.trace, f"{self.strategy}, {self.finish_reason}")
+
     def __repr__(self) -> str:
         return (
             f"Result(strategy={self.strategy!r}, tokens={len(self.token_ids)}, "
@@ -122,6 +126,13 @@ class Generation:
 
     Iterate over it (``for`` or ``async for``) to get the text as `Piece` strings, from
     the start each time; await it, or call `result`, for the `Result`.
+
+    Attributes
+    ----------
+    request : Request
+    policy : Policy
+    trace : Trace
+        Grows as the generation goes on, and may be read meanwhile.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class Generation:
         request: Request,
         policy: Policy,
         stream: TextStream,
+        trace: Trace,
         *,
         cancel: Callable[[Generation], None],
         stops: Callable[[int], bool] | None = None,
@@ -136,6 +148,7 @@ class Generation:
         self.request = request
         self.policy = policy
         self.stops = stops
+        self.trace = trace
         self._stream = stream
         self._cancel = cancel
         self._changed = Condition()
@@ -263,6 +276,9 @@ class Generation:
         self._future.add_done_callback(copy)
         return outer
 
+    def _repr_html_(self) -> str:
+        return result_html(self.trace, f"{self.strategy}, {self._status}")
+
     def __repr__(self) -> str:
         return f"<Generation {self._status}, {self.strategy}, {len(self._tokens)} tokens>"
 
@@ -271,21 +287,29 @@ class Generation:
     def begin(self) -> None:
         self._status = "running"
 
-    def commit(self, commit: Commit) -> None:
+    def record(self, time: float, what: Event | Command) -> None:
+        """Note what happened. Who follows the trace finds a commit's text there before it."""
+        if isinstance(what, Commit):
+            self._commit(what)
+        self.trace.add(time, what)
+
+    def _commit(self, commit: Commit) -> None:
         with self._changed:
             self._logprobs.extend(commit.logprobs)
             for token, origin in zip(commit.tokens, commit.origins, strict=True):
                 self._tokens.append(token)
                 self._origins.append(origin)
                 text = self._stream.step(token)
+                self.trace.pieces.append(text or "")
                 if text:
                     self._pieces.append(Piece(text, origin))
         self._notify()
 
-    def finish(self, reason: str, trace: Trace) -> None:
+    def finish(self, reason: str) -> None:
         with self._changed:
             if (rest := self._stream.flush()) and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
+                self.trace.pieces[-1] += rest
             self._status = "stopped" if reason == "stopped" else "finished"
             sampling = self.request.sampling
             self._future.set_result(
@@ -295,7 +319,7 @@ class Generation:
                     list(self._origins),
                     reason,
                     self.strategy,
-                    trace,
+                    self.trace,
                     seed=sampling.seed if sampling is not None else None,
                     logprobs=list(self._logprobs) if sampling and sampling.logprobs else None,
                 )

@@ -16,7 +16,6 @@ from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop, WakeAt, Woken
 from pipeinfer_dask.runtime.generation import Generation
 from pipeinfer_dask.runtime.pipeline import Pipeline
-from pipeinfer_dask.trace import Trace
 
 
 class PipelineBusyError(RuntimeError):
@@ -41,7 +40,6 @@ class Head:
         self._queue: deque[Generation] = deque()
         self._current: Generation | None = None
         self._machine: Machine | None = None
-        self._trace = Trace(pipeline.stages)
         self._alarm: asyncio.TimerHandle | None = None
         self._borrower: Callable[[Exception], None] | None = None
         self._guard = loop.create_task(self._outlive())
@@ -120,13 +118,12 @@ class Head:
             self._report(Stop(generation.request.id))
         elif generation in self._queue:
             self._queue.remove(generation)
-            generation.finish("stopped", Trace(self.pipeline.stages))
+            generation.finish("stopped")
 
     def _next(self) -> None:
         if self._current is None and self._queue and self._borrower is None:
             self._current = generation = self._queue.popleft()
             self._machine = Machine(generation.request, generation.policy, stops=generation.stops)
-            self._trace = Trace(self.pipeline.stages)
             generation.begin()
             self._report(Begin(generation.request.id))
 
@@ -137,16 +134,16 @@ class Head:
             return
         try:
             now = time.monotonic()
-            self._trace.add(now, event)
+            generation.record(now, event)
             for command in machine.handle(event, now):
-                self._trace.add(now, command)
+                generation.record(now, command)
                 match command:
                     case Commit():
-                        generation.commit(command)
+                        pass  # the generation has taken it
                     case Finish():
                         self._current = self._machine = None
                         self._silence()
-                        generation.finish(command.reason, self._trace)
+                        generation.finish(command.reason)
                         self._next()
                     case WakeAt():
                         self._wake_at(command)

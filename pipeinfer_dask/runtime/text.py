@@ -108,3 +108,24 @@ def text_of(
     strings = request.stop_strings
     stops = StopStrings(tokenizer, request.prompt, strings) if strings else None
     return DecodedText(tokenizer, request.prompt), stops
+
+
+class TokenTexts(dict[int, str]):
+    """Single tokens as text, each decoded when it is first asked for.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer.backend_tokenizer
+
+    def __missing__(self, token: int) -> str:
+        # Twice, less once: some tokenizers drop the space before a first word.
+        once = self._tokenizer.decode([token], skip_special_tokens=False)
+        twice = self._tokenizer.decode([token, token], skip_special_tokens=False)
+        text: str = twice[len(once) :]
+        self[token] = text
+        return text

@@ -17,6 +17,7 @@ from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs
 from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.world import World
 from pipeinfer_dask.trace import Metrics, Trace
+from pipeinfer_dask.trace.picture import result_html
 
 __all__ = [
     "CHAINS",
@@ -64,6 +65,9 @@ class Simulation:
     def metrics(self) -> Metrics:
         """The figures, in virtual seconds."""
         return self.trace.metrics()
+
+    def _repr_html_(self) -> str:
+        return result_html(self.trace, f"{self.strategy}, {self.finish_reason} (simulated)")
 
     def __repr__(self) -> str:
         return (

@@ -13,6 +13,7 @@ import pytest
 import pipeinfer_dask as pi
 from pipeinfer_dask.core.messages import Origin
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.trace import History
 from tests.engine.pairs import PROMPT, Pair, ending_at, greedy_tokens
 
 LONG = 480
@@ -132,6 +133,36 @@ def test_a_text_as_long_as_the_context_is_generated_to_its_end(
     prompt = list(b"x" * 500)
     result = engine.generate(prompt, max_new_tokens=12)
     assert result.token_ids == greedy_tokens(pair.target, prompt, 12)
+
+
+def test_a_trace_can_be_followed_while_the_generation_goes_on(
+    engine: pi.Engine, pair: Pair, greedy_text: str
+) -> None:
+    run = engine.start(PROMPT, max_new_tokens=200)
+    story = History(run.trace)
+    for _ in run:  # another thread goes on writing
+        story.update()
+        assert [token.guess.token for token in story.tokens] == pair.greedy[: len(story.tokens)]
+    result = run.result()
+    story.update()
+    assert result.trace is run.trace
+    assert len(story.tokens) == 200 and story.finished == "length"
+    assert story.tally.metrics() == result.metrics
+    assert "".join(run.trace.pieces) == greedy_text
+
+
+def test_single_tokens_of_a_trace_have_their_text(engine: pi.Engine, pair: Pair) -> None:
+    trace = engine.generate(PROMPT, max_new_tokens=50).trace
+    assert [trace.text_of(t) for t in pair.greedy] == [decoded(engine, [t]) for t in pair.greedy]
+
+
+def test_engines_generations_and_results_show_themselves_in_a_page(engine: pi.Engine) -> None:
+    run = engine.start("<script>alert(1)</script>", max_new_tokens=8)
+    result = run.result()
+    for shown in (engine, run, result, result.trace):
+        page = shown._repr_html_()
+        assert "<table>" in page and "<script" not in page
+    assert "stage 1" in engine._repr_html_()
 
 
 def test_one_new_token_is_enough(engine: pi.Engine, pair: Pair) -> None:

@@ -1,0 +1,259 @@
+"""Static pictures of a trace, as HTML that needs neither scripts nor the network.
+
+What a page can't run live is shown by these: an exported notebook, or one on a web site. All
+text of a model is escaped, and a picture is an image, so nothing of it can act.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.trace.history import Fate, History, Run
+from pipeinfer_dask.trace.metrics import Metrics
+from pipeinfer_dask.trace.record import Trace
+from pipeinfer_dask.trace.tables import node_name, window, work_of
+
+WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
+"""Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
+SMALL = 110
+"""Columns of `window` that a small picture shows."""
+
+
+class Look(NamedTuple):
+    """How bars of a kind are drawn: a colour, a pattern besides it, and what it means."""
+
+    colour: str
+    pattern: str
+    meaning: str
+
+
+# Colours that can be told apart with any eyes (Okabe and Ito's), and patterns without any.
+LOOKS = {
+    "prefill": Look("#7f7f7f", "dots", Fate.PREFILL.meaning),
+    "single": Look("#0072b2", "plain", Fate.SINGLE.meaning),
+    "accepted": Look("#009e73", "plain", Fate.ACCEPTED.meaning),
+    "rejected": Look("#e69f00", "stripes", Fate.REJECTED.meaning),
+    "cancelled": Look("#d55e00", "crosses", Fate.CANCELLED.meaning),
+    "draft": Look("#cc79a7", "outline", "drafting"),
+}
+ORIGINS = {
+    Origin.ACCEPTED: ("#007a59", "underline solid", "guessed by the draft model, and accepted"),
+    Origin.CORRECTED: ("#9a5b00", "underline wavy", "the target's own, against a guess"),
+    Origin.PLAIN: ("inherit", "none", "the target's own, nothing was guessed"),
+}
+"""For each origin: a colour, a line below it, and what it means."""
+
+PATTERNS = """<defs>
+<pattern id="dots" width="4" height="4" patternUnits="userSpaceOnUse">
+<rect width="4" height="4" fill="#7f7f7f"/><circle cx="2" cy="2" r="1" fill="#fff"/></pattern>
+<pattern id="stripes" width="5" height="5" patternUnits="userSpaceOnUse">
+<rect width="5" height="5" fill="#e69f00"/><path d="M0 5L5 0" stroke="#fff"/></pattern>
+<pattern id="crosses" width="6" height="6" patternUnits="userSpaceOnUse">
+<rect width="6" height="6" fill="#fff"/><path d="M0 0L6 6M0 6L6 0" stroke="#d55e00"/></pattern>
+</defs>"""
+
+
+def timeline_svg(history: History, part: tuple[float, float] | None = None) -> str:
+    """Return who worked on what, and when, as an SVG image.
+
+    Parameters
+    ----------
+    history : History
+    part : (float, float), seconds, optional
+        What to show; by default all.
+    """
+    began, ended = part if part is not None else (history.began, history.ended)
+    scale = (WIDTH - GUTTER - 8) / max(ended - began, 1e-12)
+    rows = history.trace.stages + 1
+    bottom = HEAD + rows * ROW
+
+    def x(time: float) -> float:
+        return round(GUTTER + (min(max(time, began), ended) - began) * scale, 1)
+
+    paths: dict[str, list[str]] = {name: [] for name in LOOKS}
+    for done in history.done:
+        name = str(done.fate or Fate.ACCEPTED) if isinstance(done, Run) else "draft"
+        for row, _, span in work_of(done):
+            if span.ended > began and span.began < ended and span.ended > span.began:
+                left = x(span.began)
+                wide = max(0.3, round(x(span.ended) - left, 1))
+                top = HEAD + row * ROW + 3
+                paths[name].append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 20}" '
+        f'viewBox="0 0 {WIDTH} {bottom + 20}" font-family="sans-serif" font-size="11">',
+        PATTERNS,
+        '<rect width="100%" height="100%" fill="#fff"/>',
+    ]
+    for row in range(rows):
+        middle = HEAD + row * ROW + ROW // 2
+        parts.append(
+            f'<text x="4" y="{middle + 4}" fill="#222">{node_name(row)}</text>'
+            f'<path d="M{GUTTER} {middle}H{WIDTH - 8}" stroke="#ddd"/>'
+        )
+    for name, shapes in paths.items():
+        if shapes:
+            parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name])}/>')
+    waves = [wave.time for wave in history.waves if began <= wave.time <= ended]
+    if waves:
+        lines = "".join(f"M{x(time):g} {HEAD}V{bottom}" for time in waves)
+        parts.append(f'<path d="{lines}" stroke="#d55e00" stroke-dasharray="3 3" opacity=".6"/>')
+    commits = sorted({token.time for token in history.tokens if began <= token.time <= ended})
+    marks = "".join(f"M{x(time):g} {HEAD - 2}l-3 -7h6z" for time in commits)
+    parts.append(f'<path d="{marks}" fill="#222"/>')
+    for moment in _ticks(began - history.began, ended - history.began):
+        where = x(moment + history.began)
+        parts.append(
+            f'<path d="M{where:g} {bottom}v4" stroke="#222"/><text x="{where:g}" y="{bottom + 15}" '
+            f'fill="#222" text-anchor="middle">{moment * 1e3:g} ms</text>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def image(svg: str, description: str) -> str:
+    """Return an SVG as an HTML image with a description."""
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<img style="max-width:100%" alt="{escape(description)}" '
+        f'src="data:image/svg+xml;base64,{data}">'
+    )
+
+
+def timeline_html(history: History, part: tuple[float, float] | None = None) -> str:
+    """Return a timeline with its legend, and the same as a table."""
+    svg = timeline_svg(history, part)
+    return (
+        f"<div>{legend_html()}{image(svg, 'Timeline: each node, and when it worked on what')}"
+        f"<details><summary>The same as a table</summary>{work_table(history)}</details></div>"
+    )
+
+
+def legend_html() -> str:
+    """Return what the bars of a timeline mean."""
+    swatches = [
+        f'<span style="white-space:nowrap;margin-right:1em">{_swatch(look)} {look.meaning}</span>'
+        for look in LOOKS.values()
+    ]
+    marks = "empty: idle &nbsp; &#9660; tokens become text &nbsp; &#9478; runs are called off"
+    return f'<div style="font-size:small">{"".join(swatches)} {marks}</div>'
+
+
+def work_table(history: History) -> str:
+    """Return for each node how many runs it worked on, by fate, and for how long, as HTML."""
+    counts: list[dict[str, int]] = [{} for _ in range(history.trace.stages + 1)]
+    busy = [0.0] * (history.trace.stages + 1)
+    for done in history.done:
+        name = str(done.fate or Fate.ACCEPTED) if isinstance(done, Run) else "draft"
+        for row, _, span in work_of(done):
+            counts[row][name] = counts[row].get(name, 0) + 1
+            busy[row] += span.ended - span.began
+    took = history.ended - history.began
+    rows = [
+        [
+            node_name(row),
+            *(str(count.get(name, 0)) for name in LOOKS),
+            f"{busy[row] / took:.0%}" if took > 0 else "-",
+        ]
+        for row, count in enumerate(counts)
+    ]
+    return table_html(["node", *(look.meaning for look in LOOKS.values()), "busy"], rows)
+
+
+def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; all its cells are escaped."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def text_html(history: History) -> str:
+    """Return the text, each token marked by where it came from."""
+    spans = [
+        f'<span style="color:{colour};text-decoration:{line}" title="{meaning}">'
+        f"{escape(text)}</span>"
+        for token, text in zip(history.tokens, pieces_of(history), strict=True)
+        for colour, line, meaning in [ORIGINS[token.origin]]
+    ]
+    key = " | ".join(
+        f'<span style="color:{colour};text-decoration:{line}">{meaning}</span>'
+        for colour, line, meaning in ORIGINS.values()
+    )
+    return (
+        f'<div><pre style="white-space:pre-wrap">{"".join(spans)}</pre><small>{key}</small></div>'
+    )
+
+
+def pieces_of(history: History) -> list[str]:
+    """Return what each token of the text added to it."""
+    trace = history.trace
+    known = trace.pieces[: len(history.tokens)]
+    return known + [trace.text_of(token.guess.token) for token in history.tokens[len(known) :]]
+
+
+def metrics_html(metrics: Metrics) -> str:
+    """Return the figures as a table."""
+
+    def figure(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else form.format(value * scale)
+
+    rows = [
+        ("tokens a second", figure(metrics.tokens_per_s, "{:.1f}")),
+        ("time to the first token", figure(metrics.ttft_s, "{:.0f} ms", 1e3)),
+        ("mean time between tokens", figure(metrics.itl_s, "{:.1f} ms", 1e3)),
+        ("tokens", str(metrics.generated_tokens)),
+        ("guesses accepted", figure(metrics.acceptance_rate, "{:.0%}")),
+        ("runs, and those called off", f"{metrics.runs}, {metrics.runs_cancelled}"),
+        ("layers computed in vain", f"{metrics.layers_wasted} of {metrics.layers_computed}"),
+        ("layers saved by calling off", str(metrics.layers_saved)),
+        ("stages busy", " ".join(f"{share:.0%}" for share in metrics.stage_utilization)),
+    ]
+    return table_html(["figure", "value"], rows)
+
+
+def trace_html(trace: Trace) -> str:
+    """Return a part of the trace in which single runs can be told apart, small."""
+    history = History(trace)
+    if not history.done:
+        return f"<div>{escape(repr(trace))}: nothing is done yet</div>"
+    return timeline_html(history, window(history, SMALL))
+
+
+def result_html(trace: Trace, title: str) -> str:
+    """Return a finished generation: its text, its figures and a part of its timeline."""
+    history = History(trace)
+    figures = metrics_html(history.tally.metrics())
+    return (
+        f"<div><b>{escape(title)}</b>{text_html(history)}"
+        f"<details><summary>Figures</summary>{figures}</details>{trace_html(trace)}</div>"
+    )
+
+
+def _paint(look: Look) -> str:
+    if look.pattern == "plain":
+        return f'fill="{look.colour}" stroke="#fff" stroke-width=".5"'
+    if look.pattern == "outline":
+        return f'fill="{look.colour}" fill-opacity=".35" stroke="{look.colour}"'
+    return f'fill="url(#{look.pattern})" stroke="{look.colour}" stroke-width=".7"'
+
+
+def _swatch(look: Look) -> str:
+    size = 'xmlns="http://www.w3.org/2000/svg" width="18" height="12"'
+    return image(
+        f'<svg {size}>{PATTERNS}<rect x="1" y="1" width="16" height="10" {_paint(look)}/></svg>',
+        "",
+    )
+
+
+def _ticks(began: float, ended: float) -> list[float]:
+    """Return round moments between two, in seconds: about eight."""
+    step = 10 ** math.floor(math.log10(max(ended - began, 1e-9) / 8))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if (ended - began) / step / factor <= 10)
+    first = math.ceil(began / step - 1e-9)
+    return [round(n * step, 9) for n in range(first, math.floor(ended / step + 1e-9) + 1)]

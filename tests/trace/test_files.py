@@ -1,0 +1,115 @@
+"""Traces in files come back as they were, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeinfer_dask.core.messages import Command, Event
+from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.trace import History, Trace
+
+numbers = st.floats(allow_nan=False)
+st.register_type_strategy(float, numbers)
+records = st.lists(st.tuples(numbers, st.one_of(*map(st.from_type, get_args(Command | Event)))))
+
+
+def reloaded(trace: Trace, path: Path) -> Trace:
+    trace.save(path)
+    return Trace.load(path)
+
+
+@given(records=records, pieces=st.lists(st.text()), stages=st.integers(1, 99))
+def test_any_record_comes_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory,
+    records: list[Any],
+    pieces: list[str],
+    stages: int,
+) -> None:
+    trace = Trace(stages, records, {}, pieces)
+    assert reloaded(trace, tmp_path_factory.getbasetemp() / "any.trace") == trace
+
+
+@pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer", "adaptive"])
+def test_a_generation_comes_back_exactly(strategy: str, tmp_path: Path) -> None:
+    trace = simulate(strategy, stages=3, max_new_tokens=40).trace
+    loaded = reloaded(trace, tmp_path / "trace")
+    assert loaded == trace
+    assert loaded.metrics() == trace.metrics()
+
+
+def test_texts_of_the_tokens_that_occur_are_kept(tmp_path: Path) -> None:
+    trace = simulate("adaptive", stages=2, max_new_tokens=20).trace
+    trace.texts = {token: f"<{token}\u2028\ud800>" for token in range(-9, 9_999)}
+    loaded = reloaded(trace, tmp_path / "trace")
+    committed = [token.guess.token for token in History(trace).tokens]
+    for token in committed:
+        assert loaded.text_of(token) == trace.text_of(token) == f"<{token}\u2028\ud800>"
+    assert len(loaded.texts) < 500
+    assert loaded.text_of(-9) == "#-9"
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> list[str]:
+    simulate("pipeinfer", stages=2, max_new_tokens=5).trace.save(tmp_path / "trace")
+    return (tmp_path / "trace").read_text().splitlines()
+
+
+def damaged(lines: list[str], tmp_path: Path) -> str:
+    path = tmp_path / "damaged"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="save the trace again") as caught:
+        Trace.load(path)
+    return str(caught.value)
+
+
+def test_a_file_that_was_cut_short_is_refused(lines: list[str], tmp_path: Path) -> None:
+    assert "entries instead of" in damaged(lines[:-1], tmp_path)
+    assert f"line {len(lines)}" in damaged([*lines[:-1], lines[-1][:-3]], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '[0.0, "Begun", {"request": 0}]',
+        '[0.0, "Begin", {"request": "0"}]',
+        '[0.0, "Begin", {"request": true}]',
+        '[0.0, "Begin", {}]',
+        '[0.0, "Begin", {"request": 0, "more": 0}]',
+        '["0", "Begin", {"request": 0}]',
+        '[0.0, "Commit", {"request": 0, "tokens": [1, null], "origins": []}]',
+        '[0.0, "Commit", {"request": 0, "tokens": [], "origins": ["guessed"]}]',
+        '[0.0, ["Begin"], {"request": 0}]',
+        "null",
+    ],
+)
+def test_an_entry_that_no_machine_made_is_refused(
+    entry: str, lines: list[str], tmp_path: Path
+) -> None:
+    assert "is damaged at line 2" in damaged([lines[0], entry, *lines[2:]], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "null", "{}", "[1", "\x00\x01", "é" * 9, "[" * 100_000])
+def test_a_file_of_something_else_is_named_as_such(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"expected a trace that Trace\.save wrote, got .*other"):
+        Trace.load(path)
+
+
+def test_a_trace_of_a_later_version_says_so(lines: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "later"
+    header = json.loads(lines[0]) | {"version": 2}
+    path.write_text("\n".join([json.dumps(header), *lines[1:]]))
+    with pytest.raises(ValueError, match="expected a trace of version 1, got 2"):
+        Trace.load(path)
+
+
+def test_a_file_that_is_not_there_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Trace.load(tmp_path / "nothing")
