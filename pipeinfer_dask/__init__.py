@@ -9,12 +9,24 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["Costs", "Engine", "Generation", "Result", "Simulation", "demo_pair", "simulate"]
+__all__ = [
+    "Costs",
+    "Engine",
+    "Generation",
+    "Result",
+    "Simulation",
+    "Trace",
+    "dashboard",
+    "demo_pair",
+    "simulate",
+]
 
 if TYPE_CHECKING:
     from pipeinfer_dask.engine import Engine, Generation, Result
     from pipeinfer_dask.models.demo_pair import demo_pair
     from pipeinfer_dask.simulation import Costs, Simulation, simulate
+    from pipeinfer_dask.trace import Trace
+    from pipeinfer_dask.widgets import dashboard
 else:
     _HOMES = {
         "Engine": "pipeinfer_dask.engine",
@@ -24,6 +36,8 @@ else:
         "Costs": "pipeinfer_dask.simulation",
         "Simulation": "pipeinfer_dask.simulation",
         "simulate": "pipeinfer_dask.simulation",
+        "Trace": "pipeinfer_dask.trace",
+        "dashboard": "pipeinfer_dask.widgets",
     }
 
     def __getattr__(name):

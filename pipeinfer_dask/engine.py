@@ -45,6 +45,7 @@ from pipeinfer_dask.trace import Trace
 from pipeinfer_dask.trace.picture import table_html
 
 if TYPE_CHECKING:
+    from ipywidgets import VBox
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 __all__ = [
@@ -416,6 +417,12 @@ class Engine:
             request = next(self._requests)
         drafter = self.draft is not None
         return call_on(self._head.loop, measure_costs(self._head, request, drafter=drafter))
+
+    def dashboard(self, **options: Any) -> VBox:
+        """Return controls and live views for a notebook. Options as those of `pi.dashboard`."""
+        import pipeinfer_dask
+
+        return pipeinfer_dask.dashboard(self, **options)
 
     def close(self) -> None:
         """Release every model, thread and link. Running generations fail; can be called twice."""

@@ -31,7 +31,7 @@ from pipeinfer_dask.core.messages import (
     StartRun,
     Stop,
 )
-from pipeinfer_dask.trace.metrics import Tally
+from pipeinfer_dask.trace.metrics import Figures, Tally
 from pipeinfer_dask.trace.record import Trace
 
 
@@ -239,13 +239,15 @@ class History:
         The text.
     guesses : list of Guess
         All tokens of the tree there ever were, the prompt's too, by id.
-    settled : list of Guess
-        Those that became text, or no longer could, in that order.
+    placed, settled : list of Guess
+        Those that a run was started for; those that became text, or no longer could, in that order.
     waves : list of Wave
     layers : list of int, [stages]
         What each stage has, as far as seen.
     tally : Tally
-        The figures so far.
+        Counts so far.
+    figures : list of Figures
+        The counts at each commitment.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -257,10 +259,12 @@ class History:
         self.done: list[Run | Draft] = []
         self.tokens: list[Token] = []
         self.guesses: list[Guess] = []
+        self.placed: list[Guess] = []
         self.settled: list[Guess] = []
         self.waves: list[Wave] = []
         self.layers = [0] * trace.stages
         self.tally = Tally(trace.stages)
+        self.figures: list[Figures] = []
         self._seen = 0
         self._root: Guess | None = None
         self._at: dict[int, Guess] = {}  # by slot; what the slot held last
@@ -315,6 +319,7 @@ class History:
             case Commit():
                 for token, origin in zip(what.tokens, what.origins, strict=True):
                     self._commit(time, token, origin)
+                self.figures.append(self.tally.figures(time))
             case Stop():
                 self._stopped = True
             case Finish():
@@ -329,6 +334,7 @@ class History:
             self._root = max(nodes, key=lambda node: node.position)
         for node in nodes:
             node.run, node.placed = what.run, time
+        self.placed.extend(nodes)
         guesses = tuple(node for node in nodes if node.settled is None)
         self.runs[what.run] = Run(what.run, what.kind, nodes, guesses, time)
 

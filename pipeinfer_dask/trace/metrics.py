@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeinfer_dask.core.messages import (
     Begin,
@@ -86,6 +86,29 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures by name, as JSON takes them."""
         return asdict(self)
+
+
+class Figures(NamedTuple):
+    """Counts up to a moment.
+
+    Attributes
+    ----------
+    time : float, seconds
+    generated, drafted, accepted : int
+        Tokens.
+    computed, wasted : int
+        Layers.
+    busy : tuple of float, seconds, [1 + stages]
+        What the drafter and each stage worked, of what was known then.
+    """
+
+    time: float
+    generated: int
+    drafted: int
+    accepted: int
+    computed: int
+    wasted: int
+    busy: tuple[float, ...]
 
 
 class Tally:
@@ -180,6 +203,11 @@ class Tally:
             self._spared[stage] += cancelled
             if span.ended > self.last:
                 self._overtime.append((stage, span))
+
+    def figures(self, time: float) -> Figures:
+        """Return the counts, as those of a time in seconds."""
+        counts = (self.generated, self.drafted, self.accepted, self.computed, self.wasted)
+        return Figures(time, *counts, (self.drafting, *self.busy))
 
     def metrics(self) -> Metrics:
         """Return the figures up to now."""

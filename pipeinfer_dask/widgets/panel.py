@@ -1,0 +1,195 @@
+"""A prompt and buttons, and the views of what they start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+from IPython.display import HTML
+
+from pipeinfer_dask.core.policies import STRATEGIES
+from pipeinfer_dask.trace import Trace
+from pipeinfer_dask.widgets.feed import Feed
+from pipeinfer_dask.widgets.views import DraftTree, Metrics, Timeline, TokenStream
+
+if TYPE_CHECKING:
+    from pipeinfer_dask.engine import Engine, Generation
+
+PROMPT = "def main"
+
+
+class Controls(ipywidgets.VBox):  # type: ignore[misc]
+    """A prompt, a strategy and its knobs, and buttons to run and to cancel.
+
+    Parameters
+    ----------
+    engine : Engine
+    started : callable, optional
+        Called as ``started(generation)`` for each that is started.
+    prompt : str
+    max_new_tokens : int
+
+    Attributes
+    ----------
+    generation : Generation or None
+        The latest.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        started: Callable[[Generation], None] | None = None,
+        *,
+        prompt: str = PROMPT,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self._engine = engine
+        self._started = started
+        self.generation: Generation | None = None
+        wide = ipywidgets.Layout(width="100%")
+        self.prompt = ipywidgets.Textarea(prompt, description="Prompt", rows=2, layout=wide)
+        names = list(STRATEGIES) if engine.draft is not None else ["iterative"]
+        self.strategy = ipywidgets.Dropdown(
+            options=names, value=names[-1], description="Strategy", layout={"width": "240px"}
+        )
+        self.knobs = ipywidgets.Text(
+            placeholder="micro_batch=4", description="Knobs", layout={"width": "300px"}
+        )
+        self.max_new_tokens = ipywidgets.BoundedIntText(
+            max_new_tokens, min=1, max=engine.target.context, description="New tokens"
+        )
+        self.max_new_tokens.layout.width = "180px"
+        self.run = ipywidgets.Button(description="Run", button_style="primary", icon="play")
+        self.cancel = ipywidgets.Button(description="Cancel", icon="stop", disabled=True)
+        self.status = ipywidgets.Label("Run starts a generation.")
+        self.run.on_click(lambda _: self._run())
+        self.cancel.on_click(lambda _: self._cancel())
+        settings = [self.strategy, self.knobs, self.max_new_tokens]
+        flow = ipywidgets.Layout(flex_flow="row wrap")
+        super().__init__(
+            [
+                self.prompt,
+                ipywidgets.HBox(settings, layout=flow),
+                ipywidgets.HBox([self.run, self.cancel, self.status], layout=flow),
+            ]
+        )
+
+    def _run(self) -> None:
+        try:
+            generation = self._engine.start(
+                self.prompt.value,
+                max_new_tokens=self.max_new_tokens.value,
+                strategy=self.strategy.value,
+                **_knobs(self.knobs.value),
+            )
+        except (ValueError, RuntimeError) as error:
+            self.status.value = f"Not started: {error}"
+            return
+        self.generation = generation
+        self.run.disabled, self.cancel.disabled = True, False
+        self.status.value = "running"
+        if self._started is not None:
+            self._started(generation)
+        Thread(
+            target=self._await, args=(generation,), name="pipeinfer-controls", daemon=True
+        ).start()
+
+    def _cancel(self) -> None:
+        if self.generation is not None:
+            self.status.value = "cancelling"
+            self.generation.cancel()
+
+    def _await(self, generation: Generation) -> None:
+        try:
+            result = generation.result()
+            self.status.value = f"{generation.status}: {len(result.token_ids)} tokens"
+        except RuntimeError as error:
+            self.status.value = f"failed: {error}"
+        self.run.disabled, self.cancel.disabled = False, True
+
+
+class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
+    """Controls, and live views of what they start.
+
+    Parameters
+    ----------
+    engine : Engine
+    prompt : str
+    max_new_tokens : int
+
+    Attributes
+    ----------
+    controls : Controls
+    timeline : Timeline
+    text : TokenStream
+    tree : DraftTree
+    metrics : Metrics
+    """
+
+    def __init__(self, engine: Engine, *, prompt: str = PROMPT, max_new_tokens: int = 64) -> None:
+        feed = Feed(Trace(engine.stages))
+        self.controls = Controls(engine, self.show, prompt=prompt, max_new_tokens=max_new_tokens)
+        self.text, self.timeline = TokenStream(feed), Timeline(feed)
+        self.tree, self.metrics = DraftTree(feed), Metrics(feed)
+        super().__init__([self.controls, self.text, self.timeline, self.metrics, self.tree])
+
+    @property
+    def views(self) -> tuple[TokenStream, Timeline, Metrics, DraftTree]:
+        """The views, from top to bottom."""
+        return self.text, self.timeline, self.metrics, self.tree
+
+    @property
+    def generation(self) -> Generation | None:
+        """The latest generation that was started here."""
+        return self.controls.generation
+
+    def show(self, source: Any) -> None:
+        """Show a generation, a result, a simulation or a trace in all views."""
+        feed = source if isinstance(source, Feed) else Feed(source)
+        for view in self.views:
+            view.show(feed)
+
+    def to_html(self) -> str:
+        """Return all views as HTML that needs neither scripts nor the network."""
+        return "".join(view.to_html() for view in self.views)
+
+    def freeze(self) -> HTML:
+        """Return a picture for a page that can't run the views themselves."""
+        return HTML(self.to_html())
+
+
+def dashboard(engine: Engine, *, prompt: str = PROMPT, max_new_tokens: int = 64) -> Dashboard:
+    """Return controls for an engine and live views of what they start, for a notebook.
+
+    Parameters
+    ----------
+    engine : Engine
+    prompt : str
+        What stands in the prompt's field at first.
+    max_new_tokens : int
+        The same of the tokens to generate.
+    """
+    return Dashboard(engine, prompt=prompt, max_new_tokens=max_new_tokens)
+
+
+def _knobs(text: str) -> dict[str, Any]:
+    """Return the settings in ``name=value, name=value``.
+
+    Raises
+    ------
+    ValueError
+        If it is written otherwise.
+    """
+    knobs = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        try:
+            if not equals or not name.isidentifier():
+                raise ValueError
+            knobs[name] = json.loads(value.lower())
+        except ValueError:
+            raise ValueError(f"expected knobs as name=value, got {part!r}") from None
+    return knobs

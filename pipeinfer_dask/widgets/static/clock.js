@@ -1,0 +1,82 @@
+// A clock for several views: play, pause, step and scrub.
+
+function render({ model, el }) {
+  el.classList.add("pipeinfer");
+  const range = make("input", { type: "range", min: 0, step: "any", ariaLabel: "Moment", style: { flex: "1 1 200px" } });
+  const label = make("span", { style: { minWidth: "11em", fontVariantNumeric: "tabular-nums" } });
+  const button = (text, title) => make("button", { type: "button", title, ariaLabel: title }, text);
+  const start = button("⏮", "To the start");
+  const back = button("◀", "A step back");
+  const play = button("play", "Play or pause");
+  const ahead = button("▶", "A step ahead");
+  const end = button("⏭", "To the end");
+  const speed = make("select", { ariaLabel: "Speed" });
+  for (const factor of [1, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01]) {
+    speed.append(make("option", { value: factor }, factor === 1 ? "as it was" : `${1 / factor} times slower`));
+  }
+  el.append(make("div", { className: "pipeinfer-row" }, start, back, play, ahead, end, range, label, speed));
+  let frame = 0;
+  let before = 0;
+
+  const draw = () => {
+    const last = model.get("last");
+    const moment = model.get("moment");
+    range.max = last;
+    range.value = moment;
+    label.textContent = `${ms(moment)} of ${ms(last)}`;
+    play.textContent = frame ? "pause" : "play";
+    play.setAttribute("aria-pressed", Boolean(frame));
+    speed.value = String(model.get("speed"));
+    Object.assign(el.dataset, { moment: moment.toFixed(6), playing: Boolean(frame), steps: model.get("steps").length });
+  };
+  const go = (moment) => {
+    model.set("moment", Math.min(Math.max(0, moment), model.get("last")));
+    model.save_changes();
+  };
+  const pause = () => {
+    cancelAnimationFrame(frame);
+    frame = 0;
+    draw();
+  };
+  const tick = (now) => {
+    const moment = model.get("moment") + ((now - before) / 1e3) * model.get("speed");
+    before = now;
+    frame = requestAnimationFrame(tick);
+    go(moment);
+    if (moment >= model.get("last")) pause();
+  };
+  const toggle = () => {
+    if (frame) return pause();
+    if (model.get("moment") >= model.get("last")) go(0);
+    before = performance.now();
+    frame = requestAnimationFrame(tick);
+    return draw();
+  };
+  /** The neighbouring step: something was committed, started or called off there. */
+  const step = (direction) => {
+    pause();
+    const steps = model.get("steps");
+    const moment = model.get("moment");
+    const slack = 1e-6;
+    const found = direction > 0 ? steps.find((time) => time > moment + slack) : steps.findLast((time) => time < moment - slack);
+    go(found ?? (direction > 0 ? model.get("last") : 0));
+  };
+  start.addEventListener("click", () => (pause(), go(0)));
+  end.addEventListener("click", () => (pause(), go(model.get("last"))));
+  back.addEventListener("click", () => step(-1));
+  ahead.addEventListener("click", () => step(1));
+  play.addEventListener("click", toggle);
+  range.addEventListener("input", () => (pause(), go(Number(range.value))));
+  speed.addEventListener("change", () => {
+    model.set("speed", Number(speed.value));
+    model.save_changes();
+  });
+  model.on("change", draw);
+  draw();
+  return () => {
+    model.off("change", draw);
+    cancelAnimationFrame(frame);
+  };
+}
+
+export default { render };

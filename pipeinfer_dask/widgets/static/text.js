@@ -1,0 +1,64 @@
+// The text as it comes; what had been guessed instead can be shown struck through.
+
+const CLASSES = { accepted: "pipeinfer-accepted", corrected: "pipeinfer-corrected", plain: "" };
+
+function render({ model, el }) {
+  const heading = frameOf(el, model.get("about"));
+  const box = make("div", { className: "pipeinfer-text", tabIndex: 0, role: "group", ariaLabel: "Generated text" });
+  const shown = make("input", { type: "checkbox" });
+  const key = make("div", { className: "pipeinfer-row pipeinfer-muted" });
+  for (const { name, meaning } of model.get("about").origins) {
+    key.append(make("span", { className: CLASSES[name] }, meaning));
+  }
+  key.append(make("label", {}, shown, " show rejected guesses, ", make("s", {}, "struck through")));
+  el.append(box, key);
+
+  let source = null;
+  let drawn = 0; // tokens that stand in the box
+  let marked = false;
+
+  /** What was guessed and ruled out at the place of each token, up to it. */
+  const rejected = (trace) => {
+    const { guesses, settled } = trace.tables;
+    const places = new Map();
+    for (let row = 0; row < settled.count; row += 1) {
+      const guess = settled.guess[row];
+      if (settled.kept[row] || guesses.ahead[guess] === 0) continue;
+      const position = guesses.position[guess];
+      if (!places.has(position)) places.set(position, new Set());
+      places.get(position).add(guesses.text[guess]);
+    }
+    return places;
+  };
+
+  const draw = (trace) => {
+    const { tokens } = trace.tables;
+    const count = upTo(tokens.time, momentOf(model, trace));
+    if (source !== tokens || count < drawn || shown.checked || marked) {
+      box.replaceChildren();
+      drawn = 0;
+      source = tokens;
+    }
+    marked = shown.checked;
+    const places = marked ? rejected(trace) : new Map();
+    const below = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+    let struck = 0;
+    for (; drawn < count; drawn += 1) {
+      for (const text of places.get(tokens.position[drawn]) ?? []) {
+        box.append(make("s", {}, visible(text)));
+        struck += 1;
+      }
+      const { name, meaning } = trace.about.origins[tokens.origin[drawn]];
+      box.append(make("span", { className: CLASSES[name], title: meaning }, tokens.text[drawn]));
+    }
+    if (below) box.scrollTop = box.scrollHeight;
+    heading(trace, ` · ${count} tokens`);
+    Object.assign(el.dataset, { tokens: count, struck });
+  };
+
+  const { redraw, stop } = follow(model, el, draw);
+  shown.addEventListener("change", redraw);
+  return stop;
+}
+
+export default { render };

@@ -1,0 +1,120 @@
+// The tree: the end of the text, and the tokens that are guessed to follow it.
+
+const BOX = { width: 122, height: 34, gapX: 26, gapY: 8, before: 3, most: 80 };
+
+function render({ model, el }) {
+  const heading = frameOf(el, model.get("about"));
+  const holder = make("div", { className: "pipeinfer-scroll", tabIndex: 0, role: "group", ariaLabel: "Draft tree" });
+  const key = make(
+    "div", { className: "pipeinfer-row pipeinfer-muted" },
+    ...[
+      "thick frame: text", "full frame: the target is asked", "dashed frame: only guessed",
+      "struck through: ruled out just now", "%: how sure the draft model is", "slot: place in the cache",
+    ].map((meaning) => make("span", {}, meaning)),
+  );
+  el.append(holder, key);
+
+  /** The guesses that are there at a moment, and those that the last commitment ruled out. */
+  const stateAt = (trace, moment) => {
+    const { tokens, guesses, placed, settled } = trace.tables;
+    const count = upTo(tokens.time, moment);
+    const last = count ? tokens.time[count - 1] : -1;
+    const ended = new Map();
+    const rows = upTo(settled.time, moment);
+    for (let row = 0; row < rows; row += 1) ended.set(settled.guess[row], row);
+    const runs = new Map();
+    const places = upTo(placed.time, moment);
+    for (let row = 0; row < places; row += 1) runs.set(placed.guess[row], row);
+    const children = new Map();
+    let open = 0;
+    let gone = 0;
+    const made = upTo(guesses.made, moment);
+    for (let guess = 0; guess < made; guess += 1) {
+      const row = ended.get(guess);
+      const kept = row !== undefined && settled.kept[row];
+      const out = row !== undefined && !kept;
+      if (kept || (out && settled.time[row] < last)) continue;
+      const parent = guesses.parent[guess];
+      if (!children.has(parent)) children.set(parent, []);
+      children.get(parent).push({ guess, out });
+      if (out) gone += 1;
+      else open += 1;
+    }
+    const text = [];
+    for (let row = Math.max(0, count - BOX.before); row < count; row += 1) text.push(tokens.guess[row]);
+    return { text, children, runs, open, gone };
+  };
+
+  const draw = (trace) => {
+    const { guesses, placed } = trace.tables;
+    const { text, children, runs, open, gone } = stateAt(trace, momentOf(model, trace));
+    const boxes = [];
+    let row = 0;
+    let left = BOX.most;
+    const place = (guess, depth, out, parent) => {
+      const box = { guess, depth, out, parent, row: 0 };
+      boxes.push(box);
+      left -= 1;
+      const below = (children.get(guess) ?? []).filter(() => left > 0);
+      const rows = below.map((child) => place(child.guess, depth + 1, child.out, box).row);
+      box.row = rows.length ? (rows[0] + rows[rows.length - 1]) / 2 : row++;
+      return box;
+    };
+    // The text is one chain; what had hung beside it hangs below its own tokens.
+    const chain = (at) => {
+      const guess = text[at];
+      if (at === text.length - 1) return place(guess, at, false, null);
+      const box = { guess, depth: at, out: false, parent: null, row: 0, text: true };
+      boxes.push(box);
+      const next = chain(at + 1);
+      next.parent = box;
+      for (const child of children.get(guess) ?? []) if (left > 0) place(child.guess, at + 1, child.out, box);
+      box.row = next.row;
+      return box;
+    };
+    if (text.length) chain(0);
+    const wide = (BOX.width + BOX.gapX) * (1 + Math.max(0, ...boxes.map((box) => box.depth)));
+    const high = (BOX.height + BOX.gapY) * Math.max(1, row) + 8;
+    const svg = makeSvg("svg", { width: wide, height: high, role: "img", "aria-label": `Draft tree: ${open} guesses open, ${gone} ruled out just now` });
+    const x = (box) => 2 + box.depth * (BOX.width + BOX.gapX);
+    const y = (box) => 4 + box.row * (BOX.height + BOX.gapY);
+    for (const box of boxes) {
+      if (box.parent) {
+        const middle = BOX.height / 2;
+        svg.append(makeSvg("path", {
+          d: `M${x(box.parent) + BOX.width} ${y(box.parent) + middle}C${x(box) - 8} ${y(box.parent) + middle} ${x(box) - 18} ${y(box) + middle} ${x(box)} ${y(box) + middle}`,
+          fill: "none", stroke: "currentColor", "stroke-opacity": 0.5,
+          "stroke-width": 0.7 + 2.5 * guesses.confidence[box.guess],
+        }));
+      }
+    }
+    for (const box of boxes) {
+      const isText = text.includes(box.guess);
+      const run = runs.get(box.guess);
+      const colour = box.out ? "#d55e00" : isText ? "var(--pipeinfer-accepted)" : "#cc79a7";
+      const group = makeSvg("g", { opacity: box.out ? 0.65 : 1 });
+      group.append(
+        makeSvg("rect", {
+          x: x(box), y: y(box), width: BOX.width, height: BOX.height, rx: 5, fill: "var(--jp-layout-color1, #fff)",
+          stroke: colour, "stroke-width": isText ? 3 : 1.5, "stroke-dasharray": isText || run !== undefined ? "none" : "4 3",
+        }),
+        makeSvg("text", {
+          x: x(box) + 7, y: y(box) + 14, "font-family": "monospace", "font-weight": "bold",
+          "text-decoration": box.out ? "line-through" : "none",
+        }, visible(guesses.text[box.guess]).slice(0, 14)),
+        makeSvg("text", { x: x(box) + 7, y: y(box) + 28, opacity: 0.8 },
+          [isText ? "" : `${Math.round(100 * guesses.confidence[box.guess])}%`,
+            run !== undefined ? `run ${placed.run[run]} slot ${placed.slot[run]}` : ""].filter(Boolean).join(" · ")),
+      );
+      svg.append(group);
+    }
+    holder.replaceChildren(text.length ? svg : make("div", { className: "pipeinfer-muted" }, "No text yet."));
+    const hidden = left <= 0 ? `, the first ${BOX.most} shown` : "";
+    heading(trace, ` · ${open} guesses open${hidden}`);
+    Object.assign(el.dataset, { open, gone, boxes: boxes.length });
+  };
+
+  return follow(model, el, draw).stop;
+}
+
+export default { render };

@@ -1,0 +1,91 @@
+"""Several traces side by side on one clock, to be played and stepped through."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import anywidget
+import ipywidgets
+import traitlets
+from IPython.display import HTML
+
+from pipeinfer_dask.widgets.feed import Feed
+from pipeinfer_dask.widgets.view import TraceView, module, style
+from pipeinfer_dask.widgets.views import DraftTree, Timeline, TokenStream
+
+
+class Clock(anywidget.AnyWidget):
+    """Buttons and a slider for one moment, in seconds. It runs in the page alone.
+
+    Attributes
+    ----------
+    moment, last : float, seconds
+        The moment, and the last one there is.
+    steps : list of float, seconds
+        Where the step buttons lead.
+    speed : float
+        Seconds of the trace in a second of playing.
+    """
+
+    _esm = module("clock.js")
+    _css = style()
+    moment = traitlets.Float(0.0).tag(sync=True)
+    last = traitlets.Float(0.0).tag(sync=True)
+    steps = traitlets.List(traitlets.Float()).tag(sync=True)
+    speed = traitlets.Float(1.0).tag(sync=True)
+
+
+class Stepper(ipywidgets.VBox):  # type: ignore[misc]
+    """Plays traces, step by step or continuously, all on one clock.
+
+    Parameters
+    ----------
+    *sources : Trace, Result, Simulation or Feed
+        Finished; one to three can be taken in at a glance.
+    tree : bool
+        Whether to show the draft trees, too.
+
+    Attributes
+    ----------
+    clock : Clock
+    views : list of TraceView
+
+    Raises
+    ------
+    ValueError
+        If there is no source, or one that has not finished.
+    """
+
+    def __init__(self, *sources: Any, tree: bool = False) -> None:
+        if not sources:
+            raise ValueError("expected at least one trace, got none: Stepper(result, ...)")
+        feeds = [source if isinstance(source, Feed) else Feed(source) for source in sources]
+        if any(feed.live for feed in feeds):
+            raise ValueError(
+                "expected finished generations, got one that goes on: wait for its result"
+            )
+        kinds: list[type[TraceView]] = [Timeline, TokenStream, *([DraftTree] if tree else [])]
+        last = max(feed.now for feed in feeds)
+        moments = {0.0, last}
+        for feed in feeds:
+            history = feed.history
+            moments.update(token.time - history.began for token in history.tokens)
+            moments.update(run.started - history.began for run in history.runs.values())
+        # A step shows what happened then: the rows hold single precision.
+        steps = [moment + 1e-6 * max(1.0, moment) for moment in sorted(moments)]
+        self.clock = Clock(last=last * (1 + 2e-6), steps=steps, speed=min(1.0, max(0.01, last / 8)))
+        self.views = [kind(feed, moment=0.0) for feed in feeds for kind in kinds]
+        for view in self.views:
+            ipywidgets.jslink((self.clock, "moment"), (view, "moment"))
+        super().__init__([self.clock, *self.views])
+
+    def to_html(self) -> str:
+        """Return all traces as they ended."""
+        return "".join(
+            f"<div><b>{escape(view.feed.title)}</b>{view.to_html()}</div>" for view in self.views
+        )
+
+    def freeze(self) -> HTML:
+        """Return a picture for a page that can't run the views themselves."""
+        return HTML(self.to_html())

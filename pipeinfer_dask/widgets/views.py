@@ -1,0 +1,109 @@
+"""The views of a trace; each has an ES module of its own in ``static``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from pipeinfer_dask.trace import Guess, History
+from pipeinfer_dask.trace.picture import metrics_html, text_html, timeline_html
+from pipeinfer_dask.widgets.view import TraceView, module, style
+
+
+class Timeline(TraceView):
+    """Which node worked on what, and when: a row for the drafter and for each stage."""
+
+    _esm = module("timeline.js")
+    _css = style()
+    shows = ("works", "bars", "waves", "tokens")
+    label = "Timeline"
+
+    def to_html(self) -> str:
+        """Return the whole timeline as an image, its legend, and a table."""
+        with self.feed.lock:
+            return timeline_html(self.feed.history)
+
+
+class Metrics(TraceView):
+    """The figures, and how they came about."""
+
+    _esm = module("metrics.js")
+    _css = style()
+    shows = ("figures", "busy", "tokens", "guesses", "settled")
+    label = "Figures"
+
+    def to_html(self) -> str:
+        """Return the figures as a table."""
+        with self.feed.lock:
+            return metrics_html(self.feed.history.tally.metrics())
+
+
+class TokenStream(TraceView):
+    """The text as it comes, each token marked by where it came from."""
+
+    _esm = module("text.js")
+    _css = style()
+    shows = ("tokens", "guesses", "settled")
+    label = "Text"
+
+    def to_html(self) -> str:
+        """Return the text and what its marks mean."""
+        with self.feed.lock:
+            return text_html(self.feed.history)
+
+
+class DraftTree(TraceView):
+    """The tokens that are guessed to follow the text, and what becomes of them."""
+
+    _esm = module("tree.js")
+    _css = style()
+    shows = ("tokens", "guesses", "placed", "settled")
+    label = "Draft tree"
+
+    def to_html(self) -> str:
+        """Return the tree at the moment at which it was largest, as nested lists."""
+        with self.feed.lock:
+            return _tree_html(self.feed.history)
+
+
+def _tree_html(history: History) -> str:
+    """Return the tree at the commitment before which most guesses were open."""
+    changes = sorted(
+        (time, change)
+        for guess in history.guesses
+        if guess.ahead
+        for time, change in ((guess.made, 1), (guess.settled, -1))
+        if time is not None
+    )
+    moment, most, live = history.began, 0, 0
+    for time, change in changes:
+        live += change
+        if live > most:
+            moment, most = time, live
+    root = None
+    for token in history.tokens:
+        if token.time > moment:
+            break
+        root = token.guess
+    if root is None:
+        return "<div>Nothing has been guessed yet.</div>"
+
+    def there(guess: Guess) -> bool:
+        return guess.made <= moment and (guess.settled is None or guess.settled > moment)
+
+    def listed(guesses: Iterable[Guess]) -> str:
+        items = "".join(
+            f"<li><code>{escape(history.trace.text_of(guess.token))}</code> "
+            f"{guess.confidence:.0%}{listed(guess.children)}</li>"
+            for guess in guesses
+            if there(guess)
+        )
+        return f"<ul>{items}</ul>" if items else ""
+
+    # A guess that has become text since was one then.
+    below = [guess for guess in history.guesses if guess.parent is root]
+    text = escape(history.trace.text_of(root.token))
+    return (
+        f"<div>What was guessed to follow <code>{text}</code> at "
+        f"{(moment - history.began) * 1e3:.0f} ms, {most} tokens{listed(below)}</div>"
+    )
