@@ -250,7 +250,8 @@ class Feed:
             look, tokens, late = str(done.fate or Fate.ACCEPTED), list(done.tokens), 0
         else:
             look, tokens, late = "draft", done.guesses, done.late
-        kept = sum(token.kept for token in tokens)
+        # What becomes of a draft's guesses is known only later: see the guesses themselves.
+        kept = sum(token.kept for token in tokens) if isinstance(done, Run) else 0
         times = (self._at(done.started), self._at(done.done))
         text = "".join(self.trace.text_of(token.token) for token in tokens[:LABEL])[:LABEL]
         number = self.count("works")

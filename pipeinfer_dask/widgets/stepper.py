@@ -10,9 +10,16 @@ import ipywidgets
 import traitlets
 from IPython.display import HTML
 
+from pipeinfer_dask.trace.tables import window
 from pipeinfer_dask.widgets.feed import Feed
 from pipeinfer_dask.widgets.view import TraceView, module, style
 from pipeinfer_dask.widgets.views import DraftTree, Timeline, TokenStream
+
+COLUMNS = 100
+"""Of `window`: so much of the traces is seen at once."""
+SPEEDS = (1, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
+GLANCE_S = 10.0
+"""A trace is played at least so long at first, if the slowest speed allows."""
 
 
 class Clock(anywidget.AnyWidget):
@@ -26,6 +33,8 @@ class Clock(anywidget.AnyWidget):
         Where the step buttons lead.
     speed : float
         Seconds of the trace in a second of playing.
+    speeds : list of float
+        What there is to choose from.
     """
 
     _esm = module("clock.js")
@@ -34,6 +43,7 @@ class Clock(anywidget.AnyWidget):
     last = traitlets.Float(0.0).tag(sync=True)
     steps = traitlets.List(traitlets.Float()).tag(sync=True)
     speed = traitlets.Float(1.0).tag(sync=True)
+    speeds = traitlets.List(list(SPEEDS)).tag(sync=True)
 
 
 class Stepper(ipywidgets.VBox):  # type: ignore[misc]
@@ -74,8 +84,15 @@ class Stepper(ipywidgets.VBox):  # type: ignore[misc]
             moments.update(run.started - history.began for run in history.runs.values())
         # A step shows what happened then: the rows hold single precision.
         steps = [moment + 1e-6 * max(1.0, moment) for moment in sorted(moments)]
-        self.clock = Clock(last=last * (1 + 2e-6), steps=steps, speed=min(1.0, max(0.01, last / 8)))
+        speed = next((speed for speed in SPEEDS if last / speed >= GLANCE_S), SPEEDS[-1])
+        self.clock = Clock(last=last * (1 + 2e-6), steps=steps, speed=speed)
         self.views = [kind(feed, moment=0.0) for feed in feeds for kind in kinds]
+        # One scale for all, or they could not be compared.
+        parts = [window(feed.history, COLUMNS) for feed in feeds]
+        span = max(ended - began for began, ended in parts)
+        for view in self.views:
+            if isinstance(view, Timeline):
+                view.span = span
         for view in self.views:
             ipywidgets.jslink((self.clock, "moment"), (view, "moment"))
         super().__init__([self.clock, *self.views])

@@ -95,7 +95,8 @@ class TraceView(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Close the view; the generation goes on."""
-        self.feed.unsubscribe(self)
+        if hasattr(self, "feed"):  # what could not be made is closed, too
+            self.feed.unsubscribe(self)
         super().close()
 
     # --- for the feed -----------------------------------------------------------------

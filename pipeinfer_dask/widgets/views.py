@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+import traitlets
+
 from pipeinfer_dask.trace import Guess, History
 from pipeinfer_dask.trace.picture import metrics_html, text_html, timeline_html
 from pipeinfer_dask.widgets.view import TraceView, module, style
 
 
 class Timeline(TraceView):
-    """Which node worked on what, and when: a row for the drafter and for each stage."""
+    """Which node worked on what, and when: a row for the drafter and for each stage.
+
+    Attributes
+    ----------
+    span : float, seconds
+        How much is seen at first; 0 for as much as lets single runs be told apart.
+    """
 
     _esm = module("timeline.js")
     _css = style()
     shows = ("works", "bars", "waves", "tokens")
     label = "Timeline"
+    span = traitlets.Float(0.0).tag(sync=True)
 
     def to_html(self) -> str:
         """Return the whole timeline as an image, its legend, and a table."""

@@ -5,13 +5,13 @@ function render({ model, el }) {
   const range = make("input", { type: "range", min: 0, step: "any", ariaLabel: "Moment", style: { flex: "1 1 200px" } });
   const label = make("span", { style: { minWidth: "11em", fontVariantNumeric: "tabular-nums" } });
   const button = (text, title) => make("button", { type: "button", title, ariaLabel: title }, text);
-  const start = button("⏮", "To the start");
+  const start = button("|◀", "To the start");
   const back = button("◀", "A step back");
   const play = button("play", "Play or pause");
   const ahead = button("▶", "A step ahead");
-  const end = button("⏭", "To the end");
+  const end = button("▶|", "To the end");
   const speed = make("select", { ariaLabel: "Speed" });
-  for (const factor of [1, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01]) {
+  for (const factor of model.get("speeds")) {
     speed.append(make("option", { value: factor }, factor === 1 ? "as it was" : `${1 / factor} times slower`));
   }
   el.append(make("div", { className: "pipeinfer-row" }, start, back, play, ahead, end, range, label, speed));

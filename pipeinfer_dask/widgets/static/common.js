@@ -37,7 +37,9 @@ class Table {
  * Returns {trace, redraw, stop}; `stop` is what `render` gives back to be called at the end.
  */
 function follow(model, element, draw) {
-  const trace = { tables: {}, now: 0, complete: false, about: model.get("about") };
+  // `epoch` changes with the trace that is shown, and not when a live one is over.
+  const trace = { tables: {}, now: 0, complete: false, about: model.get("about"), epoch: 0 };
+  let live = false;
   const clear = () => {
     trace.about = model.get("about");
     trace.now = 0;
@@ -61,6 +63,8 @@ function follow(model, element, draw) {
   const fromState = () => {
     if (!model.get("complete")) return;
     clear();
+    trace.epoch += live ? 0 : 1;
+    live = false;
     const rows = model.get("rows");
     const texts = model.get("texts");
     for (const name of Object.keys(trace.tables)) {
@@ -72,7 +76,11 @@ function follow(model, element, draw) {
   };
   const onMessage = (message, buffers) => {
     if (message.kind !== "rows") return;
-    if (message.reset) clear();
+    if (message.reset) {
+      clear();
+      trace.epoch += live ? 0 : 1;
+      live = true;
+    }
     for (const [index, [name, first, texts]] of message.tables.entries()) {
       if (trace.tables[name].count !== first) {
         model.send({ kind: "resync" }); // some rows are missing: ask for all

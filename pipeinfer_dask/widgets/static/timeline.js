@@ -74,12 +74,13 @@ function render({ model, el }) {
   const context = canvas.getContext("2d");
 
   // What is seen, in seconds; `follow` keeps the newest in sight.
-  const seen = { from: 0, to: 1, follow: true, chosen: false };
+  const seen = { from: 0, to: 1, follow: true, chosen: false, live: false };
   let byRow = [];
   let indexed = 0;
   let lengths = [];
   let patterns = null;
   let source = null;
+  let epoch = -1;
   let focused = -1;
 
   const plot = () => ({
@@ -97,8 +98,12 @@ function render({ model, el }) {
       byRow = trace.about.nodes.map(() => []);
       lengths = [];
       indexed = 0;
-      Object.assign(seen, { from: 0, to: 1, follow: true, chosen: false });
     }
+    if (epoch !== trace.epoch) {
+      epoch = trace.epoch;
+      Object.assign(seen, { from: 0, to: 1, follow: true, chosen: false, live: false });
+    }
+    seen.live ||= !trace.complete;
     for (; indexed < bars.count; indexed += 1) {
       byRow[bars.row[indexed]].push(indexed);
       const length = bars.ended[indexed] - bars.began[indexed];
@@ -108,6 +113,7 @@ function render({ model, el }) {
 
   /** How long a piece is in which single runs can be told apart. */
   const readable = (trace) => {
+    if (model.get("span") > 0) return model.get("span");
     if (!lengths.length) return Math.max(trace.now, 0.1);
     const sample = lengths.slice(-400).sort((a, b) => a - b);
     return Math.min(Math.max(trace.now, 1e-6), BARS_SEEN * sample[sample.length >> 1]);
@@ -117,7 +123,7 @@ function render({ model, el }) {
     const newest = Math.min(moment, trace.now);
     if (!seen.chosen) {
       const span = readable(trace);
-      if (moment === Infinity && trace.complete) {
+      if (moment === Infinity && trace.complete && !seen.live) {
         const first = trace.tables.tokens.time[0] ?? 0;
         seen.from = Math.max(0, Math.min(first - 0.15 * span, trace.now - span));
         seen.to = seen.from + span;
@@ -447,7 +453,7 @@ function render({ model, el }) {
     const lines = [`${nodes[bars.row[focused]]}, ${what} ${works.number[work]}: ${meaning}`];
     if (works.text[work]) lines.push(`“${visible(works.text[work])}”`);
     if (name === "draft") {
-      lines.push(`${works.size[work]} guesses, ${works.kept[work]} became text; ${layers} passes`);
+      lines.push(`${works.size[work]} guesses in ${layers} passes of the draft model`);
     } else {
       lines.push(`${works.size[work]} tokens, ${works.kept[work]} of them text`);
       const spared = bars.spared[focused];

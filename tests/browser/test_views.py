@@ -1,0 +1,222 @@
+"""Views in JupyterLab: what a student sees, clicks and saves."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pipeinfer_dask.bench.browser import Lab, Tab
+from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.trace import History
+from pipeinfer_dask.trace.tables import work_of
+from tests.browser.conftest import Opened
+
+pytestmark = pytest.mark.browser
+
+SIMULATED = """
+import pipeinfer_dask as pi
+from pipeinfer_dask.widgets import *
+simulation = pi.simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
+"""
+SIMULATION = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
+ENGINE = """
+import pipeinfer_dask as pi
+from pipeinfer_dask.models.demo_pair import demo_pair
+target, draft = demo_pair()
+engine = pi.Engine.from_pretrained(target, draft=draft, stages=2, in_process=True)
+"""
+EVIL = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
+
+
+def data(tab: Tab, selector: str) -> dict[str, str]:
+    found = tab.page.locator(selector).first.evaluate("element => ({...element.dataset})")
+    assert isinstance(found, dict)
+    return found
+
+
+def until(tab: Tab, selector: str, condition: str) -> dict[str, str]:
+    """Wait until a view says so of itself: ``condition`` is JavaScript over its ``data``."""
+    tab.page.wait_for_function(
+        f"""selector => {{
+          const data = document.querySelector(selector)?.dataset;
+          return data && ({condition});
+        }}""",
+        arg=selector,
+    )
+    return data(tab, selector)
+
+
+def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> None:
+    tab = opened(SIMULATED, "Timeline(simulation)")
+    page = tab.page
+    all_bars = sum(1 for done in History(SIMULATION.trace).done for _ in work_of(done))
+    begin = until(tab, "[data-bars]", "data.complete === 'true'")
+    assert int(begin["bars"]) == all_bars
+    assert int(begin["tokens"]) == 80
+    assert 0 < int(begin["drawn"]) < all_bars
+
+    def seen(values: dict[str, str]) -> float:
+        return float(values["to"]) - float(values["from"])
+
+    page.get_by_role("button", name="Show all").click()
+    whole = until(tab, "[data-bars]", f"data.drawn === '{all_bars}'")
+    canvas = page.locator(".pipeinfer canvas[tabindex]")
+    canvas.hover()
+    page.mouse.wheel(0, -200)  # it has no focus: the page scrolls, the picture stays
+    canvas.click()
+    page.mouse.wheel(0, -200)
+    wheeled = until(tab, "[data-bars]", f"data.to !== '{whole['to']}'")
+    assert seen(wheeled) == pytest.approx(0.8 * seen(whole), rel=0.01)
+
+    page.keyboard.press("+")
+    zoomed = until(tab, "[data-bars]", f"data.to !== '{wheeled['to']}'")
+    assert seen(zoomed) == pytest.approx(0.5 * seen(wheeled), rel=0.01)
+    page.keyboard.press("ArrowRight")
+    moved = until(tab, "[data-bars]", f"data.from !== '{zoomed['from']}'")
+    assert float(moved["from"]) > float(zoomed["from"])
+    page.keyboard.press("0")
+    until(tab, "[data-bars]", f"data.drawn === '{all_bars}'")
+
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 70, box["y"] + 16 + 26 + 13)
+    until(tab, "[data-bars]", "data.focused !== undefined && data.focused !== '-1'")
+    assert "stage 0, run 0: reading the prompt" in page.locator(".pipeinfer-tip").inner_text()
+
+
+def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opened) -> None:
+    tab = opened(SIMULATED, "Timeline(simulation)")
+    until(tab, "[data-bars]", "data.theme === 'light'")
+    tab.command("apputils:change-theme", theme="JupyterLab Dark")
+    until(tab, "[data-bars]", "data.theme === 'dark'")
+    tab.command("apputils:change-theme", theme="JupyterLab Light")
+    until(tab, "[data-bars]", "data.theme === 'light'")
+    tab.page.get_by_text("The same as a table").click()
+    rows = tab.page.locator(".pipeinfer tbody tr")
+    rows.first.wait_for()
+    assert rows.all_inner_texts()[1].split("\t")[0] == "stage 0"
+    assert "bars of 4 nodes" in tab.page.locator(".pipeinfer canvas[role=img]").get_attribute(
+        "aria-label"
+    )
+
+
+def test_a_dashboard_runs_and_cancels_a_generation(opened: Opened) -> None:
+    tab = opened(ENGINE, "board = engine.dashboard(max_new_tokens=400)\nboard")
+    page = tab.page
+    run, cancel = (page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel"))
+    run.wait_for()
+    assert cancel.is_disabled()
+    page.get_by_label("Knobs").fill("micro_batch=zero")
+    page.get_by_label("Knobs").blur()
+    run.click()
+    page.get_by_text("Not started: expected knobs as name=value").wait_for()
+    page.get_by_label("Knobs").fill("")
+    page.get_by_label("Knobs").blur()
+    run.click()
+    live = until(tab, "[data-bars]", "Number(data.bars) > 20")
+    assert live["complete"] == "false"
+    cancel.click()
+    page.get_by_text(re.compile(r"stopped: \d+ tokens")).wait_for()
+    ended = until(tab, "[data-bars]", "data.complete === 'true'")
+    tokens = int(ended["tokens"])
+    assert 0 < tokens < 400
+    for selector in (".pipeinfer[data-struck]", ".pipeinfer[data-speed]"):
+        until(tab, selector, f"data.complete === 'true' && data.tokens === '{tokens}'")
+    until(tab, ".pipeinfer[data-boxes]", "data.complete === 'true'")
+    assert run.is_enabled()
+
+
+def test_a_view_that_is_opened_later_has_all_rows(opened: Opened) -> None:
+    tab = opened(
+        ENGINE,
+        "from pipeinfer_dask.widgets import Timeline\n"
+        "generation = engine.start('def main', max_new_tokens=300)\n"
+        "timeline = Timeline(generation)\ntimeline",
+        "next(iter(generation))\ntimeline",
+    )
+    tab.page.locator("[data-complete=true]").nth(1).wait_for()
+    first, second = (
+        tab.page.locator("[data-bars]").nth(at).evaluate("element => element.dataset.bars")
+        for at in range(2)
+    )
+    assert first == second
+    assert int(first) > 50
+
+
+def test_a_stepper_shows_strategies_on_one_clock(opened: Opened) -> None:
+    tab = opened(SIMULATED, "Stepper(pi.simulate('iterative', stages=3), simulation)")
+    page = tab.page
+    clock = until(tab, "[data-steps]", "Number(data.steps) > 100")
+    assert float(clock["moment"]) == 0
+    ahead = page.get_by_role("button", name="A step ahead")
+    for _ in range(40):
+        ahead.click()
+    moment = float(data(tab, "[data-steps]")["moment"])
+    assert moment > 0
+    texts = page.locator(".pipeinfer[data-struck]")
+    plain, piped = (int(texts.nth(at).get_attribute("data-tokens")) for at in range(2))
+    assert 0 < plain < piped < 80
+    page.get_by_role("button", name="Play or pause").click()
+    until(tab, "[data-steps]", f"data.playing === 'true' && Number(data.moment) > {moment}")
+    page.get_by_role("button", name="Play or pause").click()
+    until(tab, "[data-steps]", "data.playing === 'false'")
+    page.get_by_role("button", name="To the end").click()
+    tab.page.wait_for_function(
+        "() => [...document.querySelectorAll('[data-struck]')].map(e => e.dataset.tokens).join()"
+        " === '200,80'"
+    )
+
+
+def test_what_a_model_says_can_do_nothing_in_a_page(opened: Opened) -> None:
+    tab = opened(
+        SIMULATED,
+        f"trace = simulation.trace\ntrace.texts = dict.fromkeys(range(99), {EVIL!r})\n"
+        "board = [TokenStream(trace), DraftTree(trace, moment=2.0), Timeline(trace)]\n"
+        "import ipywidgets\nipywidgets.VBox(board)",
+        "from IPython.display import display\ndisplay(simulation, trace)\n"
+        "display(*(view.freeze() for view in board))",
+    )
+    until(tab, ".pipeinfer[data-boxes]", "Number(data.boxes) > 3")
+    tab.page.get_by_label("show rejected guesses").check()
+    until(tab, ".pipeinfer[data-struck]", "Number(data.struck) > 0")
+    assert tab.page.evaluate("window.hacked") is None
+    assert tab.page.locator("img[src=x]").count() == 0
+
+
+def test_a_frozen_picture_is_in_the_saved_notebook_and_in_what_is_made_of_it(
+    opened: Opened, lab: Lab, browser: Any
+) -> None:
+    tab = opened(
+        SIMULATED,
+        "Timeline(simulation).freeze()",
+        "simulation",
+        "Stepper(simulation, tree=True).freeze()",
+    )
+    tab.page.locator(".jp-OutputArea-output img").first.wait_for()
+    tab.command("docmanager:save")
+    (saved,) = lab.notebooks.glob("test_a_frozen*.ipynb")
+    outputs = [cell["outputs"] for cell in json.loads(saved.read_text())["cells"][1:]]
+    for (output,) in outputs:
+        assert "data:image/svg+xml;base64," in "".join(output["data"]["text/html"])
+    page = saved.with_suffix(".html")
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--embed-images", str(saved)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = browser.new_context(java_script_enabled=False)
+    asked: list[str] = []
+    exported = context.new_page()
+    exported.on("request", lambda request: asked.append(request.url))
+    exported.route(re.compile("^https?:"), lambda route: route.abort())
+    exported.goto(page.as_uri())
+    pictures = exported.locator(".jp-OutputArea-output img:not([alt=''])")
+    assert pictures.count() == 3
+    for number in range(3):
+        box = pictures.nth(number).bounding_box()
+        assert box["width"] > 300 and box["height"] > 80
+    context.close()
+    ours = [address for address in asked if not address.startswith(("file:", "data:"))]
+    # What nbconvert's own page asks for, whatever is in it, are scripts: none runs here.
+    assert ours == []

@@ -1,0 +1,135 @@
+"""Controls, dashboards and steppers without a page: what they do, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.widgets import Dashboard, DraftTree, Metrics, Stepper, Timeline, TokenStream
+from pipeinfer_dask.widgets.view import module, style
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[pi.Engine]:
+    target, draft = pi.demo_pair()
+    with pi.Engine.from_pretrained(target, draft, stages=2, in_process=True) as engine:
+        yield engine
+
+
+def test_run_starts_a_generation_that_all_views_show(engine: pi.Engine) -> None:
+    board = engine.dashboard(max_new_tokens=20)
+    assert isinstance(board, Dashboard)
+    assert board.generation is None and board.controls.cancel.disabled
+    board.controls.run.click()
+    assert board.generation is not None
+    result = board.generation.result(60)
+    assert board.text.feed.wait(30)
+    assert all(view.feed.trace is result.trace and view.complete for view in board.views)
+    assert board.text.about["title"] == "adaptive"
+    assert len(board.text.texts["tokens"]) == 20
+    assert "".join(board.text.texts["tokens"]) == result.text
+
+
+def test_cancel_stops_it(engine: pi.Engine) -> None:
+    board = engine.dashboard(max_new_tokens=400)
+    board.controls.run.click()
+    assert board.generation is not None
+    next(iter(board.generation))
+    board.controls.cancel.click()
+    assert board.generation.result(60).finish_reason == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ("micro_batch", "expected knobs as name=value, got 'micro_batch'"),
+        ("micro_batch=four", "expected knobs as name=value, got 'micro_batch=four'"),
+        ("microbatch=4", "has no knob 'microbatch'"),
+        ("micro_batch=-1", "micro_batch"),
+    ],
+)
+def test_what_can_not_be_run_is_said_and_starts_nothing(
+    engine: pi.Engine, knobs: str, message: str
+) -> None:
+    controls = engine.dashboard().controls
+    controls.knobs.value = knobs
+    controls.run.click()
+    assert controls.status.value.startswith("Not started: ")
+    assert message in controls.status.value
+    assert controls.generation is None and not controls.run.disabled
+
+
+def test_knobs_reach_the_strategy(engine: pi.Engine) -> None:
+    controls = engine.dashboard(max_new_tokens=4).controls
+    controls.strategy.value = "pipeinfer"
+    controls.knobs.value = "micro_batch=2, cancellation=False"
+    controls.run.click()
+    assert controls.generation is not None
+    policy = controls.generation.policy
+    assert policy.micro_batch == 2 and not policy.cancellation
+    controls.generation.result(60)
+
+
+def test_a_stepper_has_one_clock_and_one_scale_for_all() -> None:
+    plain = simulate("iterative", stages=3, max_new_tokens=10)
+    piped = simulate("pipeinfer", stages=3, max_new_tokens=10)
+    stepper = Stepper(plain, piped, tree=True)
+    kinds = (Timeline, TokenStream, DraftTree) * 2
+    assert all(map(isinstance, stepper.views, kinds)) and len(stepper.views) == len(kinds)
+    spans = {view.span for view in stepper.views if isinstance(view, Timeline)}
+    assert len(spans) == 1 and spans.pop() > 0
+    clock = stepper.clock
+    assert clock.steps == sorted(clock.steps)
+    assert clock.last >= plain.trace.records[-1][0]
+    assert clock.speed in clock.speeds
+    page = stepper.to_html()
+    assert page.count("Timeline: each node") == 2 and "iterative" in page
+
+
+def test_a_stepper_takes_only_what_is_over(engine: pi.Engine) -> None:
+    with pytest.raises(ValueError, match="expected at least one trace"):
+        Stepper()
+    running = engine.start("def", max_new_tokens=400)
+    with pytest.raises(ValueError, match="expected finished generations"):
+        Stepper(running)
+    running.cancel()
+    running.result(60)
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add(tag)
+
+
+@pytest.mark.parametrize("kind", [Timeline, Metrics, TokenStream, DraftTree])
+def test_a_frozen_view_escapes_the_models_text(kind: type[Timeline]) -> None:
+    trace = simulate("pipeinfer", stages=2, acceptance=0.6, max_new_tokens=20).trace
+    trace.texts = dict.fromkeys(range(-9, 1000), "<script>alert(1)</script>")
+    tags = Tags(kind(trace).to_html()).found
+    assert "script" not in tags and tags
+
+
+@pytest.mark.parametrize("kind", [Timeline, Metrics, TokenStream, DraftTree])
+def test_a_view_of_nothing_stands_still(kind: type[Timeline]) -> None:
+    assert kind(pi.Trace(2)).to_html()
+
+
+def test_modules_and_style_name_nothing_outside_the_page() -> None:
+    static = Path(pi.__file__).parent / "widgets" / "static"
+    names = [path.name for path in static.glob("*.js") if path.name != "common.js"]
+    assert len(names) == 5
+    for source in (*map(module, names), style()):
+        assert "import " not in source.replace("importance", "")
+        assert "innerHTML" not in source
+        links = source.replace("http://www.w3.org/2000/svg", "")
+        assert "http" not in links and "url(" not in links
