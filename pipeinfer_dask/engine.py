@@ -450,14 +450,8 @@ class Engine:
         self.close()
 
     def _repr_html_(self) -> str:
-        ranges = enumerate(self.layer_ranges)
-        rows = [
-            ("target", self.target.path.name),
-            ("draft", self.draft.path.name if self.draft is not None else "none"),
-            *((f"stage {n}", f"layers {r.start} to {r.stop - 1}") for n, r in ranges),
-            ("state", "closed" if self._closed else "open"),
-        ]
-        return table_html(["engine", ""], rows)
+        ranges = [f"layers {layers.start} to {layers.stop - 1}" for layers in self.layer_ranges]
+        return table_html([repr(self), ""], [(f"stage {n}", r) for n, r in enumerate(ranges)])
 
     def __repr__(self) -> str:
         name = self.draft.path.name if isinstance(self.draft, Checkpoint) else self.draft

@@ -145,6 +145,17 @@ class Feed:
         self._texts: dict[str, list[str]] = {name: [] for name, t in TABLES.items() if t.texts}
         self._pack = {name: schema.packer.pack for name, schema in TABLES.items()}
         self._next = defaultdict[str, int](int)
+        self._fill: dict[str, Callable[[], None]] = {
+            "works": self._fill_works,
+            "bars": self._fill_works,
+            "waves": self._fill_waves,
+            "tokens": self._fill_tokens,
+            "guesses": self._fill_guesses,
+            "placed": self._fill_placed,
+            "settled": self._fill_settled,
+            "figures": self._fill_figures,
+            "busy": self._fill_figures,
+        }
         self._views: list[View] = []
         if self._over():
             self._finish()
@@ -176,17 +187,17 @@ class Feed:
 
     def rows(self, name: str, first: int = 0) -> Rows:
         """Return the rows of a table from ``first`` on."""
-        texts = self._texts.get(name)
-        offset = first * TABLES[name].packer.size
-        return Rows(
-            first,
-            bytes(self._packed[name][offset:]),
-            texts[first:] if texts is not None else None,
-        )
+        with self.lock:
+            self._fill[name]()  # tables that no view needs are not packed
+            texts = self._texts.get(name)
+            packed = bytes(self._packed[name][first * TABLES[name].packer.size :])
+            return Rows(first, packed, texts[first:] if texts is not None else None)
 
     def count(self, name: str) -> int:
         """Return how many rows a table has."""
-        return len(self._packed[name]) // TABLES[name].packer.size
+        with self.lock:
+            self._fill[name]()
+            return len(self._packed[name]) // TABLES[name].packer.size
 
     # --- following ------------------------------------------------------------------
 
@@ -194,57 +205,31 @@ class Feed:
         while not self._over():
             time.sleep(PERIOD_S)
             with self.lock:
-                if self._update():
+                if self.history.update():
                     for view in self._views:
                         view.push()
         self._finish()
 
     def _finish(self) -> None:
         with self.lock:
-            self._update(last=True)
-            if self._next["tokens"]:
-                # The end of the text may have completed a character.
-                self._texts["tokens"][-1] = self._piece(self._next["tokens"] - 1)
+            self.history.update()
             self.live = False
+            if self._texts["tokens"]:
+                # The end of the text may have completed a character.
+                self._texts["tokens"][-1] = self._piece(len(self._texts["tokens"]) - 1)
             for view in self._views:
                 view.finish()
 
-    def _update(self, *, last: bool = False) -> bool:
-        """Add what the trace has had since; return whether there was anything."""
-        history, new = self.history, self.history.update()
-        if not new and not last:
-            return False
-        for done in self._take_new("done", history.done):
-            if isinstance(done, Run) and done.fate is None and not last:
-                # The commitment that tells is being recorded by another thread: next time.
-                self._next["done"] = history.done.index(done, self.count("works"))
-                break
+    # --- packing --------------------------------------------------------------------
+
+    def _fill_works(self) -> None:
+        for done in self._new("works", self.history.done):
+            if isinstance(done, Run) and done.fate is None and self.live:
+                break  # the commitment that tells is being recorded by another thread
+            self._next["works"] += 1
             self._add_work(done)
-        for wave in self._take_new("waves", history.waves):
-            self._add("waves", self._at(wave.time), len(wave.runs))
-        for guess in self._take_new("guesses", history.guesses):
-            parent = -1 if guess.parent is None else guess.parent.id
-            row = (parent, guess.position, self._at(guess.made), guess.confidence, guess.ahead)
-            text = self.trace.text_of(guess.token)[:LABEL]
-            self._add("guesses", *row, text=text)
-        for guess in self._take_new("placed", history.placed):
-            assert guess.placed is not None and guess.run is not None
-            self._add("placed", guess.id, self._at(guess.placed), guess.run, guess.slot)
-        for guess in self._take_new("settled", history.settled):
-            assert guess.settled is not None
-            self._add("settled", guess.id, self._at(guess.settled), guess.kept)
-        for token in self._take_new("tokens", history.tokens):
-            where = (token.guess.id, self._at(token.time), token.guess.position)
-            text = self._piece(self.count("tokens"))
-            self._add("tokens", *where, ORIGIN_NUMBERS[token.origin], text=text)
-        for figures in self._take_new("figures", history.figures):
-            self._add("figures", self._at(figures.time), *figures[1:-1])
-            for seconds in figures.busy:
-                self._add("busy", seconds)
-        return new
 
     def _add_work(self, done: Run | Draft) -> None:
-        history = self.history
         assert done.done is not None
         if isinstance(done, Run):
             look, tokens, late = str(done.fate or Fate.ACCEPTED), list(done.tokens), 0
@@ -252,19 +237,48 @@ class Feed:
             look, tokens, late = "draft", done.guesses, done.late
         # What becomes of a draft's guesses is known only later: see the guesses themselves.
         kept = sum(token.kept for token in tokens) if isinstance(done, Run) else 0
-        times = (self._at(done.started), self._at(done.done))
         text = "".join(self.trace.text_of(token.token) for token in tokens[:LABEL])[:LABEL]
-        number = self.count("works")
+        times = (self._at(done.started), self._at(done.done))
+        number = len(self._texts["works"])
         size = (len(tokens) + late, kept)
         self._add("works", done.id, LOOK_NUMBERS[look], *size, *times, text=text)
+        cancelled = isinstance(done, Run) and done.cancelled is not None
         for row, _, span in work_of(done):
-            spared = (
-                history.layers[row - 1] - span.layers
-                if isinstance(done, Run) and done.cancelled is not None
-                else 0
-            )
+            spared = self.history.layers[row - 1] - span.layers if cancelled else 0
             when = (self._at(span.began), self._at(span.ended))
             self._add("bars", number, row, span.layers, spared, *when)
+
+    def _fill_waves(self) -> None:
+        for wave in self._taken("waves", self.history.waves):
+            self._add("waves", self._at(wave.time), len(wave.runs))
+
+    def _fill_tokens(self) -> None:
+        for token in self._taken("tokens", self.history.tokens):
+            where = (token.guess.id, self._at(token.time), token.guess.position)
+            text = self._piece(len(self._texts["tokens"]))
+            self._add("tokens", *where, ORIGIN_NUMBERS[token.origin], text=text)
+
+    def _fill_guesses(self) -> None:
+        for guess in self._taken("guesses", self.history.guesses):
+            parent = -1 if guess.parent is None else guess.parent.id
+            row = (parent, guess.position, self._at(guess.made), guess.confidence, guess.ahead)
+            self._add("guesses", *row, text=self.trace.text_of(guess.token)[:LABEL])
+
+    def _fill_placed(self) -> None:
+        for guess in self._taken("placed", self.history.placed):
+            assert guess.placed is not None and guess.run is not None
+            self._add("placed", guess.id, self._at(guess.placed), guess.run, guess.slot)
+
+    def _fill_settled(self) -> None:
+        for guess in self._taken("settled", self.history.settled):
+            assert guess.settled is not None
+            self._add("settled", guess.id, self._at(guess.settled), guess.kept)
+
+    def _fill_figures(self) -> None:
+        for figures in self._taken("figures", self.history.figures):
+            self._add("figures", self._at(figures.time), *figures[1:-1])
+            for seconds in figures.busy:
+                self._add("busy", seconds)
 
     def _piece(self, number: int) -> str:
         """Return what a token added to the text."""
@@ -276,8 +290,11 @@ class Feed:
     def _at(self, moment: float) -> float:
         return moment - self.history.began
 
-    def _take_new(self, name: str, rows: list[T]) -> list[T]:
-        new = rows[self._next[name] :]
+    def _new(self, name: str, rows: list[T]) -> list[T]:
+        return rows[self._next[name] :]
+
+    def _taken(self, name: str, rows: list[T]) -> list[T]:
+        new = self._new(name, rows)
         self._next[name] += len(new)
         return new
 

@@ -91,7 +91,7 @@ def test_perfetto_marks_each_token_and_each_wave_of_cancelling(tmp_path: Path) -
 
 
 def test_a_data_frame_has_a_row_for_all_that_was_done(tmp_path: Path) -> None:
-    pytest.importorskip("pandas", reason="pandas is not installed: pip install -e '.[browser]'")
+    pytest.importorskip("pandas", reason="pandas is not installed: pip install -e '.[tables]'")
     frame = TRACE.to_dataframe()
     metrics = TRACE.metrics()
     stages = frame[frame.node != "drafter"]
@@ -100,7 +100,7 @@ def test_a_data_frame_has_a_row_for_all_that_was_done(tmp_path: Path) -> None:
     assert stages[stages.fate == "cancelled"].run.nunique() == metrics.runs_cancelled
     assert set(frame.node) == {"drafter", "stage 0", "stage 1", "stage 2"}
     assert (frame.ended_s >= frame.began_s).all() and frame.began_s.min() >= 0
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[tables]'")
     import pandas as pd
 
     frame.to_parquet(tmp_path / "trace.parquet")

@@ -1,0 +1,143 @@
+"""What a live timeline costs: the kernel's time, bytes on the wire, and frames in the browser.
+
+A recorded generation of many bars goes on in a real JupyterLab: ten times a second a run has
+left a pipeline of fifteen stages, and a browser without a screen draws it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeinfer_dask.bench.browser import Lab, Tab, chromium, missing, notebook_of
+
+BARS = 3000
+STAGES = 15
+UPDATES = 100
+"""Of a tenth of a second each."""
+
+KERNEL = f"""
+import json, threading, time
+import pipeinfer_dask as pi
+from pipeinfer_dask.core.messages import RunDone
+from pipeinfer_dask.widgets import Timeline
+
+recorded = pi.simulate("adaptive", stages={STAGES}, acceptance=0.8, max_new_tokens=1500).trace
+assert sum(isinstance(what, RunDone) for _, what in recorded) * {STAGES} > {BARS + 20 * UPDATES}
+
+class Replay:
+    '''A generation that starts with many bars, and then has a run more in each tenth.'''
+
+    def __init__(self):
+        self.trace = pi.Trace({STAGES})
+        self.over = False
+
+    def done(self):
+        return self.over
+
+    def grow(self, bars):
+        while bars > 0:
+            entry = recorded.records[len(self.trace)]
+            self.trace.add(*entry)
+            bars -= {STAGES} * isinstance(entry[1], RunDone)
+
+    def play(self):
+        self.grow({BARS})
+        time.sleep(1.0)
+        started = time.process_time()
+        for _ in range({UPDATES}):
+            self.grow(1)
+            time.sleep(0.1)
+        self.cpu_s = time.process_time() - started
+        self.over = True
+
+class Counted(Timeline):
+    messages = sent = 0  # of the class that is named here: a widget's own is made anew
+
+    def send(self, content, buffers=None):
+        if content["tables"] and content["tables"][0][1]:  # not the first, which has the most
+            Counted.messages += 1
+            Counted.sent += len(json.dumps(content)) + sum(map(len, buffers))
+        super().send(content, buffers)
+
+alone = Replay()
+alone.play()
+replay = Replay()
+timeline = Counted(replay)
+timeline
+"""
+PLAY = """
+def play():
+    replay.play()
+    figures = {"cpu_s": replay.cpu_s, "alone_s": alone.cpu_s}
+    figures |= {"messages": Counted.messages, "sent": Counted.sent}
+    with open("figures.json", "w") as file:
+        json.dump(figures, file)
+
+threading.Thread(target=play).start()
+"""
+FRAMES = """seconds => new Promise(resolve => {
+  const times = [];
+  const tick = now => {
+    times.push(now);
+    if (now - times[0] < 1e3 * seconds) requestAnimationFrame(tick);
+    else resolve((times.length - 1) / ((now - times[0]) / 1e3));
+  };
+  requestAnimationFrame(tick);
+})"""
+
+
+def run_widgets_bench() -> dict[str, Any]:
+    """Measure a live timeline in JupyterLab and Chromium.
+
+    Returns
+    -------
+    dict
+        ``{"suite": "widgets", "rows": [{"bars", "nodes", "updates", "updates_per_s",
+        "kernel_cpu_ms", "bytes", "fps", "idle_fps"}]}``: milliseconds of the kernel's processor
+        and bytes for each update, frames a second while updates come and before any.
+
+    Raises
+    ------
+    RuntimeError
+        If JupyterLab or a browser is not there.
+    """
+    if (lacking := missing()) is not None:
+        raise RuntimeError(lacking)
+    with tempfile.TemporaryDirectory() as home:
+        lab = Lab(Path(home))
+        try:
+            (lab.notebooks / "bench.ipynb").write_text(notebook_of(KERNEL, PLAY))
+            with chromium() as browser:
+                row = _measure(lab, Tab(browser.new_page(), lab.url))
+                return {"suite": "widgets", "rows": [row]}
+        finally:
+            lab.close()
+
+
+def _measure(lab: Lab, tab: Tab) -> dict[str, Any]:
+    page = tab.page
+    tab.open(lab.address_of("bench.ipynb"))
+    idle = page.evaluate(FRAMES, 3)
+    tab.run_all()
+    page.wait_for_function(f"() => document.querySelector('[data-bars]')?.dataset.bars >= {BARS}")
+    before = int(page.locator("[data-updates]").get_attribute("data-updates") or 0)
+    fps = page.evaluate(FRAMES, 8)
+    after = int(page.locator("[data-updates]").get_attribute("data-updates") or 0)
+    page.wait_for_selector("[data-complete=true]")
+    figures = json.loads((lab.notebooks / "figures.json").read_text())
+    if tab.errors:
+        raise RuntimeError(f"the page has failed: {tab.errors[0]}")
+    messages = figures["messages"]
+    return {
+        "bars": int(page.locator("[data-bars]").get_attribute("data-bars") or 0),
+        "nodes": STAGES + 1,
+        "updates": messages,
+        "updates_per_s": round((after - before) / 8, 1),
+        "kernel_cpu_ms": round(1e3 * (figures["cpu_s"] - figures["alone_s"]) / messages, 3),
+        "bytes": round(figures["sent"] / messages),
+        "fps": round(fps, 1),
+        "idle_fps": round(idle, 1),
+    }
