@@ -102,7 +102,7 @@ def _tree_html(history: History) -> str:
 
     def listed(guesses: Iterable[Guess]) -> str:
         items = "".join(
-            f"<li><code>{escape(history.trace.text_of(guess.token))}</code> "
+            f"<li><code>{escape(_visible(history.trace.text_of(guess.token)))}</code> "
             f"{guess.confidence:.0%}{listed(guess.children)}</li>"
             for guess in guesses
             if there(guess)
@@ -111,8 +111,13 @@ def _tree_html(history: History) -> str:
 
     # A guess that has become text since was one then.
     below = [guess for guess in history.guesses if guess.parent is root]
-    text = escape(history.trace.text_of(root.token))
+    text = escape(_visible(history.trace.text_of(root.token)))
     return (
         f"<div>What was guessed to follow <code>{text}</code> at "
         f"{(moment - history.began) * 1e3:.0f} ms, {most} tokens{listed(below)}</div>"
     )
+
+
+def _visible(text: str) -> str:
+    """Return a token as it can be seen: spaces and line ends have signs."""
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
