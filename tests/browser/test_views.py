@@ -83,6 +83,7 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     until(tab, "[data-bars]", f"data.drawn === '{all_bars}'")
 
     box = canvas.bounding_box()
+    assert box is not None
     page.mouse.move(box["x"] + 70, box["y"] + 16 + 26 + 13)
     until(tab, "[data-bars]", "data.focused !== undefined && data.focused !== '-1'")
     assert "stage 0, run 0: reading the prompt" in page.locator(".pipeinfer-tip").inner_text()
@@ -99,9 +100,8 @@ def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opene
     rows = tab.page.locator(".pipeinfer tbody tr")
     rows.first.wait_for()
     assert rows.all_inner_texts()[1].split("\t")[0] == "stage 0"
-    assert "bars of 4 nodes" in tab.page.locator(".pipeinfer canvas[role=img]").get_attribute(
-        "aria-label"
-    )
+    label = tab.page.locator(".pipeinfer canvas[role=img]").get_attribute("aria-label")
+    assert label is not None and "bars of 4 nodes" in label
 
 
 def test_a_dashboard_runs_and_cancels_a_generation(opened: Opened) -> None:
@@ -158,7 +158,7 @@ def test_a_stepper_shows_strategies_on_one_clock(opened: Opened) -> None:
     moment = float(data(tab, "[data-steps]")["moment"])
     assert moment > 0
     texts = page.locator(".pipeinfer[data-struck]")
-    plain, piped = (int(texts.nth(at).get_attribute("data-tokens")) for at in range(2))
+    plain, piped = (int(texts.nth(at).get_attribute("data-tokens") or 0) for at in range(2))
     assert 0 < plain < piped < 80
     page.get_by_role("button", name="Play or pause").click()
     until(tab, "[data-steps]", f"data.playing === 'true' && Number(data.moment) > {moment}")
