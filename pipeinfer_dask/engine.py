@@ -11,8 +11,7 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from threading import Lock
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from distributed import Client
 
@@ -58,7 +57,6 @@ __all__ = [
     "Result",
 ]
 
-T = TypeVar("T")
 DEFAULT_STAGES = 3
 """Stages of an engine that brings its own workers."""
 
@@ -410,10 +408,8 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise EngineClosedError("this engine is closed: open another one")
-            if self._head.lost is not None:
-                raise EngineClosedError(
-                    f"the pipeline is lost ({self._head.lost}): open another one"
-                )
+            if (lost := self._head.lost) is not None:
+                raise EngineClosedError(f"the pipeline is lost ({lost}): open another one")
             request = next(self._requests)
         drafter = self.draft is not None
         return call_on(self._head.loop, measure_costs(self._head, request, drafter=drafter))
@@ -441,12 +437,7 @@ class Engine:
             raise EngineClosedError("this engine is closed: open another one")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _repr_html_(self) -> str:

@@ -2,6 +2,6 @@
 
 SUITES = (
     *("ablation", "compute", "head", "hop", "network", "open", "paced", "policies"),
-    *("sampling", "shard", "ttft"),
+    *("sampling", "shard", "ttft", "widgets"),
 )
 """The modules, each with a function ``run_SUITE_bench``."""

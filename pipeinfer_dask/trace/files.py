@@ -139,7 +139,13 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     if get_origin(kind) in (Union, types.UnionType):
         return _one_of(get_args(kind))
     if get_origin(kind) is tuple:
-        read = _reader(get_args(kind)[0])
+        first, *others = get_args(kind)
+        if others != [...]:
+            readers = [_reader(each) for each in (first, *others)]
+            return lambda value: tuple(
+                [read(item) for read, item in zip(readers, _checked(list, value), strict=True)]
+            )
+        read = _reader(first)
         return lambda value: tuple([read(item) for item in _checked(list, value)])
     if is_dataclass(kind):
         return _message(kind)

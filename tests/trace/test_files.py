@@ -11,11 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeinfer_dask.core.messages import Command, Event
+from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import History, Trace
 
 numbers = st.floats(allow_nan=False)
+tokens = st.lists(st.integers()).map(tuple)
+words = st.lists(st.integers(), min_size=1).map(tuple)
+shares = st.floats(0, 1, exclude_min=True)
 st.register_type_strategy(float, numbers)
+st.register_type_strategy(
+    Sampling,
+    st.builds(
+        Sampling,
+        seed=st.none() | st.integers(0, 2**63 - 1),
+        temperature=shares,
+        top_k=st.integers(0),
+        top_p=shares,
+        top_h=st.none() | shares,
+        bad_words_ids=st.lists(words).map(tuple),
+        sequence_bias=st.lists(st.tuples(words, st.floats(max_value=9))).map(tuple),
+        suppress_tokens=tokens,
+        end_tokens=tokens,
+    ),
+)
 records = st.lists(st.tuples(numbers, st.one_of(*map(st.from_type, get_args(Command | Event)))))
 
 
