@@ -274,8 +274,6 @@ def simulate(
     from pipeinfer_dask.simulation import Costs, best_chain
     from pipeinfer_dask.simulation import simulate as run
     from pipeinfer_dask.terminal import table
-    from pipeinfer_dask.trace import History
-    from pipeinfer_dask.trace.tables import window
 
     costs = Costs.even(
         stages,
@@ -300,7 +298,7 @@ def simulate(
     if timeline:
         columns = max(20, console.width - 10)
         # One scale for all, or they could not be compared.
-        began, ended = window(History(next(iter(results.values())).trace), columns)
+        began, ended = pictures.window(next(iter(results.values())).trace, columns)
         for label, result in results.items():
             console.rule(label, align="left")
             console.print(pictures.draw(result.trace, columns, (began, ended)), no_wrap=True)

@@ -12,8 +12,8 @@ from enum import Enum
 from rich.text import Text
 
 from pipeinfer_dask.core.messages import Span
-from pipeinfer_dask.trace import Fate, History, Run, Trace
-from pipeinfer_dask.trace.tables import node_name, window, work_of
+from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
+from pipeinfer_dask.trace.tables import node_name, work_of
 
 
 class Sign(Enum):
@@ -38,6 +38,11 @@ class Sign(Enum):
         return cls.ACCEPTED if fate is None else cls[fate.name]
 
 
+def window(trace: Trace, columns: int) -> tuple[float, float]:
+    """Return a part of a trace, in seconds, in which single runs can be told apart."""
+    return tables.window(History(trace), columns)
+
+
 def draw(trace: Trace, columns: int, part: tuple[float, float] | None = None) -> Text:
     """Return the picture.
 
@@ -50,7 +55,7 @@ def draw(trace: Trace, columns: int, part: tuple[float, float] | None = None) ->
         What to show; by default what `window` says.
     """
     history = History(trace)
-    began, ended = part if part is not None else window(history, columns)
+    began, ended = part if part is not None else tables.window(history, columns)
     width = max(ended - began, 1e-12) / columns
     rows: list[list[tuple[Span, Sign]]] = [[] for _ in range(trace.stages + 1)]
     for done in history.done:

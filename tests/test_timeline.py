@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeinfer_dask.simulation import Costs, simulate
-from pipeinfer_dask.timeline import Sign, draw, legend
-from pipeinfer_dask.trace import History
-from pipeinfer_dask.trace.tables import window
+from pipeinfer_dask.timeline import Sign, draw, legend, window
 
 PLAIN = simulate(
     "iterative",
@@ -59,7 +57,7 @@ def test_guesses_that_were_all_wrong_are_told_from_those_that_were_not() -> None
 
 
 def test_the_window_begins_with_the_first_token_and_ends_with_the_last() -> None:
-    began, ended = window(History(PLAIN.trace), 1000)
+    began, ended = window(PLAIN.trace, 1000)
     assert began == pytest.approx(3.0)
     assert ended == pytest.approx(24.0)
 
