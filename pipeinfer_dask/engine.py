@@ -373,10 +373,8 @@ class Engine:
                 **settings,
             )
             stream, stops = text_of(request, self.tokenizer)
-            trace = Trace(self.stages, texts=self._texts)
-            generation = Generation(
-                request, policy, stream, trace, cancel=self._head.cancel, stops=stops
-            )
+            trace, cancel = Trace(self.stages, texts=self._texts), self._head.cancel
+            generation = Generation(request, policy, stream, trace, cancel=cancel, stops=stops)
             try:
                 if self._closed:
                     raise RuntimeError
@@ -416,7 +414,7 @@ class Engine:
 
     def dashboard(self, **options: Any) -> VBox:
         """Return controls and live views for a notebook. Options as those of `pi.dashboard`."""
-        import pipeinfer_dask
+        import pipeinfer_dask  # by its public name: the views lie above this layer
 
         return pipeinfer_dask.dashboard(self, **options)
 
