@@ -147,8 +147,14 @@ class Tab:
                 route.abort()
 
         page.route("**/*", check)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("pageerror", self._fail)
         page.on("console", self._note)
+
+    def _fail(self, error: Any) -> None:
+        # JupyterLab's core fails now and then by itself, as when it changes its theme; the
+        # modules of widgets are blobs.
+        if "/static/lab/" not in error.stack or "blob:" in error.stack:
+            self.errors.append(f"{error} {error.stack}")
 
     def _note(self, message: Any) -> None:
         if message.type == "error":
