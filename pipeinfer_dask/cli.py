@@ -160,12 +160,9 @@ def demo(
     metavar="W,W,...|auto",
     help="Relative shares of layers, one a stage; or by what each worker can do.",
 )
-@click.option(
-    "--weights",
-    default="auto",
-    show_default=True,
-    help="How matrices are held: auto, fp16 or fp32.",
-)
+@click.option("--weights", default="auto", help="How CPUs hold matrices: auto, fp16 or fp32.")
+@click.option("--devices", help="Where to compute: cpu, cuda or cuda:N, one for all or A,B,...")
+@click.option("--dtype", help="In what GPUs compute: float32, float16 or bfloat16.")
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster, not one of its own.")
 @click.option("--share-workers", is_flag=True, help="Several stages may be on one worker.")
 @click.option("--in-process", is_flag=True, help="No cluster: stages are threads.")
@@ -181,6 +178,8 @@ def generate(
     stages: int | None,
     layer_split: str | None,
     weights: str,
+    devices: str | None,
+    dtype: str | None,
     scheduler: str | None,
     share_workers: bool,
     in_process: bool,
@@ -210,9 +209,7 @@ def generate(
     admission.request(0, prompt, **settings)
     console = _console(as_json)
     with ExitStack() as stack:
-        client = None
-        if scheduler is not None:
-            client = stack.enter_context(_client(scheduler))
+        client = None if scheduler is None else stack.enter_context(_client(scheduler))
         engine = stack.enter_context(
             _engine(
                 console,
@@ -222,6 +219,8 @@ def generate(
                 stages=stages,
                 layer_split=shares,
                 weights=weights,
+                devices=devices,
+                dtype=dtype,
                 share_workers=share_workers,
                 in_process=in_process,
             )

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import warnings
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -23,16 +23,19 @@ from pipeinfer_dask.models.checkpoint import (
     load_tokenizer,
     open_checkpoint,
 )
-from pipeinfer_dask.models.linears import Weights, check_weights
+from pipeinfer_dask.models.devices import Dtype
+from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.runtime.admission import Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
+from pipeinfer_dask.runtime.gpus import Devices
 from pipeinfer_dask.runtime.head import Head
 from pipeinfer_dask.runtime.loading import Loading, Progress, shown
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.measuring import measure_costs
+from pipeinfer_dask.runtime.opening import check_asked
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import default_stages, place
@@ -108,6 +111,10 @@ class Engine:
         stages: int | None = None,
         layer_split: LayerSplit = None,
         weights: Weights = "auto",
+        devices: str | Sequence[str] | None = None,
+        draft_device: str | None = None,
+        dtype: Dtype | None = None,
+        cuda_graphs: bool = False,
         share_workers: bool = False,
         in_process: bool = False,
         progress: Progress | bool | None = None,
@@ -135,9 +142,20 @@ class Engine:
             each worker computes a layer like the model's, and gets as many as its speed and
             its memory allow; the output head counts as what it costs.
         weights : {"auto", "fp16", "fp32"}
-            How workers hold matrices; all is computed in 32 bits. "auto" holds those of a
+            How CPUs hold matrices; they compute all in 32 bits. "auto" holds those of a
             16-bit checkpoint in 16 bits where the worker's processor can multiply by them.
             "fp16" rounds those of a 32-bit one to 16 bits, which may change the text.
+        devices : str or sequence of str, optional
+            Where stages compute: ``"cpu"``, ``"cuda"`` (the worker's own current GPU) or
+            ``"cuda:N"``; one for all, or one for each stage. Several may share a GPU.
+        draft_device : str, optional
+            The draft model's; by default that of the last stage.
+        dtype : {"float32", "float16", "bfloat16"}, optional
+            What GPUs compute in: by default the checkpoint's own. In 16 bits a text may depend
+            on how runs are cut, as sums are rounded. CPUs compute in float32.
+        cuda_graphs : bool
+            Whether GPUs replay small runs as CUDA graphs: fewer launches, but a run that has
+            begun can't be cancelled.
         share_workers : bool
             Whether one worker may hold several stages. The drafter shares one anyway where
             there are too few.
@@ -155,38 +173,23 @@ class Engine:
         FileNotFoundError
             If a model is not there.
         ValueError
-            If a model can't be used, the pair does not fit together, or stages, layers and
-            workers do not fit.
+            If a model can't be used, the pair does not fit together, stages, layers and
+            workers do not fit, or a worker lacks a GPU that it is to use.
         MemoryError
             If a worker has not enough memory for what it is to hold.
         RuntimeError
             If a worker could not load its share.
         """
-        if client is not None and in_process:
-            raise ValueError("expected a client or in_process=True, got both: leave one out")
-        if client is not None and not isinstance(client, Client):
-            raise ValueError(
-                f"expected a distributed.Client, got {client!r}: make one with Client(...)"
-            )
-        if client is not None and client.asynchronous:
-            raise ValueError(
-                "expected a client made with asynchronous=False: this engine's calls block "
-                "(its generations can be awaited all the same)"
-            )
-        if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
-            raise ValueError(f"expected stages to be a whole number, got {stages!r}")
-        if layer_split is not None and not isinstance(layer_split, Sized):
-            raise ValueError(
-                f"expected layer_split as a sequence of numbers, one a stage, got {layer_split!r}"
-            )
-        check_weights(weights)
-        if progress is not None and not isinstance(progress, bool) and not callable(progress):
-            raise ValueError(
-                f"expected progress as a callable, True, False or None, got {progress!r}"
-            )
-        for model in (target, *([] if draft is None else [draft])):
-            if not isinstance(model, (str, os.PathLike)):
-                raise ValueError(f"expected a model's directory or hub name, got {model!r}")
+        check_asked(
+            models=(target,) if draft is None else (target, draft),
+            client=client,
+            in_process=in_process,
+            stages=stages,
+            layer_split=layer_split,
+            weights=weights,
+            progress=progress,
+        )
+        places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
         # A cluster's own machines may have their own copies; without one, all is here.
         elsewhere = client is not None
         opened = open_checkpoint(os.fspath(target), elsewhere=elsewhere)
@@ -208,7 +211,10 @@ class Engine:
             stages = default_stages(available, opened.num_layers, drafter=drafter)
             if layer_split is not None and layer_split != AUTO:
                 stages = len(layer_split)
-        models = Models(opened, opened_draft, weights)
+            if len(places.names) > 1:
+                stages = len(places.names)
+        places.for_stages(stages)
+        models = Models(opened, opened_draft, weights, places)
         ranges = models.split(stages, layer_split)
         placement = (
             place(workers, stages, drafter=drafter, share=share_workers)
@@ -221,15 +227,15 @@ class Engine:
                 check_split(opened_draft)
 
         if client is None:
-            models.check_memory_here()
+            models.check_here(ranges, in_process=in_process)
 
         with ExitStack() as resources:
             if in_process:
                 loop = resources.enter_context(LoopThread()).loop
             else:
                 if client is None:
-                    client = own_cluster(stages + drafter, resources)
-                    placement = place(workers_of(client), stages, drafter=drafter)
+                    client = own_cluster(stages + drafter, resources, places)
+                    placement = place(workers_of(client), stages, drafter=drafter, share=True)
                 loop = loop_of(client)
 
             if client is not None and placement is not None:

@@ -18,27 +18,28 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeinfer_dask.models.ancestry import Attendance
-
 SLOT_ATTENTION = "pipeinfer_slots"
 """The name to give as ``attn_implementation``."""
 
-_current: ContextVar[tuple[Attendance, Tensor]] = ContextVar("attendance")
+_current: ContextVar[tuple[Tensor, Tensor, Tensor]] = ContextVar("attendance")
 _repeated: ContextVar[dict[int, Tensor]] = ContextVar("repeated")
 """The masks of this pass, by identity, repeated for the heads of a group: all layers' alike."""
 
 
 @contextmanager
-def attending(attendance: Attendance, positions: Tensor) -> Iterator[None]:
-    """Have the models that this thread calls attend as told.
+def attending(allowed: Tensor, positions: Tensor, held: Tensor) -> Iterator[None]:
+    """Have the models that this thread calls attend as told. All is on the models' device.
 
     Parameters
     ----------
-    attendance : Attendance, of n tokens
+    allowed : Tensor of bool, [n, filled]
+        Whether a token attends to a slot.
     positions : Tensor of int64, [n]
         The tokens' places in the text.
+    held : Tensor of int64, [filled]
+        The places in the text of the tokens in the slots.
     """
-    tokens = _current.set((attendance, positions)), _repeated.set({})
+    tokens = _current.set((allowed, positions, held)), _repeated.set({})
     try:
         yield
     finally:
@@ -53,7 +54,7 @@ def token_positions() -> Tensor:
 
 def slot_positions() -> Tensor:
     """Return the places in the text of the tokens in the slots that are looked at, [filled]."""
-    return torch.from_numpy(_current.get()[0].positions)
+    return _current.get()[2]
 
 
 def slot_mask(
@@ -64,13 +65,12 @@ def slot_mask(
     ``mask_function`` is the family's: whether (batch, head, query position, key position)
     may attend. The rest is what transformers tells every mask.
     """
-    attendance, positions = _current.get()
-    allowed = torch.from_numpy(attendance.mask)
+    allowed, positions, held = _current.get()
     # An ancestor always comes earlier, so the causal mask adds nothing.
     if mask_function is not causal_mask_function:
-        allowed = allowed & mask_function(0, 0, positions[:, None], slot_positions()[None, :])
-    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
-    return mask[None, None].to(device)
+        allowed = allowed & mask_function(0, 0, positions[:, None], held[None, :])
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, -torch.inf)[None, None]
 
 
 def slot_attention(

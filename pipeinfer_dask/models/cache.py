@@ -26,11 +26,15 @@ class SlotCache(Cache):
         The layers owned, numbered as in the whole model.
     capacity : int
         Slots that may be used. Storage grows towards it by doubling.
+    whole : bool
+        Whether storage has all its slots from the first: on a GPU, where growing would move
+        what captured passes look at.
     """
 
-    def __init__(self, layers: range, capacity: int) -> None:
+    def __init__(self, layers: range, capacity: int, *, whole: bool = False) -> None:
         super().__init__(layers=[])
-        self._storage = {layer: LayerStorage(capacity) for layer in layers}
+        smallest = capacity if whole else SMALLEST
+        self._storage = {layer: LayerStorage(capacity, smallest) for layer in layers}
         self._slots = torch.empty(0, dtype=torch.long)
         self._filled = 0
 
@@ -69,8 +73,9 @@ class SlotCache(Cache):
 class LayerStorage:
     """One layer's keys and values, [1, heads, slots, head_dim]."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, smallest: int) -> None:
         self._capacity = capacity
+        self._smallest = smallest
         self._size = 0
         self._keys = torch.empty(0)
         self._values = torch.empty(0)
@@ -83,7 +88,7 @@ class LayerStorage:
         self, keys: Tensor, values: Tensor, slots: Tensor, filled: int
     ) -> tuple[Tensor, Tensor]:
         if filled > self._size:
-            size = min(max(filled, 2 * self._size, SMALLEST), self._capacity)
+            size = min(max(filled, 2 * self._size, self._smallest), self._capacity)
             self._keys = _grown(self._keys, keys, self._size, size)
             self._values = _grown(self._values, values, self._size, size)
             self._size = size

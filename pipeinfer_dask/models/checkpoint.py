@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from pipeinfer_dask.models.conversion import rehearse, rehearse_names
+from pipeinfer_dask.models.devices import Dtype
 from pipeinfer_dask.models.families import context_of, model_class, refusal
 from pipeinfer_dask.models.sizes import Sizes
 from pipeinfer_dask.models.sources import Source, locate
@@ -66,8 +67,8 @@ class Checkpoint:
         The tokens that end a generation.
     sizes : Sizes
         How large its parts are.
-    narrow : bool
-        Whether its weights are stored in 16 bits.
+    dtype : {"float32", "float16", "bfloat16"}
+        What its weights can be held in without loss.
     generation_config : dict
         The fields of its generation_config.json; empty if it has none.
     """
@@ -82,8 +83,13 @@ class Checkpoint:
     context: int
     eos_token_ids: tuple[int, ...]
     sizes: Sizes
-    narrow: bool
+    dtype: Dtype
     generation_config: dict[str, Any]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its weights are stored in 16 bits."""
+        return self.dtype != "float32"
 
 
 def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoint:
@@ -144,7 +150,7 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
         context=context_of(config),
         eos_token_ids=_end_of_text(fields if generation_config is None else generation_config),
         sizes=sizes,
-        narrow=_narrow(config, stored),
+        dtype=_dtype(config, stored),
         generation_config=generation_config or {},
     )
 
@@ -277,11 +283,13 @@ def check_tensors(
         )
 
 
-def _narrow(config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> bool:
-    kinds = {tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1}
+def _dtype(config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> Dtype:
+    kinds = {FLOAT_TYPES.get(tensor.dtype) for tensor in stored.values() if len(tensor.shape) > 1}
     if not kinds:  # no file is here to tell, but the configuration may
-        return config.dtype in (torch.float16, torch.bfloat16)
-    return kinds <= {"F16", "BF16"}
+        kinds = {getattr(config, "dtype", None)}
+    if kinds == {torch.float16}:
+        return "float16"
+    return "bfloat16" if kinds == {torch.bfloat16} else "float32"
 
 
 def _end_of_text(fields: Mapping[str, Any]) -> tuple[int, ...]:

@@ -11,12 +11,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeinfer_dask.models.ancestry import Attendance
 from pipeinfer_dask.models.attention import attending, slot_attention
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.linears import together
@@ -204,9 +202,9 @@ def _tried(model: PreTrainedModel, layer: nn.Module, number: int) -> Tensor:
     places = torch.arange(TRIED_TOKENS)
     store = SlotCache(range(number, number + 1), TRIED_TOKENS)
     store.turn_to(places, TRIED_TOKENS)
-    attendance = Attendance(np.tri(TRIED_TOKENS, dtype=np.bool_), places.numpy())
+    before = torch.ones(TRIED_TOKENS, TRIED_TOKENS, dtype=torch.bool).tril()
     mask = torch.full((1, 1, TRIED_TOKENS, TRIED_TOKENS), -torch.inf).triu(1)
-    with attending(attendance, places):
+    with attending(before, places, places):
         output = layer(
             hidden,
             attention_mask=mask,

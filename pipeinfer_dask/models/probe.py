@@ -7,13 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import psutil
 import torch
 from torch.nn.functional import linear
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
+from pipeinfer_dask.models.devices import CPU, Device, device_of
 from pipeinfer_dask.models.families import model_class
 from pipeinfer_dask.models.shard import Shard, building
 from pipeinfer_dask.models.sources import Source
@@ -27,7 +27,7 @@ WIDTH = 4096
 """Then a matrix of so many rows and columns stands for it: 64 MiB, more than caches hold."""
 
 
-def layer_seconds(source: Source, threads: int) -> float:
+def layer_seconds(source: Source, threads: int, device: str = CPU) -> float:
     """Return the seconds that one token takes through a random layer of a model's configuration.
 
     A layer that is too large for this machine's free memory is told by a smaller matrix: what
@@ -39,6 +39,8 @@ def layer_seconds(source: Source, threads: int) -> float:
         Only its configuration is read.
     threads : int
         Threads that torch may use.
+    device : str
+        Where to compute; in float32, whatever a GPU will compute in.
 
     Raises
     ------
@@ -48,11 +50,17 @@ def layer_seconds(source: Source, threads: int) -> float:
     config = AutoConfig.from_pretrained(source.directory())
     # The thread count belongs to a thread, and this one is somebody else's.
     with ThreadPoolExecutor(1) as own:
-        return own.submit(_seconds, config, threads).result()
+        return own.submit(_seconds, config, threads, device).result()
 
 
-def _seconds(config: PreTrainedConfig, threads: int) -> float:
+def _seconds(config: PreTrainedConfig, threads: int, device: str) -> float:
     torch.set_num_threads(threads)
+    where = device_of(device, "float32")
+    with where.computing():
+        return _measured(config, where)
+
+
+def _measured(config: PreTrainedConfig, where: Device) -> float:
     number = (config.num_hidden_layers - 1) // 2
     layers = range(number, number + 1)
     config._attn_implementation = SLOT_ATTENTION
@@ -60,14 +68,14 @@ def _seconds(config: PreTrainedConfig, threads: int) -> float:
     with building, torch.device("meta"):
         model = family(config)
     count = sum(parameter.numel() for parameter in model.parameters())
-    if 4 * count > LARGEST * psutil.virtual_memory().available:
-        matrix, token = torch.ones(WIDTH, WIDTH), torch.ones(1, WIDTH)
-        return _fastest(lambda: linear(token, matrix)) * count / matrix.numel()
-    model = model.to_empty(device="cpu").float().requires_grad_(False)
+    if 4 * count > LARGEST * where.free_nbytes():
+        matrix, token = (torch.ones(rows, WIDTH, device=where.place) for rows in (WIDTH, 1))
+        return _fastest(lambda: where.take(linear(token, matrix))) * count / matrix.numel()
+    model = model.to_empty(device=where.place).float().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):
         # What happens to be in memory may be subnormal numbers, which are slow.
         tensor.fill_(0.01)
-    shard = Shard(model, layers, capacity=1, parameters=count)
+    shard = Shard(model, layers, capacity=1, parameters=count, device=where)
     batch = Batch((0,), (0,), (0,), (NO_PARENT,))
     hidden = None if shard.is_first else np.ones((1, config.hidden_size), np.float32)
     return _fastest(lambda: shard.run(batch, hidden, picks=0, stopped=bool))

@@ -8,19 +8,23 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.checkpoint import check_tensors
 from pipeinfer_dask.models.conversion import rehearse_names
+from pipeinfer_dask.models.devices import CPU, Device, Dtype, device_of
 from pipeinfer_dask.models.families import context_of, model_class
 from pipeinfer_dask.models.fused import forward_pass, fuse
+from pipeinfer_dask.models.graphs import StaticPasses, padded_slots
+from pipeinfer_dask.models.inputs import Inputs, Numbers
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels
 from pipeinfer_dask.models.packing import keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
@@ -60,6 +64,10 @@ class Shard:
         How many it has; tied ones count once.
     target_vocab_size : int, optional
         Of a draft model: rows of the target's head. It proposes no token beyond them.
+    device : Device, optional
+        Where the model is, and computes. By default the CPU.
+    static : bool
+        Whether small passes are padded and captured; see `pipeinfer_dask.models.graphs`.
     """
 
     def __init__(
@@ -70,6 +78,8 @@ class Shard:
         capacity: int,
         parameters: int,
         target_vocab_size: int | None = None,
+        device: Device | None = None,
+        static: bool = False,
     ) -> None:
         self.layers = layers
         self.capacity = capacity
@@ -84,7 +94,10 @@ class Shard:
         self._target_vocab_size = target_vocab_size
         self._ancestry = Ancestry()
         self._sampler: Sampler | None = None
-        self._cache = SlotCache(layers, capacity)
+        self._device = device or Device()
+        slots = padded_slots(capacity) if static else capacity
+        self._cache = SlotCache(layers, slots, whole=static or self._device.is_gpu)
+        self._passes = StaticPasses(self._captured, self._device, slots - 1) if static else None
         self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
 
     @classmethod
@@ -97,6 +110,9 @@ class Shard:
         weights: Weights = "auto",
         threads: int = 1,
         target_vocab_size: int | None = None,
+        device: str = CPU,
+        dtype: Dtype = "float32",
+        cuda_graphs: bool = False,
         count: CountBytes | None = None,
     ) -> Shard:
         """Load a share of a checkpoint, reading no other tensors than its own.
@@ -111,13 +127,19 @@ class Shard:
         capacity : int
             Slots of the KV cache: the longest text, and room for drafts.
         weights : {"auto", "fp16", "fp32"}
-            How matrices are held. All is computed in 32 bits: 16 bits are slow on a CPU, and
-            change what is generated. "auto" holds those of a 16-bit checkpoint in 16 bits
-            where this machine can multiply by them, and "fp16" those of any.
+            How matrices are held on a CPU. There all is computed in 32 bits: 16 bits are slow on
+            it, and change what is generated. "auto" holds those of a 16-bit checkpoint in 16
+            bits where this machine can multiply by them, and "fp16" those of any.
         threads : int
             Threads that share a multiplication by a matrix of 16 bits.
         target_vocab_size : int, optional
             Of a draft model: rows of the target's head.
+        device : str
+            ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        dtype : {"float32", "float16", "bfloat16"}
+            What a GPU holds and computes in.
+        cuda_graphs : bool
+            Whether a GPU replays small passes as CUDA graphs.
         count : callable, optional
             Told from time to time of the bytes that were read so far, and of all.
 
@@ -133,9 +155,10 @@ class Shard:
         if capacity < 1:
             raise ValueError(f"the capacity of a KV cache must be at least 1 slot, not {capacity}")
         check_weights(weights)
+        where = device_of(device, dtype)
         with building:
-            packed = weights != "fp32" and has_kernels()
-        if weights == "fp16" and not packed:
+            packed = not where.is_gpu and weights != "fp32" and has_kernels()
+        if weights == "fp16" and not packed and not where.is_gpu:
             raise ValueError(
                 "expected weights='auto' or 'fp32', got 'fp16', by which torch can't multiply on "
                 "this machine"
@@ -171,7 +194,7 @@ class Shard:
                 None,
                 config=config,
                 state_dict=unread(stored, count),
-                dtype=torch.float32,
+                dtype=where.dtype,
                 attn_implementation=SLOT_ATTENTION,
                 output_loading_info=True,
             )
@@ -186,14 +209,29 @@ class Shard:
                 # A tied head had it; what came here is hidden states.
                 model.set_input_embeddings(nn.Identity())
             pack(model, everything=weights == "fp16", threads=threads)
-        fuse(model, layers)
-        return cls(
+        if where.is_gpu:
+            with where.computing():  # what its stream reads is copied by it
+                model.to(where.place)
+        else:
+            fuse(model, layers)
+        shard = cls(
             model,
             layers,
             capacity=capacity,
             parameters=parameters,
             target_vocab_size=target_vocab_size,
+            device=where,
+            static=cuda_graphs and where.is_gpu,
         )
+        if where.is_gpu:
+            shard._try_out()
+        return shard
+
+    def _try_out(self) -> None:
+        """Compute one token: a cache that has no room is told now, and a first run waits less."""
+        size: int = self._model.config.hidden_size
+        hidden = None if self.is_first else np.zeros((1, size), np.float32)
+        self.run(Batch((0,), (0,), (0,), (NO_PARENT,)), hidden, picks=1, stopped=bool)
 
     def modules(self) -> Iterator[nn.Module]:
         """Go through what the shard is made of."""
@@ -220,15 +258,16 @@ class Shard:
         ValueError
             If a slot is beyond the capacity, or the hidden states don't fit.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), self._device.computing():
             result = self._evaluate(batch, hidden, picks, stopped)
             layers = self._splice.computed
             if result is None:
                 return StageOutput(None, None, layers)
             if not self.is_last:
-                return StageOutput(result.float().contiguous().numpy(), None, layers)
+                return StageOutput(self._device.take(result).numpy(), None, layers)
             if sampling is None:
                 return StageOutput(None, tuple(result.argmax(dim=-1).tolist()), layers)
+            result = self._device.take(result)
             ends = batch[len(batch) - picks :]
             tokens = tuple(choice.best for choice in self._choices(ends, result, sampling))
             if not sampling.logprobs:
@@ -249,7 +288,8 @@ class Shard:
         Returns
         -------
         Tensor, [picks, vocab_size], or None
-            The logits after each of the last ``picks`` tokens; None if it was stopped.
+            The logits after each of the last ``picks`` tokens, on the CPU; None if it was
+            stopped.
 
         Raises
         ------
@@ -259,8 +299,9 @@ class Shard:
         """
         if not self.is_last:
             raise ValueError(f"only the last stage has logits, and this one holds {self.layers}")
-        with torch.inference_mode():
-            return self._evaluate(batch, hidden, picks, stopped)
+        with torch.inference_mode(), self._device.computing():
+            result = self._evaluate(batch, hidden, picks, stopped)
+            return None if result is None else self._device.take(result)
 
     def candidates(
         self,
@@ -320,30 +361,51 @@ class Shard:
                 "shorten the text, or load the model with more capacity"
             )
         attendance = self._ancestry.attend(batch)
-        positions = torch.tensor(batch.positions)
-        self._cache.turn_to(torch.tensor(batch.slots), attendance.filled)
-        inputs: dict[str, Tensor]
+        given = np.array(batch.tokens) if self.is_first else self._received(hidden, len(batch))
+        positions, slots = np.array(batch.positions), np.array(batch.slots)
+        inputs = Inputs(given, positions, slots, attendance.mask, attendance.positions)
+        if self._passes is not None and (picks or not self.is_last):
+            self._splice.computed = 0
+            if stopped():
+                return None
+            if (result := self._passes.run(inputs)) is not None:
+                self._splice.computed = len(self.layers)
+                return result[len(result) - picks :] if self.is_last else result
+        return self._compute(Inputs(*map(self._device.put, inputs)), picks, stopped)
+
+    def _captured(self, inputs: Inputs[Tensor]) -> Tensor:
+        result = self._compute(inputs, len(inputs.slots), bool)
+        assert result is not None, "nobody stops a pass that is captured"
+        return result
+
+    def _compute(
+        self, inputs: Inputs[Tensor], picks: int, stopped: Callable[[], bool]
+    ) -> Tensor | None:
+        # A GPU is told of a layer long before it computes it: there a run that is stopped saves
+        # what was not yet told, which may be little, and the copy of the result.
+        self._cache.turn_to(inputs.slots, inputs.allowed.shape[1])
         received = None
         if self.is_first:
-            inputs = {"input_ids": torch.tensor((batch.tokens,))}
+            ids = {"input_ids": inputs.given[None]}
         else:
-            received = self._received(hidden, len(batch))
-            inputs = {"inputs_embeds": received}
+            received = inputs.given[None].to(self._device.dtype)
+            ids = {"inputs_embeds": received}
         self._splice.begin(received, picks, stopped)
         try:
-            with attending(attendance, positions):
+            with attending(inputs.allowed, inputs.positions, inputs.held):
                 logits = self._forward(
-                    picks, **inputs, position_ids=positions[None], past_key_values=self._cache
+                    picks,
+                    **ids,
+                    position_ids=inputs.positions[None],
+                    past_key_values=self._cache,
                 )
         except Departure as departure:
             return None if departure.hidden is None else departure.hidden[0]
         return logits[0]
 
-    def _received(self, hidden: HiddenStates | None, n: int) -> Tensor:
+    def _received(self, hidden: HiddenStates | None, n: int) -> Numbers:
         expected = (n, self._hidden_size)
         if hidden is None or hidden.shape != expected:
             came = "nothing" if hidden is None else f"shape {hidden.shape}"
             raise ValueError(f"layers {self.layers} take hidden states of {expected}; {came} came")
-        # torch can't look into memory that is read-only, as what came over a link may be.
-        writable = hidden if hidden.flags.writeable else hidden.copy()
-        return torch.from_numpy(writable).float()[None]
+        return hidden

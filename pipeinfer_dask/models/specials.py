@@ -142,7 +142,7 @@ def tell_positions(layer: nn.Module) -> None:
 
         def get_seq_length(self, layer_idx: int) -> Tensor:
             positions = token_positions()
-            return positions - torch.arange(len(positions))
+            return positions - torch.arange(len(positions), device=positions.device)
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"past_key_values": Told(kwargs["past_key_values"])}

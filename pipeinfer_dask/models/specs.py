@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeinfer_dask.core.ngram import NGRAM, NgramDraft
+from pipeinfer_dask.models.devices import CPU, Dtype
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.sources import Source
@@ -37,6 +38,12 @@ class ShardSpec:
         Threads that share a multiplication by a packed matrix; ``threads`` by default. They
         sleep when idle, so nodes on the same cores may each have as many as there are cores:
         torch's own would wait for one another there.
+    device : str
+        Where it computes: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+    dtype : {"float32", "float16", "bfloat16"}
+        What it computes in.
+    cuda_graphs : bool
+        Whether a GPU replays small passes as CUDA graphs.
     """
 
     source: Source
@@ -48,6 +55,9 @@ class ShardSpec:
     weights: Weights = "auto"
     target_vocab_size: int | None = None
     sharers: int | None = None
+    device: str = CPU
+    dtype: Dtype = "float32"
+    cuda_graphs: bool = False
 
     def load(self, count: CountBytes) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
@@ -59,6 +69,9 @@ class ShardSpec:
             weights=self.weights,
             threads=self.sharers or self.threads,
             target_vocab_size=self.target_vocab_size,
+            device=self.device,
+            dtype=self.dtype,
+            cuda_graphs=self.cuda_graphs,
             count=count,
         )
 

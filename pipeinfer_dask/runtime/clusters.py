@@ -8,6 +8,8 @@ import signal
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from math import inf
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread, main_thread
@@ -17,6 +19,8 @@ from typing import Any, Self, TypeVar
 import dask
 from distributed import Client, LocalCluster
 from distributed.utils import get_mp_context
+
+from pipeinfer_dask.runtime.gpus import CPUS, Devices, gpu_count
 
 T = TypeVar("T")
 
@@ -147,17 +151,29 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def own_cluster(count: int, resources: ExitStack) -> Client:
-    """Start ``count`` worker processes on this machine, to be ended with ``resources``."""
+def own_cluster(count: int, resources: ExitStack, devices: Devices = CPUS) -> Client:
+    """Start ``count`` worker processes on this machine, to be ended with ``resources``.
+
+    Where each worker is to use its own GPU, and dask-cuda is there to give it one, they are no
+    more than there are GPUs.
+    """
+    kind: type[LocalCluster] = LocalCluster
     # Importing torch and transformers takes seconds of a core in every process. With a fork
-    # server one process does it, and the workers are forks of that one.
-    method = {"distributed.worker.multiprocessing-method": "forkserver"}
-    with dask.config.set(method), _interrupts_held():
+    # server one process does it, and the workers are forks of that one. What has been forked
+    # can't use a GPU that its parent may have touched, though.
+    method = "spawn" if devices.on_gpus else "forkserver"
+    if devices.own_gpus and find_spec("dask_cuda") is not None:
+        kind = import_module("dask_cuda").LocalCUDACluster
+        count = min(count, gpu_count())
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": method}),
+        _interrupts_held(),
+    ):
         get_mp_context().set_forkserver_preload(
             ["pipeinfer_dask.runtime.apart", "distributed", "pipeinfer_dask.models.specs"]
         )
         cluster = resources.enter_context(
-            LocalCluster(
+            kind(
                 n_workers=count,
                 threads_per_worker=max(1, (os.cpu_count() or 1) // count),
                 processes=True,

@@ -12,12 +12,14 @@ from distributed import Client
 
 from pipeinfer_dask.core.ngram import NGRAM
 from pipeinfer_dask.models.checkpoint import Checkpoint
+from pipeinfer_dask.models.devices import CPU
 from pipeinfer_dask.models.layers import balanced_layers, split_layers
 from pipeinfer_dask.models.linears import Weights, has_kernels
 from pipeinfer_dask.models.probe import layer_seconds
-from pipeinfer_dask.models.sizes import Width
+from pipeinfer_dask.models.sizes import Width, cache_width
 from pipeinfer_dask.models.specs import NgramSpec, ShardSpec
 from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS
+from pipeinfer_dask.runtime.gpus import Devices, check_gpus, gpu_count, gpu_pools
 from pipeinfer_dask.runtime.memory import HERE, Need, Pool, check_memory, pools_here, pools_of
 from pipeinfer_dask.runtime.placement import Placement
 
@@ -41,18 +43,37 @@ class Models:
     target : Checkpoint
     draft : Checkpoint, `NGRAM` or None
     weights : {"auto", "fp16", "fp32"}
-        How matrices are held.
+        How matrices are held on CPUs.
+    devices : Devices
     """
 
     target: Checkpoint
     draft: Draft
     weights: Weights
+    devices: Devices
 
-    def check_memory_here(self) -> None:
-        """Check that this machine can hold all of it; see `check_memory`."""
-        layers = range(self.target.num_layers)
-        total = self._nbytes(self.target, layers) + self._draft_nbytes
-        check_memory([Need("the models", HERE, total)], {HERE: pools_here()})
+    def check_here(self, ranges: Sequence[range], *, in_process: bool) -> None:
+        """Check that this machine can hold all of it.
+
+        The GPUs' memory is left to the workers where there are any: only they touch GPUs.
+
+        Raises
+        ------
+        ValueError
+            If it lacks a GPU that a node is to use.
+        MemoryError
+            If it has not the memory.
+        """
+        nodes = self._nodes(ranges, [HERE] * len(ranges), HERE)
+        on_gpus = [node for node in nodes if node.on_gpu]
+        check_gpus((node.gpu for node in on_gpus), {HERE: gpu_count()})
+        on_cpu = sum(node.nbytes for node in nodes if not node.on_gpu)
+        needs, pools = [Need("the models", HERE, on_cpu)], {HERE: pools_here()}
+        if in_process and on_gpus:
+            found = gpu_pools({node.device for node in on_gpus})
+            needs += [node.need for node in on_gpus]
+            pools |= {node.place: [found[node.device]] for node in on_gpus}
+        check_memory(needs, pools)
 
     def share_out(
         self,
@@ -75,21 +96,22 @@ class Models:
         MemoryError
             If a worker, or the machine that it shares with others, has not.
         ValueError
-            If the split makes no sense.
+            If the split makes no sense, or a worker lacks a GPU that it is to use.
         RuntimeError
             If a worker could not measure a layer.
         """
-        workers = {*placement.stages, *([placement.drafter] if placement.drafter else [])}
-        pools: dict[str, list[Pool]] = client.run(pools_of, workers=list(workers))
+        even = self._nodes(self.split(stages, None), placement.stages, placement.drafter)
+        pools = _pools(even, client)
         if layer_split == AUTO and stages > 1:
-            speeds = _speeds(self.target, placement, client)
-            most = self._most_layers(placement, pools)
+            speeds = _speeds(self.target, even[:stages], placement.threads, client)
+            most = self._most_layers(even, stages, pools)
             ranges = balanced_layers(
                 self.target.num_layers, speeds, head=self.target.sizes.head_layers, most=most
             )
         else:
             ranges = self.split(stages, layer_split)
-        check_memory(self._needs(ranges, placement), pools)
+        nodes = self._nodes(ranges, placement.stages, placement.drafter)
+        check_memory([node.need for node in nodes], pools)
         return ranges
 
     def split(self, stages: int, layer_split: LayerSplit) -> list[range]:
@@ -111,7 +133,9 @@ class Models:
     ) -> tuple[list[ShardSpec], ShardSpec | NgramSpec | None]:
         """Return what each node loads."""
 
-        def spec(model: Checkpoint, layers: range, worker: str | None, name: str) -> ShardSpec:
+        def spec(
+            model: Checkpoint, layers: range, worker: str | None, name: str, device: str
+        ) -> ShardSpec:
             sharers = None
             if placement is None or worker is None:
                 sharers = os.cpu_count()
@@ -123,18 +147,22 @@ class Models:
                 source=model.source,
                 first=layers.start,
                 last=layers.stop,
-                # The longest text that the target may be asked for; the cache grows as it is used.
-                capacity=self.target.context + SPECULATIVE_SLOTS,
+                capacity=self._capacity,
                 threads=threads,
                 name=name,
                 weights=self.weights,
                 sharers=sharers,
+                device=device,
+                dtype=self.devices.dtype_of(model, device),
+                cuda_graphs=self.devices.cuda_graphs,
             )
 
         stage_workers = placement.stages if placement is not None else [None] * len(ranges)
         stages = [
-            spec(self.target, layers, worker, f"layers {layers.start} to {layers.stop - 1}")
-            for layers, worker in zip(ranges, stage_workers, strict=True)
+            spec(self.target, layers, worker, f"layers {layers.start} to {layers.stop - 1}", device)
+            for layers, worker, device in zip(
+                ranges, stage_workers, self.devices.for_stages(len(ranges)), strict=True
+            )
         ]
         if self.draft is None:
             return stages, None
@@ -142,19 +170,49 @@ class Models:
             return stages, NgramSpec()
         drafter = placement.drafter if placement is not None else None
         layers = range(self.draft.num_layers)
-        drafting = spec(self.draft, layers, drafter, self.draft.path.name)
+        name = self.draft.path.name
+        drafting = spec(self.draft, layers, drafter, name, self.devices.draft)
         return stages, replace(drafting, target_vocab_size=self.target.vocab_size)
 
     @property
-    def _draft_nbytes(self) -> int:
-        if not isinstance(self.draft, Checkpoint):
-            return 0
-        return self._nbytes(self.draft, range(self.draft.num_layers))
+    def _capacity(self) -> int:
+        # The longest text that the target may be asked for. On a CPU the cache grows as it is used.
+        return self.target.context + SPECULATIVE_SLOTS
 
-    def _nbytes(self, model: Checkpoint, layers: range) -> int:
-        return model.sizes.nbytes(layers, self._width(model))
+    def _nodes(
+        self, ranges: Sequence[range], workers: Sequence[str], drafter: str | None
+    ) -> list[Holding]:
+        """Return what each stage holds, and then the drafter where there is a draft model."""
+        devices = self.devices.for_stages(len(ranges))
+        nodes = [
+            self._holding(f"stage {stage}", self.target, layers, worker, device)
+            for stage, (layers, worker, device) in enumerate(
+                zip(ranges, workers, devices, strict=True)
+            )
+        ]
+        if isinstance(self.draft, Checkpoint) and drafter is not None:
+            layers, device = range(self.draft.num_layers), self.devices.draft
+            nodes.append(self._holding("drafter", self.draft, layers, drafter, device))
+        return nodes
 
-    def _width(self, model: Checkpoint) -> Width:
+    def _holding(
+        self, node: str, model: Checkpoint, layers: range, worker: str, device: str
+    ) -> Holding:
+        width = self._width(model, device)
+        cached = 0 if device == CPU else self._capacity * width.matrices * cache_width(model.config)
+        return Holding(
+            node=node,
+            worker=worker,
+            device=device,
+            nbytes=model.sizes.nbytes(layers, width) + cached * len(layers),
+            layer_nbytes=width.matrices * max(model.sizes.layers) + cached,
+            layers=len(layers),
+        )
+
+    def _width(self, model: Checkpoint, device: str) -> Width:
+        if device != CPU:
+            each = 4 if self.devices.dtype_of(model, device) == "float32" else 2
+            return Width(each, each)
         # Workers are taken to have the kernels that this machine has.
         packed = self.weights != "fp32" and has_kernels()
         return Width(
@@ -162,56 +220,90 @@ class Models:
             tables=2 if packed and model.narrow else 4,
         )
 
-    def _needs(self, ranges: Sequence[range], placement: Placement) -> list[Need]:
-        needs = [
-            Need(f"stage {stage}", worker, self._nbytes(self.target, layers))
-            for stage, (layers, worker) in enumerate(zip(ranges, placement.stages, strict=True))
-        ]
-        if placement.drafter is not None:
-            needs.append(Need("drafter", placement.drafter, self._draft_nbytes))
-        return needs
-
-    def _most_layers(self, placement: Placement, pools: Mapping[str, Sequence[Pool]]) -> list[int]:
+    def _most_layers(
+        self, nodes: Sequence[Holding], stages: int, pools: Mapping[str, Sequence[Pool]]
+    ) -> list[int]:
         """Return how many layers each stage has room for, where stages share a pool evenly."""
-        stages, sizes, width = placement.stages, self.target.sizes, self._width(self.target)
-        extra = [0] * len(stages)
-        extra[0] += width.tables * sizes.first
-        extra[-1] += width.matrices * sizes.last
 
-        def users(name: str) -> list[int]:
-            return [s for s, worker in enumerate(stages) if name in {p.name for p in pools[worker]}]
+        def room(stage: Holding, pool: Pool) -> int:
+            users = [n for n in nodes if pool.name in {p.name for p in pools[n.place]}]
+            sharing = [user for user in users if user in nodes[:stages]]
+            rest = [max(0, n.nbytes - n.layers * n.layer_nbytes * (n in sharing)) for n in users]
+            left = pool.available - sum(rest)
+            return max(0, left) // len(sharing) // stage.layer_nbytes
 
-        def room(pool: Pool) -> int:
-            left = pool.available - sum(extra[stage] for stage in users(pool.name))
-            if placement.drafter and pool.name in {p.name for p in pools[placement.drafter]}:
-                left -= self._draft_nbytes
-            return max(0, left) // len(users(pool.name)) // (width.matrices * max(sizes.layers))
-
-        return [min(room(pool) for pool in pools[worker]) for worker in stages]
+        return [min(room(stage, pool) for pool in pools[stage.place]) for stage in nodes[:stages]]
 
 
-def _speeds(target: Checkpoint, placement: Placement, client: Client) -> list[float]:
-    """Measure each stage's worker: layers a second. All at once, as they will compute."""
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a node is to hold, and where."""
+
+    node: str
+    worker: str
+    device: str
+    nbytes: int
+    layer_nbytes: int
+    """Bytes of the largest layer, its cache included where that stands from the first."""
+    layers: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != CPU
+
+    @property
+    def gpu(self) -> tuple[str, str, str]:
+        return self.node, self.worker, self.device
+
+    @property
+    def place(self) -> str:
+        """Whose memory it takes, for messages and as a key."""
+        return f"{self.device} of {self.worker}" if self.on_gpu else self.worker
+
+    @property
+    def need(self) -> Need:
+        return Need(self.node, self.place, self.nbytes)
+
+
+def _pools(nodes: Sequence[Holding], client: Client) -> dict[str, list[Pool]]:
+    """Return what memory each node may take, by its place; all GPUs that are named are there."""
+    workers = list({node.worker for node in nodes})
+    pools: dict[str, list[Pool]] = client.run(pools_of, workers=workers)
+    if on_gpus := [node for node in nodes if node.on_gpu]:
+        theirs = list({node.worker for node in on_gpus})
+        check_gpus((node.gpu for node in on_gpus), client.run(gpu_count, workers=theirs))
+        for worker in theirs:
+            names = {node.device for node in on_gpus if node.worker == worker}
+            found: dict[str, Pool] = client.run(gpu_pools, names, workers=[worker])[worker]
+            pools |= {f"{name} of {worker}": [pool] for name, pool in found.items()}
+    return pools
+
+
+def _speeds(
+    target: Checkpoint, stages: Sequence[Holding], threads: Mapping[str, int], client: Client
+) -> list[float]:
+    """Measure each stage's device: layers a second. All at once, as they will compute."""
     probes = {
-        worker: client.submit(
+        stage.place: client.submit(
             layer_seconds,
             target.source,
-            placement.threads[worker],
+            threads[stage.worker],
+            stage.device,
             key=f"pipeinfer-probe-{uuid4().hex}",
-            workers=[worker],
+            workers=[stage.worker],
             allow_other_workers=False,
         )
-        for worker in dict.fromkeys(placement.stages)
+        for stage in {stage.place: stage for stage in stages}.values()
     }
     seconds: dict[str, float] = {}
     try:
-        for worker, probe in probes.items():
+        for place, probe in probes.items():
             try:
-                seconds[worker] = probe.result(timeout=PROBE_TIMEOUT_S)
+                seconds[place] = probe.result(timeout=PROBE_TIMEOUT_S)
             except Exception as error:
                 raise RuntimeError(
-                    f"worker {worker} could not measure a layer: {type(error).__name__}: {error}"
+                    f"worker {place} could not measure a layer: {type(error).__name__}: {error}"
                 ) from error
-        return [1 / seconds[worker] for worker in placement.stages]
+        return [1 / seconds[stage.place] for stage in stages]
     finally:
         client.cancel(list(probes.values()))
