@@ -112,7 +112,7 @@ class Shard:
         target_vocab_size: int | None = None,
         device: str = CPU,
         dtype: Dtype = "float32",
-        cuda_graphs: bool = False,
+        static: bool = False,
         count: CountBytes | None = None,
     ) -> Shard:
         """Load a share of a checkpoint, reading no other tensors than its own.
@@ -138,8 +138,8 @@ class Shard:
             ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype : {"float32", "float16", "bfloat16"}
             What a GPU holds and computes in.
-        cuda_graphs : bool
-            Whether a GPU replays small passes as CUDA graphs.
+        static : bool
+            Whether small passes are padded to a few sizes, which a GPU replays as CUDA graphs.
         count : callable, optional
             Told from time to time of the bytes that were read so far, and of all.
 
@@ -221,7 +221,7 @@ class Shard:
             parameters=parameters,
             target_vocab_size=target_vocab_size,
             device=where,
-            static=cuda_graphs and where.is_gpu,
+            static=static,
         )
         if where.is_gpu:
             shard._try_out()

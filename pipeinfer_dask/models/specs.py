@@ -42,8 +42,8 @@ class ShardSpec:
         Where it computes: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
     dtype : {"float32", "float16", "bfloat16"}
         What it computes in.
-    cuda_graphs : bool
-        Whether a GPU replays small passes as CUDA graphs.
+    static : bool
+        Whether small passes are padded to a few sizes, which a GPU replays as CUDA graphs.
     """
 
     source: Source
@@ -57,7 +57,7 @@ class ShardSpec:
     sharers: int | None = None
     device: str = CPU
     dtype: Dtype = "float32"
-    cuda_graphs: bool = False
+    static: bool = False
 
     def load(self, count: CountBytes) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
@@ -71,7 +71,7 @@ class ShardSpec:
             target_vocab_size=self.target_vocab_size,
             device=self.device,
             dtype=self.dtype,
-            cuda_graphs=self.cuda_graphs,
+            static=self.static,
             count=count,
         )
 

@@ -154,7 +154,7 @@ class Models:
                 sharers=sharers,
                 device=device,
                 dtype=self.devices.dtype_of(model, device),
-                cuda_graphs=self.devices.cuda_graphs,
+                static=self.devices.cuda_graphs and device != CPU,
             )
 
         stage_workers = placement.stages if placement is not None else [None] * len(ranges)
