@@ -60,8 +60,28 @@ def make_tiny(
         Further fields of the family's configuration; they win over the tiny ones.
         No token ends a generation unless ``eos_token_id`` is among them.
     """
+    fields = tiny_fields(model_type, layers=layers, vocab_size=padded_to or vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **fields | config)
+        )
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+            elif norms and parameter.dim() == 1:
+                parameter.data += norms * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    _byte_tokenizer(vocab_size).save_pretrained(path)
+    return path
+
+
+def tiny_fields(
+    model_type: str, *, layers: int, vocab_size: int = TINY_VOCABULARY
+) -> dict[str, Any]:
+    """Return a family's configuration, made small."""
     fields: dict[str, Any] = {
-        "vocab_size": padded_to or vocab_size,
+        "vocab_size": vocab_size,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
@@ -77,19 +97,7 @@ def make_tiny(
     }
     if isinstance(getattr(CONFIG_MAPPING[model_type], "head_dim", None), property):
         del fields["head_dim"]  # told by the number of heads
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **fields | config)
-        )
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.2)
-            elif norms and parameter.dim() == 1:
-                parameter.data += norms * torch.randn_like(parameter)
-    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
-    _byte_tokenizer(vocab_size).save_pretrained(path)
-    return path
+    return fields
 
 
 def _byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,10 +1,12 @@
-"""How fast this machine computes a layer of a model, without a weight of it."""
+"""What a layer of a model takes, of time and of memory, told without a weight of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.devices import CPU, Device, device_of
 from pipeinfer_dask.models.families import model_class
+from pipeinfer_dask.models.inputs import Inputs
 from pipeinfer_dask.models.shard import Shard, building
 from pipeinfer_dask.models.sources import Source
 from pipeinfer_dask.models.splice import spliced
@@ -61,13 +64,8 @@ def _seconds(config: PreTrainedConfig, threads: int, device: str) -> float:
 
 
 def _measured(config: PreTrainedConfig, where: Device) -> float:
-    number = (config.num_hidden_layers - 1) // 2
-    layers = range(number, number + 1)
-    config._attn_implementation = SLOT_ATTENTION
-    family = spliced(model_class(config), layers)
-    with building, torch.device("meta"):
-        model = family(config)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    model, layers = _without_memory(config)
+    count: int = sum(parameter.numel() for parameter in model.parameters())
     if 4 * count > LARGEST * where.free_nbytes():
         matrix, token = (torch.ones(rows, WIDTH, device=where.place) for rows in (WIDTH, 1))
         return _fastest(lambda: where.take(linear(token, matrix))) * count / matrix.numel()
@@ -79,6 +77,30 @@ def _measured(config: PreTrainedConfig, where: Device) -> float:
     batch = Batch((0,), (0,), (0,), (NO_PARENT,))
     hidden = None if shard.is_first else np.ones((1, config.hidden_size), np.float32)
     return _fastest(lambda: shard.run(batch, hidden, picks=0, stopped=bool))
+
+
+def cache_width(config: PreTrainedConfig) -> int:
+    """Return the numbers that a layer keeps of a token: its keys and values."""
+    model, layers = _without_memory(config)
+    meta = Device("meta", torch.bfloat16)  # some families' experts are computed so, or not at all
+    model.to(meta.dtype)
+    shard = Shard(model, layers, capacity=1, parameters=0, device=meta)
+    zero, self_alone = np.zeros(1, np.int64), np.ones((1, 1), np.bool_)
+    given = zero if shard.is_first else np.zeros((1, config.hidden_size), np.float32)
+    with torch.inference_mode():
+        shard.compute_all(Inputs(*map(meta.put, (given, zero, zero, self_alone, zero))))
+    return shard.cache_nbytes // meta.dtype.itemsize
+
+
+def _without_memory(config: PreTrainedConfig) -> tuple[Any, range]:
+    """Return a model of one layer of the middle, on torch's meta device, and its number."""
+    number = (config.num_hidden_layers - 1) // 2
+    layers = range(number, number + 1)
+    config = copy(config)
+    config._attn_implementation = SLOT_ATTENTION
+    family = spliced(model_class(config), layers)
+    with building, torch.device("meta"):
+        return family(config), layers
 
 
 def _fastest(work: Callable[[], object]) -> float:

@@ -97,7 +97,7 @@ class Shard:
         self._device = device or Device()
         slots = padded_slots(capacity) if static else capacity
         self._cache = SlotCache(layers, slots, whole=static or self._device.is_gpu)
-        self._passes = StaticPasses(self._captured, self._device, slots - 1) if static else None
+        self._passes = StaticPasses(self.compute_all, self._device, slots - 1) if static else None
         self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
 
     @classmethod
@@ -373,7 +373,13 @@ class Shard:
                 return result[len(result) - picks :] if self.is_last else result
         return self._compute(Inputs(*map(self._device.put, inputs)), picks, stopped)
 
-    def _captured(self, inputs: Inputs[Tensor]) -> Tensor:
+    def compute_all(self, inputs: Inputs[Tensor]) -> Tensor:
+        """Compute a pass over tensors that are on the device, beside what `run` keeps.
+
+        Returns
+        -------
+        Tensor, [n, hidden_size], on the last stage [n, vocab_size]
+        """
         result = self._compute(inputs, len(inputs.slots), bool)
         assert result is not None, "nobody stops a pass that is captured"
         return result

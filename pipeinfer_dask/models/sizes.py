@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeinfer_dask.models.splice import decoder_layers
 
@@ -64,15 +64,3 @@ class Sizes:
         # Packed, a head is a copy of its own.
         shared = self.tied and first and last and width == WIDE
         return size - self.first * width.tables if shared else size
-
-
-def cache_width(config: PreTrainedConfig) -> int:
-    """Return the numbers that a layer keeps of a token: its keys and values."""
-    fields = config.to_dict()
-    heads: int = config.num_attention_heads
-    dim = fields.get("head_dim") or config.hidden_size // heads
-    if "qk_nope_head_dim" in fields:  # latent attention: kept spread over all heads
-        keys = fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"]
-        return int(heads * (keys + fields["v_head_dim"]))
-    shared = fields.get("num_key_value_heads") or fields.get("num_kv_heads") or heads
-    return int(2 * shared * dim)

@@ -15,8 +15,8 @@ from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.models.devices import CPU
 from pipeinfer_dask.models.layers import balanced_layers, split_layers
 from pipeinfer_dask.models.linears import Weights, has_kernels
-from pipeinfer_dask.models.probe import layer_seconds
-from pipeinfer_dask.models.sizes import Width, cache_width
+from pipeinfer_dask.models.probe import cache_width, layer_seconds
+from pipeinfer_dask.models.sizes import Width
 from pipeinfer_dask.models.specs import NgramSpec, ShardSpec
 from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS
 from pipeinfer_dask.runtime.gpus import Devices, check_gpus, gpu_count, gpu_pools

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
+from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.devices import Device
 from pipeinfer_dask.models.families import model_class
@@ -27,7 +27,7 @@ from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.splice import spliced
 from tests.families import FAMILIES
 from tests.models.pipelines import CAPACITY, LAYERS, TEXT, linear, never, through
-from tests.tiny import make_tiny
+from tests.tiny import make_tiny, tiny_fields
 
 n = len(TEXT)
 STEPS = [
@@ -147,3 +147,21 @@ def test_after_a_failed_capture_all_is_computed_without_and_it_is_told_once() ->
     assert device.captures == 1
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pass_in_16_bits_keeps_to_its_device_and_waits_for_no_number(name: str) -> None:
+    family, fields = FAMILIES[name]
+    device = Device("meta", torch.bfloat16)
+    for share in (range(1), range(1, LAYERS)):
+        config = AutoConfig.for_model(family, **tiny_fields(family, layers=LAYERS) | fields)
+        config._attn_implementation = SLOT_ATTENTION
+        with torch.device("meta"):
+            model: Any = spliced(model_class(config), share)(config)
+        model.to(device.dtype)
+        shard = Shard(model, share, capacity=CAPACITY, parameters=0, device=device, static=True)
+        tokens, allowed = np.arange(4), np.ones((4, BUCKET), np.bool_)
+        given = tokens if shard.is_first else np.ones((4, config.hidden_size), np.float32)
+        inputs = Inputs(given, tokens, tokens, allowed, np.arange(BUCKET))
+        with torch.inference_mode():
+            result = shard.compute_all(Inputs(*map(device.put, inputs)))
+        assert (result.device.type, result.dtype) == ("meta", torch.bfloat16)
+        assert result.shape == (4, config.vocab_size if shard.is_last else config.hidden_size)
