@@ -180,15 +180,8 @@ class Engine:
         RuntimeError
             If a worker could not load its share.
         """
-        check_asked(
-            models=(target,) if draft is None else (target, draft),
-            client=client,
-            in_process=in_process,
-            stages=stages,
-            layer_split=layer_split,
-            weights=weights,
-            progress=progress,
-        )
+        asked = (target,) if draft is None else (target, draft)
+        check_asked(asked, client, in_process, stages, layer_split, weights, progress)
         places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
         # A cluster's own machines may have their own copies; without one, all is here.
         elsewhere = client is not None

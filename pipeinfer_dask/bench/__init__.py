@@ -1,7 +1,7 @@
 """Benchmarks, a module for each suite."""
 
 SUITES = (
-    *("ablation", "compute", "head", "hop", "network", "open", "paced", "policies"),
+    *("ablation", "compute", "gpu", "head", "hop", "network", "open", "paced", "policies"),
     *("sampling", "shard", "ttft", "widgets"),
 )
 """The modules, each with a function ``run_SUITE_bench``."""

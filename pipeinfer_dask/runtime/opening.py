@@ -12,7 +12,6 @@ from pipeinfer_dask.models.linears import check_weights
 
 
 def check_asked(
-    *,
     models: tuple[object, ...],
     client: Any,
     in_process: bool,
