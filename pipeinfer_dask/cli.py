@@ -429,7 +429,8 @@ def _settings(options: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"expected --set NAME=VALUE, got {option!r}")
         try:
-            settings[name] = json.loads(value.lower())
+            # Python's True, False and None mean the same; other texts stay as they are.
+            settings[name] = json.loads(value.lower() if value.isalpha() else value)
         except json.JSONDecodeError:
             told = f"expected a number, true or false for {name}, got {value!r}"
             raise ValueError(told) from None

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from distributed import Client, LocalCluster
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.cli import main
+from pipeinfer_dask.cli import _settings, main
 from tests.tiny import make_tiny
 
 METRICS = {
@@ -208,7 +208,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no temperature": (
         ["generate", "x", "--target", "{target}", "--temperature", "-1"],
-        "expected temperature above 0, and finite, got -1.0",
+        "expected temperature from 1e-6 to 1e6, got -1.0",
     ),
     "beams": (
         ["generate", "x", "--target", "{target}", "--set", "num_beams=2"],
@@ -445,3 +445,8 @@ def test_mistakes_with_the_demo_are_told_before_its_cluster_starts(
     assert ran.exit_code == 2, ran.output
     (line,) = ran.stderr.splitlines()
     assert message in line
+
+
+def test_texts_that_are_set_keep_their_capitals() -> None:
+    options = ('stop_strings=["RETURN"]', "cancellation=True", "k=2")
+    assert _settings(options) == {"stop_strings": ["RETURN"], "cancellation": True, "k": 2}

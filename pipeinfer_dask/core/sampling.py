@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class Sampling:
         Of the noise that makes the picks random, in [0, 2**63). None: the best token is picked,
         and settings from ``temperature`` to ``eta_cutoff`` have no effect.
     temperature : float
-        Above 0.
+        From 1e-6 to 1e6.
     top_k : int
         Only so many best tokens; 0 for all.
     top_p, typical_p : float
@@ -29,7 +28,7 @@ class Sampling:
     min_p, epsilon_cutoff, eta_cutoff : float
         In [0, 1], the latter two below 1; 0 for all.
     repetition_penalty : float
-        Above 0, for tokens of the text so far, the prompt included.
+        From 1e-6 to 1e6, for tokens of the text so far, the prompt included.
     no_repeat_ngram_size : int
         0 for any.
     bad_words_ids : tuple of tuple of int
@@ -74,9 +73,10 @@ class Sampling:
         if self.seed is not None:
             expect("seed", "from 0 to 2**63 - 1", 0 <= self.seed < 2**63)
         for name in ("temperature", "repetition_penalty"):
-            expect(name, "above 0, and finite", 0 < getattr(self, name) < inf)
+            # Beyond these, logits in 32 bits overflow.
+            expect(name, "from 1e-6 to 1e6", 1e-6 <= getattr(self, name) <= 1e6)
         for name in ("top_k", "no_repeat_ngram_size", "min_length", "logprobs"):
-            expect(name, "of at least 0", getattr(self, name) >= 0)
+            expect(name, "from 0 to 2**31 - 1", 0 <= getattr(self, name) < 2**31)
         for name in ("top_p", "typical_p"):
             expect(name, "above 0 and up to 1", 0 < getattr(self, name) <= 1)
         expect("top_h", "above 0 and up to 1", self.top_h is None or 0 < self.top_h <= 1)
@@ -84,9 +84,9 @@ class Sampling:
         for name in ("epsilon_cutoff", "eta_cutoff"):
             expect(name, "from 0 to below 1", 0 <= getattr(self, name) < 1)
         expect("bad_words_ids", "without an empty word", all(self.bad_words_ids))
-        biases = [bias for words, bias in self.sequence_bias if words and bias < inf]
+        biases = [bias for words, bias in self.sequence_bias if words and bias <= 1e6]
         fits = len(biases) == len(self.sequence_bias)
-        expect("sequence_bias", "as token ids, at least one, and a number below infinity", fits)
+        expect("sequence_bias", "as token ids, at least one, and a number of at most 1e6", fits)
 
     @property
     def looks_back(self) -> bool:

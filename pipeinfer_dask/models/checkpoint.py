@@ -33,6 +33,7 @@ from pipeinfer_dask.models.tensors import (
     StoredTensor,
     listed_tensors,
     stored_tensors,
+    usual_dtype,
 )
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -68,7 +69,7 @@ class Checkpoint:
     sizes : Sizes
         How large its parts are.
     dtype : {"float32", "float16", "bfloat16"}
-        What its weights can be held in without loss.
+        What most of its weights are stored in; float32 also for float64.
     generation_config : dict
         The fields of its generation_config.json; empty if it has none.
     """
@@ -132,7 +133,7 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
     except Exception as error:
         raise ValueError(
             f"{path / 'config.json'} describes no {fields['model_type']} model: "
-            f"{' '.join(str(error).split())}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     sizes = Sizes.of(model)  # before it is filled: then nothing is tied any more
     if listed:
@@ -148,7 +149,7 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context=context_of(config),
-        eos_token_ids=_end_of_text(fields if generation_config is None else generation_config),
+        eos_token_ids=_end_of_text(path, fields, generation_config),
         sizes=sizes,
         dtype=_dtype(config, stored),
         generation_config=generation_config or {},
@@ -187,7 +188,14 @@ def check_pair(target: Checkpoint, draft: Checkpoint) -> None:
         If their tokenizers differ in any token.
     """
     ours, theirs = (load_tokenizer(checkpoint).get_vocab() for checkpoint in (target, draft))
-    if differing := ours.items() ^ theirs.items():
+    known = min(max(ours.values()), max(theirs.values()))
+    # Tokens that only one of them has behind all others are like rows of a padded head.
+    differing = [
+        (token, number)
+        for token, number in ours.items() ^ theirs.items()
+        if number <= known or (token in ours and token in theirs)
+    ]
+    if differing:
         first = min(number for _, number in differing)
         here, there = (
             next((repr(token) for token, number in vocabulary.items() if number == first), "none")
@@ -284,16 +292,26 @@ def check_tensors(
 
 
 def _dtype(config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> Dtype:
-    kinds = {FLOAT_TYPES.get(tensor.dtype) for tensor in stored.values() if len(tensor.shape) > 1}
-    if not kinds:  # no file is here to tell, but the configuration may
-        kinds = {getattr(config, "dtype", None)}
-    if kinds == {torch.float16}:
+    # Where no file is here to tell, the configuration may.
+    kind = usual_dtype(stored) or getattr(config, "dtype", None)
+    if kind == torch.float16:
         return "float16"
-    return "bfloat16" if kinds == {torch.bfloat16} else "float32"
+    return "bfloat16" if kind == torch.bfloat16 else "float32"
 
 
-def _end_of_text(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = fields.get("eos_token_id")
+def _end_of_text(
+    path: Path, fields: Mapping[str, Any], generation_config: Mapping[str, Any] | None
+) -> tuple[int, ...]:
+    ids = (fields if generation_config is None else generation_config).get("eos_token_id")
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    listed = ids if isinstance(ids, list) else [ids]
+    for token in listed:
+        # Some have one that the model can't pick: it ends nothing, and does no harm.
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            file = "config.json" if generation_config is None else "generation_config.json"
+            raise ValueError(
+                f"expected eos_token_id in {path / file} as a token id or a list of them, got "
+                f"{ids!r}: correct the file"
+            )
+    return tuple(listed)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeinfer_dask.models.experts import MATRICES, PackedExperts, holds_experts
 from pipeinfer_dask.models.helpers import Helpers
 from pipeinfer_dask.models.linears import LARGEST_PART, PackedLinear, StoredEmbedding
-from pipeinfer_dask.models.tensors import StoredTensor
+from pipeinfer_dask.models.tensors import StoredTensor, usual_dtype
 
 STORED_AS = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -24,14 +24,20 @@ def keep_stored(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> N
 
     What is not packed is loaded as float32.
     """
-    kinds = {STORED_AS.get(tensor.dtype) for tensor in stored.values() if len(tensor.shape) > 1}
-    # Some families' modules have other names than what is stored.
-    usual = kinds.pop() if len(kinds) == 1 else None
+    kinds = {tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1}
+    usual = usual_dtype(stored)
     for path, module in model.named_modules():
         for name in _matrices(module):
             known = stored.get(f"{path}.{name}")
-            dtype = usual if known is None else STORED_AS.get(known.dtype)
-            if dtype is not None:
+            if known is not None:
+                dtype = STORED_AS.get(known.dtype)
+            # Some families' modules have other names than what is stored. Where types are
+            # mixed, what is merged from many tensors is of the usual one; a router may not be.
+            elif len(kinds) == 1 or holds_experts(module):
+                dtype = usual
+            else:
+                dtype = None
+            if dtype in STORED_AS.values():
                 matrix = torch.empty_like(getattr(module, name), dtype=dtype)
                 setattr(module, name, nn.Parameter(matrix, requires_grad=False))
 

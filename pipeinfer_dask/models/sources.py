@@ -80,8 +80,10 @@ def locate(source: str | Path) -> Source:
     FileNotFoundError
         If there is no such directory, and it is no model on the hub that can be had.
     ValueError
-        If it is a file.
+        If it is a file, or no name at all.
     """
+    if not str(source):
+        raise ValueError("expected a model's directory or its name on the hub, got an empty name")
     path = _expanded(source)
     if path.is_dir():
         # What was written for each machine to fill in stays so; other paths hold from anywhere.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -145,6 +146,15 @@ def unread(
     """
     reading = Reading(sum(tensor.nbytes for tensor in stored.values()), count)
     return {name: Unread(tensor, reading) for name, tensor in stored.items()}
+
+
+def usual_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+    """Return what most bytes of the matrices are stored as; None if there are none."""
+    sizes = Counter[torch.dtype]()
+    for tensor in stored.values():
+        if len(tensor.shape) > 1 and tensor.dtype in FLOAT_TYPES:
+            sizes[FLOAT_TYPES[tensor.dtype]] += tensor.nbytes
+    return max(sizes, key=lambda kind: sizes[kind]) if sizes else None
 
 
 def listed_tensors(directory: Path) -> dict[str, str] | None:

@@ -120,12 +120,15 @@ def asks_for_more(name: str, value: object) -> bool:
 def stated(generation_config: Settings) -> tuple[dict[str, Any], list[str]]:
     """Return what a checkpoint's generation_config.json is honoured in, and what it can't be.
 
-    Its way to sample is that of a user who samples; whether to sample, and how much, the user
-    says.
+    Its way to sample, if it isn't greedy, is that of a user who samples; whether to sample, and
+    how much, the user says.
     """
+    greedy = generation_config.get("do_sample") is False or not generation_config.get(
+        "temperature", 1
+    )
     ours = {
         name: generation_config[name]
-        for name in (*WHEN_SAMPLING, *PROCESSING)
+        for name in (*(() if greedy else WHEN_SAMPLING), *PROCESSING)
         if generation_config.get(name) is not None
     }
     beyond = [

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pipeinfer_dask.core.messages import (
+    LEFT_OUT,
     Command,
     Commit,
     Drafted,
@@ -113,7 +114,7 @@ def _tokens(what: Event | Command) -> tuple[int, ...]:
         case Commit():
             return what.tokens
         case RunDone(tokens=tuple() as tokens):
-            return tokens
+            return tuple(token for token in tokens if token != LEFT_OUT)
         case _:
             return ()
 

@@ -10,21 +10,21 @@ import pytest
 from pipeinfer_dask.core.sampling import Sampling
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "temperature": (0.0, "above 0, and finite, got 0.0"),
-    "repetition_penalty": (inf, "above 0, and finite, got inf"),
-    "top_k": (-1, "of at least 0, got -1"),
+    "temperature": (1e-7, "from 1e-6 to 1e6, got 1e-07"),
+    "repetition_penalty": (inf, "from 1e-6 to 1e6, got inf"),
+    "top_k": (2**31, r"from 0 to 2\*\*31 - 1, got 2147483648"),
     "top_p": (0.0, "above 0 and up to 1, got 0.0"),
     "typical_p": (1.5, "above 0 and up to 1, got 1.5"),
     "top_h": (0.0, "above 0 and up to 1, got 0.0"),
     "min_p": (nan, "from 0 to 1, got nan"),
     "epsilon_cutoff": (1.0, "from 0 to below 1, got 1.0"),
     "eta_cutoff": (-0.1, "from 0 to below 1, got -0.1"),
-    "no_repeat_ngram_size": (-2, "of at least 0, got -2"),
-    "min_length": (-2, "of at least 0, got -2"),
-    "logprobs": (-1, "of at least 0, got -1"),
+    "no_repeat_ngram_size": (-2, r"from 0 to 2\*\*31 - 1, got -2"),
+    "min_length": (-2, r"from 0 to 2\*\*31 - 1, got -2"),
+    "logprobs": (-1, r"from 0 to 2\*\*31 - 1, got -1"),
     "seed": (2**63, r"from 0 to 2\*\*63 - 1, got 9223372036854775808"),
     "bad_words_ids": (((),), "without an empty word"),
-    "sequence_bias": ((((1,), inf),), "as token ids, at least one, and a number below infinity"),
+    "sequence_bias": ((((1,), inf),), "as token ids, at least one, and a number of at most 1e6"),
 }
 
 

@@ -276,6 +276,20 @@ def test_a_checkpoint_whose_settings_make_no_sense_is_refused(pair: Pair, tmp_pa
         pi.Engine.from_pretrained(model, in_process=True, stages=1)
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [{"temperature": 0.0}, {"do_sample": False, "temperature": 0.0, "top_k": -1}],
+)
+def test_a_checkpoint_that_says_to_be_greedy_may_say_so_in_any_words(
+    one_stage: pi.Engine, pair: Pair, tmp_path: Path, stated: dict[str, Any]
+) -> None:
+    model = shutil.copytree(pair.target, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps(stated))
+    with pi.Engine.from_pretrained(model, in_process=True, stages=1) as engine:
+        text = engine.generate(PROMPT, max_new_tokens=5).token_ids
+    assert text == one_stage.generate(PROMPT, max_new_tokens=5).token_ids
+
+
 def test_no_knob_of_a_strategy_is_a_setting_of_generations() -> None:
     knobs = {knob.name for policy in STRATEGIES.values() for knob in fields(policy)}  # type: ignore[arg-type]
     assert knobs.isdisjoint(FIELDS | {"seed", "logprobs", "generation_config"})

@@ -314,6 +314,27 @@ def test_vocabularies_of_different_tokens_are_no_pair(llama: Path, tmp_path: Pat
         check_pair(open_checkpoint(llama), open_checkpoint(draft))
 
 
+def test_a_draft_may_know_a_token_more_behind_all_others(llama: Path, tmp_path: Path) -> None:
+    draft = make_tiny(tmp_path / "draft", "llama", layers=1, seed=3)
+    file = draft / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["<more>"] = 288
+    file.write_text(json.dumps(tokenizer))
+    check_pair(open_checkpoint(llama), open_checkpoint(draft))
+
+
+@pytest.mark.parametrize("ids", [[[1], 2], [1, "a"], "x", -1, True])
+def test_end_tokens_that_are_no_token_ids_are_refused(llama: Path, ids: object) -> None:
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=r"expected eos_token_id in .*generation_config.json as"):
+        open_checkpoint(llama)
+
+
+def test_no_name_is_no_directory() -> None:
+    with pytest.raises(ValueError, match="got an empty name"):
+        open_checkpoint("")
+
+
 def test_vocabularies_that_number_a_token_differently_are_no_pair(
     llama: Path, tmp_path: Path
 ) -> None:

@@ -3,9 +3,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.experts import PackedExperts, holds_experts
 from pipeinfer_dask.models.linears import PackedLinear, has_kernels
 from pipeinfer_dask.models.packing import pack
@@ -111,6 +113,18 @@ def test_a_shard_of_16_bits_has_its_experts_packed_and_one_of_32_bits_on_request
 
     assert held(narrow) == held(wide, weights="fp16") == {PackedExperts}
     assert PackedExperts not in held(wide) | held(narrow, weights="fp32")
+
+
+def test_experts_of_16_bits_are_packed_beside_a_router_of_32_bits(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model", "mixtral", torch.bfloat16)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    routers = [name for name in tensors if name.endswith("gate.weight")]
+    assert routers
+    save_file(tensors | {name: tensors[name].float() for name in routers}, file, {"format": "pt"})
+    shard = Shard.load(path, range(4), capacity=8)
+    assert any(isinstance(module, PackedExperts) for module in shard.modules())
+    assert open_checkpoint(path).narrow
 
 
 def test_only_the_expert_that_is_beyond_float16_stays_in_32_bits(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_settings_out_of_range_are_no_message() -> None:
     run = replace(run_pass(np.ones((2, 8), np.float32)).run, sampling=Sampling(temperature=2.0))
     (header,) = encode(Envelope(0, 0, RunPass(run)))
     forged = header.replace(msgpack.packb(2.0), msgpack.packb(-2.0))  # type: ignore[union-attr]
-    with pytest.raises(WireError, match=r"expected temperature above 0, and finite, got -2\.0"):
+    with pytest.raises(WireError, match=r"expected temperature from 1e-6 to 1e6, got -2\.0"):
         decode([forged])
 
 

@@ -9,9 +9,12 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from pipeinfer_dask.core.messages import Command, Event
+from pipeinfer_dask.core.messages import LEFT_OUT, Command, Event, RunDone
 from pipeinfer_dask.core.sampling import Sampling
+from pipeinfer_dask.models.demo_pair import demo_pair
+from pipeinfer_dask.runtime.text import TokenTexts
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import History, Trace
 
@@ -25,8 +28,8 @@ st.register_type_strategy(
     st.builds(
         Sampling,
         seed=st.none() | st.integers(0, 2**63 - 1),
-        temperature=shares,
-        top_k=st.integers(0),
+        temperature=st.floats(1e-6, 1e6),
+        top_k=st.integers(0, 2**31 - 1),
         top_p=shares,
         top_h=st.none() | shares,
         bad_words_ids=st.lists(words).map(tuple),
@@ -60,6 +63,12 @@ def test_a_generation_comes_back_exactly(strategy: str, tmp_path: Path) -> None:
     loaded = reloaded(trace, tmp_path / "trace")
     assert loaded == trace
     assert loaded.metrics() == trace.metrics()
+
+
+def test_a_pick_that_was_left_out_has_no_text(tmp_path: Path) -> None:
+    trace = Trace(1, texts=TokenTexts(AutoTokenizer.from_pretrained(demo_pair().target)))
+    trace.add(0.0, RunDone(request=0, generation=0, run=0, tokens=(LEFT_OUT, 5)))
+    assert list(reloaded(trace, tmp_path / "trace").texts) == [5]
 
 
 def test_texts_of_the_tokens_that_occur_are_kept(tmp_path: Path) -> None:
