@@ -144,8 +144,12 @@ class BestFirst(Expansion):
                 self.proposals.append(Proposal(token, parent, NO_SLOT, confidence))
         if self._passes >= plan.passes:
             return []
-        count = min(plan.breadth, len(self._open), len(self._slots))
-        return [self._place(*heapq.heappop(self._open)) for _ in range(count)]
+        chosen: list[Proposal] = []
+        while self._open and self._slots and len(chosen) < plan.breadth:
+            if -self._open[0][0] < plan.least:
+                break
+            chosen.append(self._place(*heapq.heappop(self._open)))
+        return chosen
 
     def _place(self, negative: float, number: int) -> Proposal:
         """Give a proposal a slot: it is evaluated next."""

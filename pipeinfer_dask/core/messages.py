@@ -145,6 +145,8 @@ class TreePlan:
         How likely the text reaches each frontier token.
     calibration : tuple of float
         What confidences of 0, 1/n, ..., 1 are worth; empty: themselves.
+    least : float
+        Nothing is extended, behind the frontier, that the text reaches less likely than this.
     last_position : int, optional
         No proposal lies behind this place in the text.
     """
@@ -156,6 +158,7 @@ class TreePlan:
     floor: float
     chances: tuple[float, ...]
     calibration: tuple[float, ...] = ()
+    least: float = 0.0
     last_position: int | None = None
 
 

@@ -40,13 +40,12 @@ from pipeinfer_dask.core.policies.base import (
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, log_chance
 from pipeinfer_dask.core.trial import Trial
+from pipeinfer_dask.core.turns import Turns
 
 LARGEST = 16
 """Most tokens of one run, however cheap."""
-DEEPEST = 6
+DEEPEST = 12
 """Most passes of the draft model before a run, where the two take turns."""
-PAYS = 0.35
-"""A pass for a token that is less likely costs more than it gains: about a third of a token."""
 AGREEMENT_STEP = 0.03
 """How fast the share of the draft model's right first choices is learned."""
 NEWS = 4.0
@@ -96,6 +95,7 @@ class Adaptive(Policy):
     _pace: Pace = field(default_factory=Pace, init=False)
     _calibration: Calibration = field(default_factory=Calibration, init=False)
     _trial: Trial = field(default_factory=Trial, init=False)
+    _turns: Turns = field(default_factory=Turns, init=False)
     _agreement: float = field(default=0.75, init=False)
     _count: int = field(default=0, init=False)
     # Heaps of (-reach, number, node) and (-value, number, node). What the text has passed by
@@ -106,6 +106,7 @@ class Adaptive(Policy):
     _on_first: RunFuture | None = field(default=None, init=False)
     _first_free_at: float = field(default=0.0, init=False)
     _tried: Node | None = field(default=None, init=False)
+    _drafting_since: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         at_least(self, "micro_batch", 0)
@@ -118,10 +119,8 @@ class Adaptive(Policy):
     # --- what to run ------------------------------------------------------------------
 
     def choose_run(self, machine: Machine) -> Sequence[Node]:
-        if self._shares(machine) and (
-            not machine.idle or machine.drafting or self._draft_comes_first(machine)
-        ):
-            return []
+        if self._shares(machine):
+            return self._turn(machine)
         if machine.root_waits and not self._trial.speculate:
             return [machine.root]
         if machine.root_waits:
@@ -140,7 +139,7 @@ class Adaptive(Policy):
 
     def _quiet(self, machine: Machine) -> bool:
         """Whether there is nothing to choose a speculative run from, or no use in one now."""
-        waiting = machine.prefilling or not machine.has_room or self._shares(machine)
+        waiting = machine.prefilling or not machine.has_room or machine.request.shares_cores
         return waiting or not machine.fresh or not self._trial.speculate
 
     def _grown(self, nodes: list[Node], size: int, machine: Machine) -> list[Node]:
@@ -199,19 +198,31 @@ class Adaptive(Policy):
             return fill_cache(machine)
         if not self._trial.speculate:
             return None
-        if shares := self._shares(machine):
+        if self._shares(machine):
             if not machine.idle or not self._draft_comes_first(machine):
                 return None
-            self._tried = machine.root
-        frontier = self._frontier(machine)
-        if not frontier or (not shares and self._enough(machine, frontier[0])):
+            self._tried, self._drafting_since = machine.root, machine.now
+            # Two tokens so likely that both are worth extending are rarely there.
+            return self._plan(machine, self._frontier(machine, 1), DEEPEST, 1, self._least())
+        frontier = self._frontier(machine, self.breadth)
+        if not frontier or self._enough(machine, frontier[0]):
             return None
+        return self._plan(machine, frontier, self.passes, self.breadth, 0.0)
+
+    def _plan(
+        self,
+        machine: Machine,
+        frontier: Sequence[Node],
+        passes: int,
+        breadth: int,
+        least: float,
+    ) -> DraftChoice:
         root = machine.root.reach
-        passes = self._depth() if shares else self.passes
         plan = TreePlan(
-            size=max(1, self.breadth * (passes - 1)),
+            size=max(1, breadth * (passes - 1)),
             passes=passes,
-            breadth=self.breadth,
+            breadth=breadth,
+            least=least,
             width=self.width if self.tree else 1,
             floor=self.floor,
             chances=tuple(math.exp(node.reach - root) for node in frontier),
@@ -219,29 +230,14 @@ class Adaptive(Policy):
         )
         return plan, frontier
 
-    def _shares(self, machine: Machine) -> bool:
-        """Whether draft model and target take turns: what ran beside would slow both."""
-        return machine.request.shares_cores and not machine.prefilling
-
-    def _draft_comes_first(self, machine: Machine) -> bool:
-        """Whether, where they take turns, it's the draft model's."""
-        known = self._pace.plain > 0  # what speculation is compared with
-        untried = self._tried is not machine.root and self._trial.speculate and known
-        return untried and bool(self._frontier(machine))
-
-    def _depth(self) -> int:
-        """Return how many passes of the draft model pay before a run."""
-        agreement = min(max(self._agreement, 0.01), 0.95)
-        return max(1, min(DEEPEST, int(math.log(PAYS) / math.log(agreement))))
-
-    def _frontier(self, machine: Machine) -> list[Node]:
+    def _frontier(self, machine: Machine, most: int) -> list[Node]:
         """Return what to extend next: the likeliest tokens that the draft model does not hold."""
         root = machine.root
         if not root.drafted:
             return [root] if depth_left(machine, root) > 0 else []
         chosen: list[Node] = []
         kept: list[tuple[float, int, Node]] = []
-        while self._unevaluated and len(chosen) < self.breadth:
+        while self._unevaluated and len(chosen) < most:
             entry = heapq.heappop(self._unevaluated)
             node = entry[2]
             if not node.alive or node.drafted or node.position <= root.position:
@@ -250,7 +246,7 @@ class Adaptive(Policy):
             assert node.parent is not None
             if node.parent.drafted:
                 chosen.append(node)
-            elif len(kept) > 4 * self.breadth:
+            elif len(kept) > 4 * most:
                 break
         for entry in kept:
             heapq.heappush(self._unevaluated, entry)
@@ -263,6 +259,38 @@ class Adaptive(Policy):
             return False
         best = heapq.nlargest(count, (node.reach for node in machine.fresh))
         return best[-1] >= likeliest.reach
+
+    # --- where draft model and target take turns ----------------------------------------
+
+    def _shares(self, machine: Machine) -> bool:
+        """Whether they do: what ran beside would slow both."""
+        return machine.request.shares_cores and not machine.prefilling
+
+    def _turn(self, machine: Machine) -> Sequence[Node]:
+        """Return the run that follows a draft: the root, and what is worth its place."""
+        if not machine.idle or machine.drafting or self._draft_comes_first(machine):
+            return []
+        if not self._trial.speculate or not machine.fresh:
+            return [machine.root]
+        least = machine.root.reach + log_chance(self._turns.least_to_run)
+        worthy = (node for node in machine.fresh if node.reach >= least)
+        size = min(self.micro_batch or LARGEST, 1 + max(0, machine.spare_slots))
+        # A child is never likelier than its parent, and comes behind it where it's as likely.
+        return [machine.root, *sorted(worthy, key=lambda node: -node.reach)[: size - 1]]
+
+    def _draft_comes_first(self, machine: Machine) -> bool:
+        """Whether it's the draft model's turn."""
+        known = self._turns.plain > 0  # what speculation is compared with
+        if not known or self._tried is machine.root or not self._trial.speculate:
+            return False
+        frontier = self._frontier(machine, 1)
+        if not frontier or frontier[0] is machine.root:
+            return bool(frontier)
+        return frontier[0].reach >= machine.root.reach + log_chance(self._least())
+
+    def _least(self) -> float:
+        """Return how likely a token has to be that the draft model should go on behind it."""
+        return self._turns.least_to_extend(self._agreement)
 
     # --- what it learns ------------------------------------------------------------------
 
@@ -282,6 +310,8 @@ class Adaptive(Policy):
             parents[node.parent] = None
             if depth_left(machine, node) > 0:
                 heapq.heappush(self._unevaluated, (-node.reach, self._next_number(), node))
+        if self._shares(machine) and parents and not cancelled:
+            self._turns.drafted(len(parents), machine.now - self._drafting_since)
         for parent in parents:
             if parent.run is not None:
                 self._open_children(parent)
@@ -300,11 +330,17 @@ class Adaptive(Policy):
 
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
         clear = len(machine.runs) <= 1
-        self._trial.committed(len(origins), machine.now, self._pace.plain, clear=clear)
+        shares = machine.request.shares_cores
+        plain = self._turns.plain if shares else self._pace.plain
+        self._turns.committed(len(origins), machine.now, speculating=self._trial.speculate)
+        self._trial.committed(len(origins), machine.now, plain, clear=clear)
         if self._on_first is not None and self._on_first.cancelled():
             self._first_free_at = machine.now  # it stops at its next layer
 
     def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
         if run is self._on_first:
             self._first_free_at = min(self._first_free_at, machine.now)
-        self._pace.ran(len(run.nodes), machine.now - run.started, done.spans)
+        seconds = machine.now - run.started
+        self._pace.ran(len(run.nodes), seconds, done.spans)
+        if run.kind is not Kind.PREFILL:
+            self._turns.ran(len(run.nodes), seconds)
