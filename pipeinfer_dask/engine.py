@@ -234,7 +234,7 @@ class Engine:
             if client is not None and placement is not None:
                 ranges = models.share_out(stages, layer_split, placement, client)
                 admission = replace(admission, draft_apart=placement.draft_apart)
-            admission = replace(admission, shares_cores=in_process)
+            admission = replace(admission, shares_cores=in_process and models.take_turns(stages))
             specs, draft_spec = models.specs(ranges, placement)
 
             # Noted on the loop itself: an interrupt may come before we hear of it.

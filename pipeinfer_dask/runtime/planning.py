@@ -128,6 +128,16 @@ class Models:
         head = self.target.sizes.head_layers
         return balanced_layers(layers, [1.0] * stages, head=head, most=[layers] * stages)
 
+    def take_turns(self, stages: int) -> bool:
+        """Say whether so many stages and the draft model, in one process, compute by turns.
+
+        They do where there are not two cores for each: side by side, one would slow the other.
+        """
+        return (os.cpu_count() or 1) < 2 * self._nodes(stages)
+
+    def _nodes(self, stages: int) -> int:
+        return stages + isinstance(self.draft, Checkpoint)
+
     def specs(
         self, ranges: Sequence[range], placement: Placement | None
     ) -> tuple[list[ShardSpec], ShardSpec | NgramSpec | None]:
@@ -138,9 +148,8 @@ class Models:
         ) -> ShardSpec:
             sharers = None
             if placement is None or worker is None:
-                sharers = os.cpu_count()
-                nodes = len(ranges) + isinstance(self.draft, Checkpoint)
-                threads = max(1, (os.cpu_count() or 1) // nodes)
+                sharers = os.cpu_count() if self.take_turns(len(ranges)) else None
+                threads = max(1, (os.cpu_count() or 1) // self._nodes(len(ranges)))
             else:
                 threads = placement.threads[worker]
             return ShardSpec(

@@ -156,6 +156,15 @@ def test_an_improbable_second_choice_is_not_proposed_but_a_first_choice_always_i
     assert [proposal.token for proposal in draft.proposals] == [7, 8]
 
 
+def test_a_tree_ends_where_nothing_is_reached_likely_enough_any_more() -> None:
+    draft = expansion(tree(passes=4, breadth=1, width=1, least=0.5))
+    draft.grow([[(7, 0.8)]])
+    assert draft.next_batch() is not None
+    draft.grow([[(8, 0.6)]])  # 0.48 of all texts come here
+    assert draft.next_batch() is None
+    assert [p.token for p in draft.proposals] == [7, 8]
+
+
 def test_a_tree_stops_where_the_text_will_end() -> None:
     draft = expansion(tree(passes=3, last_position=5))
     draft.grow([[(7, 0.6), (8, 0.3)]])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from pipeinfer_dask.models.checkpoint import open_checkpoint
+from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.runtime.placement import default_stages, place
+from pipeinfer_dask.runtime.planning import Models
 
 FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
 
@@ -85,3 +90,17 @@ def test_by_default_every_worker_but_the_drafters_is_a_stage(
 def test_a_drafter_is_apart_on_a_machine_without_stages(workers: list[str], apart: bool) -> None:
     assert place(dict.fromkeys(workers, 1), 2, drafter=True).draft_apart is apart
     assert not place(dict.fromkeys(workers, 1), 2, drafter=False).draft_apart
+
+
+@pytest.mark.parametrize(
+    ("cores", "shared", "alone"), [(2, 2, 1), (5, 5, 1), (6, None, 2), (64, None, 21)]
+)
+def test_stages_of_one_process_take_turns_unless_there_are_two_cores_for_each(
+    cores: int, shared: int | None, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    target, draft = demo_pair()
+    models = Models(open_checkpoint(target), open_checkpoint(draft), "auto")
+    specs, _ = models.specs(models.split(2, None), None)
+    assert models.take_turns(2) == (shared is not None)
+    assert {(spec.sharers, spec.threads) for spec in specs} == {(shared, alone)}

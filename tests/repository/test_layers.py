@@ -88,4 +88,4 @@ def test_pure_layers_load_neither_torch_nor_dask(pure: str) -> None:
 def test_no_module_outgrows_a_readers_head(root: Path) -> None:
     lines = {path: len(path.read_text().splitlines()) for path in modules(root)}
     assert {path.name: count for path, count in lines.items() if count > 450} == {}
-    assert sum(count for path, count in lines.items() if layer(path, root) == "core") < 2700
+    assert sum(count for path, count in lines.items() if layer(path, root) == "core") < 2800
