@@ -133,9 +133,9 @@ class Models:
 
         They do where there are not two cores for each: side by side, one would slow the other.
         """
-        return (os.cpu_count() or 1) < 2 * self._nodes(stages)
+        return (os.cpu_count() or 1) < 2 * self._computing(stages)
 
-    def _nodes(self, stages: int) -> int:
+    def _computing(self, stages: int) -> int:
         return stages + isinstance(self.draft, Checkpoint)
 
     def specs(
@@ -149,7 +149,7 @@ class Models:
             sharers = None
             if placement is None or worker is None:
                 sharers = os.cpu_count() if self.take_turns(len(ranges)) else None
-                threads = max(1, (os.cpu_count() or 1) // self._nodes(len(ranges)))
+                threads = max(1, (os.cpu_count() or 1) // self._computing(len(ranges)))
             else:
                 threads = placement.threads[worker]
             return ShardSpec(

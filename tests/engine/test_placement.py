@@ -8,6 +8,7 @@ import pytest
 
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
+from pipeinfer_dask.runtime.gpus import Devices
 from pipeinfer_dask.runtime.placement import default_stages, place
 from pipeinfer_dask.runtime.planning import Models
 
@@ -100,7 +101,7 @@ def test_stages_of_one_process_take_turns_unless_there_are_two_cores_for_each(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     target, draft = demo_pair()
-    models = Models(open_checkpoint(target), open_checkpoint(draft), "auto")
+    models = Models(open_checkpoint(target), open_checkpoint(draft), "auto", Devices())
     specs, _ = models.specs(models.split(2, None), None)
     assert models.take_turns(2) == (shared is not None)
     assert {(spec.sharers, spec.threads) for spec in specs} == {(shared, alone)}
