@@ -40,6 +40,7 @@ from pipeinfer_dask.runtime.wire import (
 )
 
 counts = st.integers(0, 2**40)
+sizes = st.integers(0, 2**31 - 1)
 numbers = st.tuples() | st.lists(counts, max_size=5).map(tuple)
 seconds = st.floats(allow_nan=False)
 spans = st.builds(Span, seconds, seconds, counts)
@@ -48,14 +49,14 @@ samplings = st.builds(
     Sampling,
     seed=st.none() | st.integers(0, 2**63 - 1),
     temperature=st.floats(0.01, 9),
-    top_k=counts,
+    top_k=sizes,
     top_h=st.none() | st.floats(0.01, 1),
     bad_words_ids=st.lists(st.lists(counts, min_size=1, max_size=2).map(tuple)).map(tuple),
     sequence_bias=st.lists(
         st.tuples(st.lists(counts, min_size=1, max_size=2).map(tuple), st.floats(-5, 5))
     ).map(tuple),
     suppress_tokens=numbers,
-    min_length=counts,
+    min_length=sizes,
 )
 logprobs = st.builds(Logprobs, seconds, st.lists(st.tuples(counts, seconds), max_size=3).map(tuple))
 runs = st.builds(
