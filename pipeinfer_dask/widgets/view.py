@@ -21,10 +21,10 @@ from pipeinfer_dask.trace.tables import node_name
 from pipeinfer_dask.widgets.feed import TABLES, Feed
 
 
-def module(name: str) -> str:
-    """Return the ES module of a view: what all have in common, then its own part."""
+def module(*parts: str) -> str:
+    """Return the ES module of a view: what all have in common, then its own parts."""
     static = files(__package__) / "static"
-    return "\n".join((static / part).read_text("utf-8") for part in ("common.js", name))
+    return "\n".join((static / part).read_text("utf-8") for part in ("common.js", *parts))
 
 
 def style() -> str:

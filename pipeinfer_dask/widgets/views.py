@@ -21,7 +21,7 @@ class Timeline(TraceView):
         How much is seen at first; 0 for as much as lets single runs be told apart.
     """
 
-    _esm = module("timeline.js")
+    _esm = module("bars.js", "timeline.js")
     _css = style()
     shows = ("works", "bars", "waves", "tokens")
     label = "Timeline"
