@@ -127,7 +127,7 @@ def test_a_view_of_nothing_stands_still(kind: type[Timeline]) -> None:
 def test_modules_and_style_name_nothing_outside_the_page() -> None:
     static = Path(pi.__file__).parent / "widgets" / "static"
     names = [path.name for path in static.glob("*.js") if path.name != "common.js"]
-    assert len(names) == 5
+    assert len(names) == 6
     for source in (*map(module, names), style()):
         assert "import " not in source.replace("importance", "")
         assert "innerHTML" not in source
