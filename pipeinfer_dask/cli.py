@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import click
 
 from pipeinfer_dask.bench import SUITES
-from pipeinfer_dask.core.ngram import NGRAM
+from pipeinfer_dask.drafting.ngram import NGRAM
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -100,8 +100,8 @@ def demo(
     as_json: bool,
 ) -> None:
     """Generate with the embedded models on a cluster of this machine, by every strategy."""
-    from pipeinfer_dask.core.policies import STRATEGIES
     from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
+    from pipeinfer_dask.policies import STRATEGIES
 
     names = strategies or tuple(STRATEGIES)
     prompt = DEMO_PROMPT if prompt is None else prompt
@@ -269,7 +269,7 @@ def simulate(
 ) -> None:
     """Show in virtual time what each strategy would do on a pipeline that you describe."""
     from pipeinfer_dask import timeline as pictures
-    from pipeinfer_dask.core.policies import STRATEGIES
+    from pipeinfer_dask.policies import STRATEGIES
     from pipeinfer_dask.simulation import Costs, best_chain
     from pipeinfer_dask.simulation import simulate as run
     from pipeinfer_dask.terminal import table

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from distributed import Client
 
-from pipeinfer_dask.core.ngram import NGRAM
-from pipeinfer_dask.core.policies import Policy
+from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.models.checkpoint import (
     Checkpoint,
     check_pair,
@@ -26,6 +25,7 @@ from pipeinfer_dask.models.checkpoint import (
 from pipeinfer_dask.models.devices import Dtype
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
+from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.runtime.admission import Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
@@ -339,7 +339,7 @@ class Engine:
         **options
             Fields of `GenerationConfig`, with its meaning, which win over those of
             ``generation_config``: ``temperature``, ``top_p``, ``stop_strings``, ... And the
-            strategy's own knobs, such as ``micro_batch``; see `pipeinfer_dask.core.policies`.
+            strategy's own knobs, such as ``micro_batch``; see `pipeinfer_dask.policies`.
 
         Raises
         ------

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace import Metrics
 
 if TYPE_CHECKING:  # for the names alone: what only shows figures need not wait for torch

@@ -11,7 +11,7 @@ from enum import Enum
 
 from rich.text import Text
 
-from pipeinfer_dask.core.messages import Span
+from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
 from pipeinfer_dask.trace.tables import node_name, work_of
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from pipeinfer_dask.core.messages import LEFT_OUT, RunDone
+from pipeinfer_dask.protocol.messages import LEFT_OUT, RunDone
 from pipeinfer_dask.simulation import Costs, simulate
 from pipeinfer_dask.simulation.truth import ELSEWHERE
 from pipeinfer_dask.trace import Trace

@@ -20,8 +20,8 @@ import torch
 import transformers
 
 from pipeinfer_dask.bench.contender import Process
-from pipeinfer_dask.core.ngram import NGRAM
-from pipeinfer_dask.core.policies import STRATEGIES
+from pipeinfer_dask.drafting.ngram import NGRAM
+from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.testing import VOCABULARY, make_pair
 
 DIALS = (80, 30)

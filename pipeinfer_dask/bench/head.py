@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import Command, Event
-from pipeinfer_dask.core.policies import Policy, make_policy
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.policies import Policy, make_policy
+from pipeinfer_dask.protocol.messages import Command, Event
+from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation import Costs, SyntheticPair
 from pipeinfer_dask.simulation.world import World
 

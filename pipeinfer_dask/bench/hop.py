@@ -19,9 +19,9 @@ import numpy as np
 from distributed import Client, LocalCluster
 
 from pipeinfer_dask.bench.floor import Floor
-from pipeinfer_dask.core.messages import NO_PARENT, Batch, Event, Kind, RunDone, StartRun
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch, Event, Kind, RunDone, StartRun
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 

@@ -20,9 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.models.sampling import Sampler
+from pipeinfer_dask.protocol.sampling import Sampling
 
 TEXT_TOKENS = 2048
 """Tokens before the pick, for what looks back."""

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.linears import PackedLinear
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.protocol.messages import Batch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 HIDDEN_SIZES = (256, 2048)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from pipeinfer_dask.core.policies import STRATEGIES
 from pipeinfer_dask.engine import Engine
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
+from pipeinfer_dask.policies import STRATEGIES
 
 ROUNDS = 40
 PROMPT_TOKENS = (16, 128)

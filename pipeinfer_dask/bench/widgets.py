@@ -21,7 +21,7 @@ UPDATES = 100
 KERNEL = f"""
 import gc, json, threading, time
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.messages import RunDone
+from pipeinfer_dask.protocol.messages import RunDone
 from pipeinfer_dask.widgets import Timeline
 
 recorded = pi.simulate("adaptive", stages={STAGES}, acceptance=0.8, max_new_tokens=1500).trace

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeinfer_dask.core.messages import NO_SLOT, Drafted
 from pipeinfer_dask.core.tree import Node, Tree
+from pipeinfer_dask.protocol.messages import NO_SLOT, Drafted
 
 
 class ProtocolError(RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.protocol.request import Request
 
 
 class Ending:

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING
 
 from pipeinfer_dask.core.drafts import Draft, ProtocolError, unevaluated
 from pipeinfer_dask.core.ending import Ending
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.core.runs import RunFuture, runs_before
+from pipeinfer_dask.core.tree import Node, Tree, batch_of
+from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
     NO_SLOT,
     Begin,
@@ -49,13 +51,11 @@ from pipeinfer_dask.core.messages import (
     WakeAt,
     Woken,
 )
-from pipeinfer_dask.core.request import Request
-from pipeinfer_dask.core.runs import RunFuture, runs_before
-from pipeinfer_dask.core.sampling import Logprobs
-from pipeinfer_dask.core.tree import Node, Tree, batch_of
+from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.sampling import Logprobs
 
 if TYPE_CHECKING:
-    from pipeinfer_dask.core.policies.base import Policy
+    from pipeinfer_dask.core.policy import Policy
 
 
 class Machine:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeinfer_dask.core.drafts import ProtocolError
-from pipeinfer_dask.core.messages import CancelReason, Kind
 from pipeinfer_dask.core.tree import Node
+from pipeinfer_dask.protocol.messages import CancelReason, Kind
 
 RunStatus = Literal["pending", "finished", "cancelled"]
 

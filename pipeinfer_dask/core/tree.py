@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipeinfer_dask.core.messages import NO_PARENT, NO_SLOT, Batch, Origin
-from pipeinfer_dask.core.sampling import Logprobs
+from pipeinfer_dask.protocol.messages import NO_PARENT, NO_SLOT, Batch, Origin
+from pipeinfer_dask.protocol.sampling import Logprobs
 
 
 @dataclass(slots=True, eq=False)

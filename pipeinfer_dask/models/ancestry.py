@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.protocol.messages import Batch
 
 Spans = tuple[tuple[int, int], ...]
 """Slots as half-open spans [start, stop), ascending, no two of them touching."""

@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import linear
 from transformers import AutoConfig, PreTrainedConfig
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.devices import CPU, Device, device_of
 from pipeinfer_dask.models.families import model_class
@@ -21,6 +20,7 @@ from pipeinfer_dask.models.inputs import Inputs
 from pipeinfer_dask.models.shard import Shard, building
 from pipeinfer_dask.models.sources import Source
 from pipeinfer_dask.models.splice import spliced
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 
 ROUNDS = 7
 """The fastest of so many counts: whatever else a machine does only makes it slower."""

@@ -32,7 +32,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from pipeinfer_dask.core.sampling import Logprobs, Sampling
+from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 
 Tokens = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

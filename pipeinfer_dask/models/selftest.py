@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.models.families import model_class
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.shard import Shard, building
 from pipeinfer_dask.models.stage import HiddenStates
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 
 VOCABULARY, LAYERS, KEY_HEADS, GROUPS, WIDTH, EXPERTS, WINDOW = 64, 3, 2, 3, 32, 16, 8
 """How large the small model is at most."""

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
@@ -38,6 +36,8 @@ from pipeinfer_dask.models.tensors import (
     stored_tensors,
     unread,
 )
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.sampling import Sampling
 
 LONGEST_PASS = 128
 """Most tokens in one pass of a draft model: its attention mask and activations stay small."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeinfer_dask.core.ngram import NGRAM, NgramDraft
+from pipeinfer_dask.drafting.ngram import NGRAM, NgramDraft
 from pipeinfer_dask.models.devices import CPU, Dtype
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.shard import Shard

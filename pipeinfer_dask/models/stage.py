@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeinfer_dask.core.messages import Batch
-from pipeinfer_dask.core.sampling import Logprobs, Sampling
+from pipeinfer_dask.protocol.messages import Batch
+from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 
 HiddenStates = npt.NDArray[np.floating[Any]]
 """[n, hidden_size], C-contiguous: what travels from stage to stage."""

@@ -21,7 +21,8 @@ from distributed import Worker, get_worker
 from distributed.comm import Comm, CommClosedError
 from distributed.utils import offload
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
+from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
     Drafted,
@@ -30,7 +31,6 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
 from pipeinfer_dask.runtime.links import Link, LinkError, Session, accept, dial
 from pipeinfer_dask.runtime.wire import (

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pipeinfer_dask.core.policies import Policy, policy_of
-from pipeinfer_dask.core.request import Request
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.checkpoint import Checkpoint
+from pipeinfer_dask.policies import Policy, policy_of
+from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.settings import ids, requested, sampling_of, stated, texts
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Generic, TypeVar
 
-from pipeinfer_dask.core.drafting import expansion_of
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.drafting.expansion import expansion_of
+from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage, StageOutput
+from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
     Batch,
     CancelDraft,
@@ -29,8 +30,7 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.core.sampling import Logprobs
-from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage, StageOutput
+from pipeinfer_dask.protocol.sampling import Logprobs
 
 ModelT = TypeVar("ModelT")
 JobT = TypeVar("JobT")

@@ -14,7 +14,7 @@ from distributed import Client
 from distributed import Future as DaskFuture
 from distributed.comm import Comm, connect
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
     Drafted,

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from distributed import Client
 
-from pipeinfer_dask.core.policies import Policy, policy_of
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.policies import Policy, policy_of
+from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, Result

@@ -16,10 +16,10 @@ from threading import Condition
 from time import monotonic
 from typing import Any, Literal, Protocol
 
-from pipeinfer_dask.core.messages import Command, Commit, Event, Origin
-from pipeinfer_dask.core.policies import Policy
-from pipeinfer_dask.core.request import Request
-from pipeinfer_dask.core.sampling import Logprobs
+from pipeinfer_dask.policies import Policy
+from pipeinfer_dask.protocol.messages import Command, Commit, Event, Origin
+from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.sampling import Logprobs
 from pipeinfer_dask.trace import Metrics, Trace
 from pipeinfer_dask.trace.picture import result_html
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import Begin, Commit, Event, Finish, Stop, WakeAt, Woken
+from pipeinfer_dask.protocol.messages import Begin, Commit, Event, Finish, Stop, WakeAt, Woken
 from pipeinfer_dask.runtime.generation import Generation
 from pipeinfer_dask.runtime.pipeline import Pipeline
 

@@ -20,8 +20,8 @@ from typing import ClassVar, Generic, TypeVar
 
 from distributed import Worker
 
-from pipeinfer_dask.core.messages import Event
 from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
+from pipeinfer_dask.protocol.messages import Event
 from pipeinfer_dask.runtime.actors import StageNode, StageSpec
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
+from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
     Drafted,
@@ -18,7 +19,6 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
 from pipeinfer_dask.runtime.loading import HERE, Progress, Steps
 from pipeinfer_dask.runtime.pipeline import PipelineCommand

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
     Batch,
     Drafted,

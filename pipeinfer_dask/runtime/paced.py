@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeinfer_dask.core.messages import Batch
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.protocol.messages import Batch
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.simulation.costs import Costs, Curve
 from pipeinfer_dask.simulation.truth import Places, SyntheticPair
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pipeinfer_dask.core.messages import Span
 from pipeinfer_dask.models.stage import CountBytes
+from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.runtime.links import Link, LinkError
 from pipeinfer_dask.runtime.wire import (
     AwaitLoaded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
     Event,

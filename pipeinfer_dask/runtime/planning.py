@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from distributed import Client
 
-from pipeinfer_dask.core.ngram import NGRAM
+from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.models.devices import CPU
 from pipeinfer_dask.models.layers import balanced_layers, split_layers

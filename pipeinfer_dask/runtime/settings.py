@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from pipeinfer_dask.core.policies import STRATEGIES
-from pipeinfer_dask.core.sampling import Sampling
+from pipeinfer_dask.policies import STRATEGIES
+from pipeinfer_dask.protocol.sampling import Sampling
 
 Settings = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.protocol.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.models.stage import HiddenStates
+from pipeinfer_dask.protocol.messages import (
     Batch,
     CancelDraft,
     CancelReason,
@@ -34,8 +35,7 @@ from pipeinfer_dask.core.messages import (
     StartRun,
     TreePlan,
 )
-from pipeinfer_dask.core.sampling import Logprobs, Sampling
-from pipeinfer_dask.models.stage import HiddenStates
+from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 from pipeinfer_dask.runtime.compute import RunPass
 
 Buffer = bytes | bytearray | memoryview

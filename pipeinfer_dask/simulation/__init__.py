@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipeinfer_dask.core.messages import Origin
-from pipeinfer_dask.core.policies import Policy, policy_of
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.policies import Policy, policy_of
+from pipeinfer_dask.protocol.messages import Origin
+from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs_of_nodes
 from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.world import World

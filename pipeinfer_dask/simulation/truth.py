@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from random import Random
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 
 ELSEWHERE = 1 << 20
 """What the target picks after a path that has left the text: nothing that is ever drafted."""

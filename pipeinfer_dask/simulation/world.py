@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeinfer_dask.core.drafting import Expansion, expansion_of
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
+from pipeinfer_dask.policies import Policy
+from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
     Begin,
     CancelDraft,
@@ -34,8 +35,7 @@ from pipeinfer_dask.core.messages import (
     WakeAt,
     Woken,
 )
-from pipeinfer_dask.core.policies import Policy
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.simulation.truth import Places, SyntheticPair
 from pipeinfer_dask.trace import Trace

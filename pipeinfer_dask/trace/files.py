@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
     Command,
     Commit,

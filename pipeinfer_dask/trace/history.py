@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
     NO_SLOT,
     Batch,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     Begin,
     CancelReason,
     CancelRuns,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace.history import Fate, History, Run
 from pipeinfer_dask.trace.metrics import Metrics
 from pipeinfer_dask.trace.record import Trace

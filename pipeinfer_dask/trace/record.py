@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from pipeinfer_dask.core.messages import Command, Event
+from pipeinfer_dask.protocol.messages import Command, Event
 from pipeinfer_dask.trace.metrics import Metrics, Tally
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeinfer_dask.core.messages import Span
+from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace.history import Draft, History, Run
 from pipeinfer_dask.trace.record import Trace
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from threading import RLock, Thread
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
 from pipeinfer_dask.trace.picture import LOOKS
 from pipeinfer_dask.trace.tables import work_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 from IPython.display import HTML
 
-from pipeinfer_dask.core.policies import STRATEGIES
+from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.trace import Trace
 from pipeinfer_dask.widgets.feed import Feed
 from pipeinfer_dask.widgets.views import DraftTree, Metrics, Timeline, TokenStream

@@ -15,7 +15,7 @@ import anywidget
 import traitlets
 from IPython.display import HTML
 
-from pipeinfer_dask.core.messages import Origin
+from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
 from pipeinfer_dask.trace.tables import node_name
 from pipeinfer_dask.widgets.feed import TABLES, Feed

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from pipeinfer_dask.bench.compute import run_compute_bench
 from pipeinfer_dask.cli import main
-from pipeinfer_dask.core.policies import STRATEGIES
+from pipeinfer_dask.policies import STRATEGIES
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 from pipeinfer_dask.bench.network import run_network_bench
 from pipeinfer_dask.bench.paced import run_paced_bench
-from pipeinfer_dask.core.policies import STRATEGIES
+from pipeinfer_dask.policies import STRATEGIES
 
 pytestmark = pytest.mark.cluster
 

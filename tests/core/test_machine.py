@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pipeinfer_dask.core.policies import Adaptive, Iterative, PipeInfer, Policy, Speculative
+from pipeinfer_dask.policies import Adaptive, Iterative, PipeInfer, Policy, Speculative
 from tests.core.world import World, plain_text
 
 POLICIES: dict[str, Policy] = {

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from pipeinfer_dask.core.messages import CancelReason, Kind
 from pipeinfer_dask.core.runs import RunCancelledError, RunFuture
+from pipeinfer_dask.protocol.messages import CancelReason, Kind
 
 
 def run(number: int, *parents: RunFuture) -> RunFuture:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.core.sampling import Sampling
+from pipeinfer_dask.protocol.sampling import Sampling
 
 WRONG: dict[str, tuple[Any, str]] = {
     "temperature": (1e-7, "from 1e-6 to 1e6, got 1e-07"),

@@ -12,9 +12,10 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 
-from pipeinfer_dask.core.drafting import Expansion, expansion_of
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
+from pipeinfer_dask.policies import Policy
+from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
     NO_PARENT,
     Batch,
@@ -36,9 +37,8 @@ from pipeinfer_dask.core.messages import (
     WakeAt,
     Woken,
 )
-from pipeinfer_dask.core.policies import Policy
-from pipeinfer_dask.core.request import Request
-from pipeinfer_dask.core.sampling import Logprobs, Sampling
+from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 from pipeinfer_dask.trace import Trace
 
 Path = tuple[int, ...]

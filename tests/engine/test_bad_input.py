@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 from transformers import GenerationConfig
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.policies import PipeInfer
+from pipeinfer_dask.policies import PipeInfer
 from tests.engine.pairs import LAYERS, PROMPT, Pair
 from tests.tiny import make_tiny
 

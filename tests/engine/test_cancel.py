@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.messages import CancelRuns, RunDone
+from pipeinfer_dask.protocol.messages import CancelRuns, RunDone
 from tests.engine.pairs import LAYERS, PROMPT, Pair, PairOf
 
 NEW_TOKENS = 100

@@ -14,11 +14,11 @@ import pytest
 from distributed import Client
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.messages import Batch, Kind, StartRun
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.protocol.messages import Batch, Kind, StartRun
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.clusters import own_cluster
 from pipeinfer_dask.runtime.compute import RunPass, StageThread
 from tests.engine.pairs import PROMPT, Pair

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.messages import Origin
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace import History
 from tests.engine.pairs import PROMPT, Pair, ending_at, greedy_tokens
 

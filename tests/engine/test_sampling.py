@@ -26,9 +26,9 @@ from transformers import (
 )
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.messages import Commit
-from pipeinfer_dask.core.policies import STRATEGIES
 from pipeinfer_dask.models.sampling import gumbel_noise
+from pipeinfer_dask.policies import STRATEGIES
+from pipeinfer_dask.protocol.messages import Commit
 from pipeinfer_dask.runtime.settings import FIELDS
 from tests.engine.pairs import PROMPT, Pair
 

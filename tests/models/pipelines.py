@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates
+from pipeinfer_dask.protocol.messages import Batch
 
 LAYERS = 4
 CAPACITY = 200

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.ancestry import Ancestry
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 
 
 def batch(*nodes: tuple[int, int, int]) -> Batch:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.families import SUPPORTED
 from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.models.stage import HiddenStates
+from pipeinfer_dask.protocol.messages import Batch
 from tests.families import FAMILIES
 from tests.models.pipelines import (
     LAYERS,

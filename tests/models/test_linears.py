@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models import linears, packing
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.models.helpers import Helpers
 from pipeinfer_dask.models.linears import PackedLinear, StoredEmbedding, has_kernels, together
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.protocol.messages import Batch
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.skipif(not has_kernels(), reason="torch has no FBGEMM kernels here")

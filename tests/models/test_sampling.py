@@ -18,10 +18,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.sampling import Sampler, gumbel_noise, logprobs
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.sampling import Sampling
 from tests.tiny import make_tiny
 
 TEXT = list(b"def main(arguments):")

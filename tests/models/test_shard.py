@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.tensors import Reading, StoredTensor
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 from tests.models.pipelines import (
     CAPACITY,
     LAYERS,

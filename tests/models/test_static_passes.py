@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from pipeinfer_dask.core.messages import Batch
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.devices import Device
 from pipeinfer_dask.models.families import model_class
@@ -25,6 +24,7 @@ from pipeinfer_dask.models.graphs import BUCKET, SIZES, StaticPasses, padded_slo
 from pipeinfer_dask.models.inputs import Inputs, padded
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.splice import spliced
+from pipeinfer_dask.protocol.messages import Batch
 from tests.families import FAMILIES
 from tests.models.pipelines import CAPACITY, LAYERS, TEXT, linear, never, through
 from tests.tiny import make_tiny, tiny_fields

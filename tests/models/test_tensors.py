@@ -58,7 +58,7 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
-from pipeinfer_dask.core.messages import Batch
+from pipeinfer_dask.protocol.messages import Batch
 from pipeinfer_dask.models.linears import has_kernels
 from pipeinfer_dask.models.shard import Shard
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch, Kind, StartRun
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch, Kind, StartRun
+from pipeinfer_dask.protocol.sampling import Sampling
 
 SLOW = 1_000_000
 """A run that begins with this token takes a stage until it is cancelled."""

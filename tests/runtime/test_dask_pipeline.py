@@ -14,7 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, Security, Worker
 
 import pipeinfer_dask
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
     Batch,
     CancelDraft,

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 import pytest
 from distributed import Client
 
-from pipeinfer_dask.core.policies import STRATEGIES, Adaptive
+from pipeinfer_dask.policies import STRATEGIES, Adaptive
 from pipeinfer_dask.runtime.clusters import own_cluster
 from pipeinfer_dask.runtime.emulation import Emulation, default_processes
 from pipeinfer_dask.runtime.lags import Distance

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 from pipeinfer_dask.runtime.paced import PacedDraft, PacedStage, paced_specs
 from pipeinfer_dask.simulation import Costs, Curve, SyntheticPair
 from pipeinfer_dask.simulation.truth import ELSEWHERE

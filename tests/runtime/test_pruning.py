@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pipeinfer_dask.core.messages import LEFT_OUT, Batch, Prune
-from pipeinfer_dask.core.sampling import Sampling
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
+from pipeinfer_dask.protocol.messages import LEFT_OUT, Batch, Prune
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.compute import Cancellations, RunPass, StageThread
 from tests.runtime.chain import run_of
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     Batch,
     CancelDraft,
     CancelReason,
@@ -23,7 +23,7 @@ from pipeinfer_dask.core.messages import (
     StartRun,
     TreePlan,
 )
-from pipeinfer_dask.core.sampling import Logprobs, Sampling
+from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.wire import (
     Close,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.core.messages import CancelRuns, Commit, RunDone, StartRun
-from pipeinfer_dask.core.policies import Adaptive
+from pipeinfer_dask.policies import Adaptive
+from pipeinfer_dask.protocol.messages import CancelRuns, Commit, RunDone, StartRun
 from pipeinfer_dask.simulation import CHAINS, Costs, SyntheticPair, best_chain, simulate
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [

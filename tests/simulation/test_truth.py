@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 from pipeinfer_dask.simulation.truth import ELSEWHERE, START, Places, SyntheticPair
 
 LENGTH = 5000

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeinfer_dask.core.messages import Commit, Drafted, RunDone
+from pipeinfer_dask.protocol.messages import Commit, Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import History, Trace
 from pipeinfer_dask.trace.picture import result_html, timeline_html, trace_html

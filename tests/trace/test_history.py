@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.policies import make_policy
+from pipeinfer_dask.protocol.messages import (
     CancelReason,
     Command,
     Drafted,
@@ -17,8 +18,7 @@ from pipeinfer_dask.core.messages import (
     RunDone,
     Stop,
 )
-from pipeinfer_dask.core.policies import make_policy
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation import Costs, SyntheticPair, simulate
 from pipeinfer_dask.simulation.world import World
 from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace

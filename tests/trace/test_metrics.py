@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.protocol.messages import (
     Batch,
     Begin,
     CancelReason,

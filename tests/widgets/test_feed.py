@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.core.messages import Drafted, RunDone
+from pipeinfer_dask.protocol.messages import Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import Fate, History, Trace
 from pipeinfer_dask.trace.picture import LOOKS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeinfer_dask.core.messages import Span
+from pipeinfer_dask.protocol.messages import Span
 
 PRIOR_SHARE = 0.15
 """What a further token adds to a run, as a share of the first one's time, until it's known."""

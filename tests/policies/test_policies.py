@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.policies import PipeInfer, Policy, make_policy
+from pipeinfer_dask.protocol.messages import (
     Begin,
     CancelReason,
     CancelRuns,
@@ -24,8 +25,7 @@ from pipeinfer_dask.core.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.core.policies import PipeInfer, Policy, make_policy
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.protocol.request import Request
 from tests.core.world import World
 
 

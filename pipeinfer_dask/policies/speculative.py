@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import DraftPlan, TreePlan
-from pipeinfer_dask.core.policies.base import DraftChoice, Policy, at_least, depth_left, fill_cache
+from pipeinfer_dask.core.policy import DraftChoice, Policy, at_least, depth_left, fill_cache
 from pipeinfer_dask.core.tree import Node
+from pipeinfer_dask.protocol.messages import DraftPlan, TreePlan
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import ClassVar, Self
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import DraftPlan, Origin, RunDone, TreePlan
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node
+from pipeinfer_dask.protocol.messages import DraftPlan, Origin, RunDone, TreePlan
 
 DraftChoice = tuple[DraftPlan | TreePlan, Sequence[Node]]
 """How to draft, and which leaves of the tree to extend."""

@@ -24,11 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pipeinfer_dask.core.calibration import Calibration, worth
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import Kind, Origin, RunDone, TreePlan
-from pipeinfer_dask.core.pace import Pace
-from pipeinfer_dask.core.policies.base import (
+from pipeinfer_dask.core.policy import (
     DraftChoice,
     Policy,
     at_least,
@@ -39,8 +36,11 @@ from pipeinfer_dask.core.policies.base import (
 )
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, log_chance
-from pipeinfer_dask.core.trial import Trial
-from pipeinfer_dask.core.turns import Turns
+from pipeinfer_dask.drafting.calibration import Calibration, worth
+from pipeinfer_dask.policies.pace import Pace
+from pipeinfer_dask.policies.trial import Trial
+from pipeinfer_dask.policies.turns import Turns
+from pipeinfer_dask.protocol.messages import Kind, Origin, RunDone, TreePlan
 
 LARGEST = 16
 """Most tokens of one run, however cheap."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeinfer_dask.core.drafting import Expansion, expansion_of
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
+from pipeinfer_dask.protocol.messages import (
     NO_SLOT,
     Batch,
     DraftPlan,

@@ -6,10 +6,17 @@ import random
 
 import pytest
 
-from pipeinfer_dask.core.calibration import BINS, Calibration, worth
-from pipeinfer_dask.core.messages import Span
-from pipeinfer_dask.core.pace import PRIOR_SHARE, Pace
-from pipeinfer_dask.core.trial import LONGEST_PAUSE, PROBE, SETTLE, SHORTEST_PAUSE, WINDOW, Trial
+from pipeinfer_dask.drafting.calibration import BINS, Calibration, worth
+from pipeinfer_dask.policies.pace import PRIOR_SHARE, Pace
+from pipeinfer_dask.policies.trial import (
+    LONGEST_PAUSE,
+    PROBE,
+    SETTLE,
+    SHORTEST_PAUSE,
+    WINDOW,
+    Trial,
+)
+from pipeinfer_dask.protocol.messages import Span
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.01, 0.3, 0.5, 0.99, 1.0])

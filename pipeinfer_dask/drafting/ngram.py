@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch
-from pipeinfer_dask.core.sampling import Sampling
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.sampling import Sampling
 
 NGRAM: Literal["ngram"] = "ngram"
 """What to give in place of a draft model."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from pipeinfer_dask.core.policies.adaptive import Adaptive
-from pipeinfer_dask.core.policies.base import Policy
-from pipeinfer_dask.core.policies.iterative import Iterative
-from pipeinfer_dask.core.policies.pipeinfer import PipeInfer
-from pipeinfer_dask.core.policies.speculative import Speculative
+from pipeinfer_dask.core.policy import Policy
+from pipeinfer_dask.policies.adaptive import Adaptive
+from pipeinfer_dask.policies.iterative import Iterative
+from pipeinfer_dask.policies.pipeinfer import PipeInfer
+from pipeinfer_dask.policies.speculative import Speculative
 
 __all__ = [
     "STRATEGIES",

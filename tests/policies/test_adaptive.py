@@ -9,7 +9,8 @@ import pytest
 
 from pipeinfer_dask.core.drafts import ProtocolError
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.policies import Adaptive
+from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
     NO_SLOT,
     Begin,
@@ -27,8 +28,7 @@ from pipeinfer_dask.core.messages import (
     WakeAt,
     Woken,
 )
-from pipeinfer_dask.core.policies import Adaptive
-from pipeinfer_dask.core.request import Request
+from pipeinfer_dask.protocol.request import Request
 from tests.core.world import World
 
 

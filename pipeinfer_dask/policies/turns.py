@@ -7,7 +7,7 @@ brings otherwise, and that is known: the seconds that a token takes at present.
 
 from __future__ import annotations
 
-from pipeinfer_dask.core.pace import FARTHEST, PRIOR_SHARE
+from pipeinfer_dask.policies.pace import FARTHEST, PRIOR_SHARE
 
 PRIOR_PASS = 0.1
 """A pass of the draft model, as a share of a run of one token, until it's known."""

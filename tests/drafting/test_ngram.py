@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeinfer_dask.core.messages import NO_PARENT, Batch, Origin, StartDraft
-from pipeinfer_dask.core.ngram import DOUBT, LONGEST, RECENT, NgramDraft
-from pipeinfer_dask.core.policies import STRATEGIES, Policy, make_policy
+from pipeinfer_dask.drafting.ngram import DOUBT, LONGEST, RECENT, NgramDraft
+from pipeinfer_dask.policies import STRATEGIES, Policy, make_policy
+from pipeinfer_dask.protocol.messages import NO_PARENT, Batch, Origin, StartDraft
 from tests.core.world import Path, World
 
 Candidates = list[tuple[int, float]]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.core.messages import Drafted, Event, Origin
-from pipeinfer_dask.core.policies import Adaptive
+from pipeinfer_dask.policies import Adaptive
+from pipeinfer_dask.protocol.messages import Drafted, Event, Origin
 from tests.core.world import World
 
 

@@ -10,8 +10,8 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from pipeinfer_dask.core.calibration import worth
-from pipeinfer_dask.core.messages import (
+from pipeinfer_dask.drafting.calibration import worth
+from pipeinfer_dask.protocol.messages import (
     NO_SLOT,
     Batch,
     DraftPlan,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeinfer_dask.core.sampling import Logprobs, Sampling
+from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 
 NO_PARENT = -1
 """The parent slot of the first token of a text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeinfer_dask.core.sampling import Sampling
+from pipeinfer_dask.protocol.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,7 @@ from itertools import islice
 from typing import ClassVar
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.messages import DraftPlan, Origin
-from pipeinfer_dask.core.policies.base import (
+from pipeinfer_dask.core.policy import (
     DraftChoice,
     Policy,
     at_least,
@@ -19,6 +18,7 @@ from pipeinfer_dask.core.policies.base import (
     switch,
 )
 from pipeinfer_dask.core.tree import Node
+from pipeinfer_dask.protocol.messages import DraftPlan, Origin
 
 
 @dataclass(slots=True)

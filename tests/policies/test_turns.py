@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pipeinfer_dask.core.turns import Turns
+from pipeinfer_dask.policies.turns import Turns
 
 PLAIN, PLACE, PASS = 0.024, 0.003, 0.002
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.policies.base import Policy
+from pipeinfer_dask.core.policy import Policy
 from pipeinfer_dask.core.tree import Node
 
 
