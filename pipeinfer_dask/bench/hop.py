@@ -40,9 +40,13 @@ class PassingStage:
         picks: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> StageOutput:
         """Return ``hidden``."""
         return StageOutput(hidden, None, 0)
+
+    def release(self, cache: int) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class Machine:
         self.stale = 0
         self.now = 0.0
         self._ending = Ending(request, stops)
+        self._how = request.sampling, request.cache_id
         self._draft: Draft | None = None
         self._prefill: deque[list[Node]] = deque()
         # In order of arrival. A dictionary, so that one leaves without the others being touched.
@@ -377,9 +378,9 @@ class Machine:
         )
         self.runs[run_id] = run
         self._waiting.add(run_id)
-        batch, sampling = batch_of(run.nodes), self.request.sampling
+        batch = batch_of(run.nodes)
         self._commands.append(
-            StartRun(self.request.id, self.generation, run_id, kind, batch, run.picks, sampling)
+            StartRun(self.request.id, self.generation, run_id, kind, batch, run.picks, *self._how)
         )
 
     def _start_draft(self, plan: DraftPlan | TreePlan, frontier: Sequence[Node]) -> None:
@@ -405,7 +406,7 @@ class Machine:
                 len(frontier),
                 slots,
                 replace(plan, size=size, last_position=self.last_position),
-                self.request.sampling,
+                *self._how,
             )
         )
 

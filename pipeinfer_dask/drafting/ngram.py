@@ -39,12 +39,7 @@ class NgramDraft:
     """A `DraftModel` that computes nothing: see the top of this file."""
 
     def __init__(self) -> None:
-        self._places: dict[int, _Place] = {}
-        # The path that is indexed.
-        self._path: list[_Place] = []
-        self._tokens: list[int] = []
-        # Where on the path each n-gram of 1 to LONGEST tokens ends, in order.
-        self._ends: dict[tuple[int, ...], list[int]] = {}
+        self._texts: dict[int, _Text] = {}
 
     def candidates(
         self,
@@ -54,14 +49,35 @@ class NgramDraft:
         width: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> list[list[tuple[int, float]]] | None:
         """Say what may come next; see `DraftModel`. Where nothing is known it's an empty list."""
         if stopped():
             return None
+        return self._texts.setdefault(cache, _Text()).candidates(batch, frontier, width)
+
+    def release(self, cache: int) -> None:
+        """Forget a text; see `DraftModel`."""
+        self._texts.pop(cache, None)
+
+
+class _Text:
+    """What is known of one text."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, _Place] = {}
+        # The path that is indexed.
+        self._path: list[_Place] = []
+        self._tokens: list[int] = []
+        # Where on the path each n-gram of 1 to LONGEST tokens ends, in order.
+        self._ends: dict[tuple[int, ...], list[int]] = {}
+
+    def candidates(self, batch: Batch, frontier: int, width: int) -> list[list[tuple[int, float]]]:
+        """Take in a batch, and say what may come next."""
         for token, slot, parent in zip(batch.tokens, batch.slots, batch.parents, strict=True):
             before = None if parent == NO_PARENT else self._places[parent]
             if before is None:
-                self._places.clear()  # another text
+                self._places.clear()  # it begins anew
             self._places[slot] = _Place(token, before, before.depth + 1 if before else 0)
         found = []
         for slot in batch.slots[len(batch) - frontier :]:

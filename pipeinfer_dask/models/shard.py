@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeinfer_dask.models.ancestry import Ancestry
 from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.checkpoint import check_tensors
@@ -27,6 +27,7 @@ from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels
 from pipeinfer_dask.models.packing import keep_stored, pack
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.sampling import Choice, Sampler, logprobs
+from pipeinfer_dask.models.sequences import Sequences, SequenceState
 from pipeinfer_dask.models.sources import Source, locate
 from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
@@ -59,7 +60,7 @@ class Shard:
     layers : range
         The layers that it has, numbered as in the whole model.
     capacity : int
-        Slots of the KV cache.
+        Slots of each KV cache.
     parameters : int
         How many it has; tied ones count once.
     target_vocab_size : int, optional
@@ -92,12 +93,11 @@ class Shard:
         self._vocab_size: int = model.config.vocab_size
         self._context = context_of(model.config)
         self._target_vocab_size = target_vocab_size
-        self._ancestry = Ancestry()
-        self._sampler: Sampler | None = None
         self._device = device or Device()
+        self._static = static
         slots = padded_slots(capacity) if static else capacity
-        self._cache = SlotCache(layers, slots, whole=static or self._device.is_gpu)
-        self._passes = StaticPasses(self.compute_all, self._device, slots - 1) if static else None
+        whole = static or self._device.is_gpu
+        self._sequences = Sequences(partial(SlotCache, layers, slots, whole=whole))
         self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
 
     @classmethod
@@ -239,8 +239,12 @@ class Shard:
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes that the KV cache holds by now."""
-        return self._cache.nbytes
+        """Bytes that the KV caches hold by now."""
+        return self._sequences.nbytes
+
+    def release(self, cache: int) -> None:
+        """Let the next text that is new have a KV cache; see `Stage.release`."""
+        self._sequences.release(cache)
 
     def run(
         self,
@@ -250,6 +254,7 @@ class Shard:
         picks: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> StageOutput:
         """Evaluate one run; see `Stage.run`.
 
@@ -258,8 +263,9 @@ class Shard:
         ValueError
             If a slot is beyond the capacity, or the hidden states don't fit.
         """
+        sequence = self._sequences.of(cache)
         with torch.inference_mode(), self._device.computing():
-            result = self._evaluate(batch, hidden, picks, stopped)
+            result = self._evaluate(sequence, batch, hidden, picks, stopped)
             layers = self._splice.computed
             if result is None:
                 return StageOutput(None, None, layers)
@@ -269,7 +275,8 @@ class Shard:
                 return StageOutput(None, tuple(result.argmax(dim=-1).tolist()), layers)
             result = self._device.take(result)
             ends = batch[len(batch) - picks :]
-            tokens = tuple(choice.best for choice in self._choices(ends, result, sampling))
+            choices = _choices(sequence, ends, result, sampling)
+            tokens = tuple(choice.best for choice in choices)
             if not sampling.logprobs:
                 return StageOutput(None, tokens, layers)
             probable = logprobs(result, torch.tensor(tokens, dtype=torch.long), sampling.logprobs)
@@ -282,6 +289,7 @@ class Shard:
         stopped: Callable[[], bool],
         *,
         hidden: HiddenStates | None = None,
+        cache: int = 0,
     ) -> Tensor | None:
         """Evaluate a batch on the last stage, or on a shard that holds every layer.
 
@@ -300,7 +308,8 @@ class Shard:
         if not self.is_last:
             raise ValueError(f"only the last stage has logits, and this one holds {self.layers}")
         with torch.inference_mode(), self._device.computing():
-            result = self._evaluate(batch, hidden, picks, stopped)
+            sequence = self._sequences.of(cache)
+            result = self._evaluate(sequence, batch, hidden, picks, stopped)
             return None if result is None else self._device.take(result)
 
     def candidates(
@@ -311,6 +320,7 @@ class Shard:
         width: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next; see `DraftModel.candidates`."""
         ends = batch[len(batch) - frontier :]
@@ -323,15 +333,15 @@ class Shard:
         )
         # A prompt comes in one batch, and only its end is extended.
         while len(batch) - frontier > LONGEST_PASS:
-            if self.logits(batch[:LONGEST_PASS], 0, stopped) is None:
+            if self.logits(batch[:LONGEST_PASS], 0, stopped, cache=cache) is None:
                 return None
             batch = batch[LONGEST_PASS:]
-        logits = self.logits(batch, frontier, stopped)
+        logits = self.logits(batch, frontier, stopped, cache=cache)
         if logits is None:
             return None
         logits = logits[:, : self._target_vocab_size]
         if sampling is not None:
-            choices = self._choices(ends, logits, sampling)
+            choices = _choices(self._sequences.of(cache), ends, logits, sampling)
             return [choice.candidates(width) for choice in choices]
         top = torch.softmax(logits.float(), dim=-1).topk(width)
         return [
@@ -339,20 +349,13 @@ class Shard:
             for tokens, confidences in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
-    def _choices(self, ends: Batch, logits: Tensor, sampling: Sampling) -> list[Choice]:
-        """Return what may follow each of these tokens, by its row of logits."""
-        if self._sampler is None or self._sampler.sampling != sampling:
-            self._sampler = Sampler(sampling, logits.shape[-1])
-        sampler = self._sampler
-        return [
-            sampler.choose(
-                row, position + 1, self._ancestry.path(slot) if sampling.looks_back else None
-            )
-            for row, position, slot in zip(logits, ends.positions, ends.slots, strict=True)
-        ]
-
     def _evaluate(
-        self, batch: Batch, hidden: HiddenStates | None, picks: int, stopped: Callable[[], bool]
+        self,
+        sequence: SequenceState,
+        batch: Batch,
+        hidden: HiddenStates | None,
+        picks: int,
+        stopped: Callable[[], bool],
     ) -> Tensor | None:
         """Return hidden states [n, hidden_size], on the last stage logits [picks, vocab_size]."""
         if max(batch.slots) >= self.capacity:
@@ -360,36 +363,48 @@ class Shard:
                 f"slot {max(batch.slots)} is beyond the KV cache's capacity of {self.capacity}: "
                 "shorten the text, or load the model with more capacity"
             )
-        attendance = self._ancestry.attend(batch)
+        attendance = sequence.ancestry.attend(batch)
         given = np.array(batch.tokens) if self.is_first else self._received(hidden, len(batch))
         positions, slots = np.array(batch.positions), np.array(batch.slots)
         inputs = Inputs(given, positions, slots, attendance.mask, attendance.positions)
-        if self._passes is not None and (picks or not self.is_last):
+        if self._static and (picks or not self.is_last):
+            if sequence.passes is None:
+                compute = partial(self.compute_all, cache=sequence.cache)
+                scratch = padded_slots(self.capacity) - 1
+                sequence.passes = StaticPasses(compute, self._device, scratch)
             self._splice.computed = 0
             if stopped():
                 return None
-            if (result := self._passes.run(inputs)) is not None:
+            if (result := sequence.passes.run(inputs)) is not None:
                 self._splice.computed = len(self.layers)
                 return result[len(result) - picks :] if self.is_last else result
-        return self._compute(Inputs(*map(self._device.put, inputs)), picks, stopped)
+        on_device = Inputs(*map(self._device.put, inputs))
+        return self._compute(sequence.cache, on_device, picks, stopped)
 
-    def compute_all(self, inputs: Inputs[Tensor]) -> Tensor:
+    def compute_all(self, inputs: Inputs[Tensor], cache: SlotCache | None = None) -> Tensor:
         """Compute a pass over tensors that are on the device, beside what `run` keeps.
+
+        Parameters
+        ----------
+        inputs : Inputs
+        cache : SlotCache, optional
+            By default that of a text of its own.
 
         Returns
         -------
         Tensor, [n, hidden_size], on the last stage [n, vocab_size]
         """
-        result = self._compute(inputs, len(inputs.slots), bool)
+        cache = self._sequences.of(0).cache if cache is None else cache
+        result = self._compute(cache, inputs, len(inputs.slots), bool)
         assert result is not None, "nobody stops a pass that is captured"
         return result
 
     def _compute(
-        self, inputs: Inputs[Tensor], picks: int, stopped: Callable[[], bool]
+        self, cache: SlotCache, inputs: Inputs[Tensor], picks: int, stopped: Callable[[], bool]
     ) -> Tensor | None:
         # A GPU is told of a layer long before it computes it: there a run that is stopped saves
         # what was not yet told, which may be little, and the copy of the result.
-        self._cache.turn_to(inputs.slots, inputs.allowed.shape[1])
+        cache.turn_to(inputs.slots, inputs.allowed.shape[1])
         received = None
         if self.is_first:
             ids = {"input_ids": inputs.given[None]}
@@ -403,7 +418,7 @@ class Shard:
                     picks,
                     **ids,
                     position_ids=inputs.positions[None],
-                    past_key_values=self._cache,
+                    past_key_values=cache,
                 )
         except Departure as departure:
             return None if departure.hidden is None else departure.hidden[0]
@@ -415,3 +430,18 @@ class Shard:
             came = "nothing" if hidden is None else f"shape {hidden.shape}"
             raise ValueError(f"layers {self.layers} take hidden states of {expected}; {came} came")
         return hidden
+
+
+def _choices(
+    sequence: SequenceState, ends: Batch, logits: Tensor, sampling: Sampling
+) -> list[Choice]:
+    """Return what may follow each of these tokens, by its row of logits."""
+    sampler = sequence.sampler
+    if sampler is None or sampler.sampling != sampling:
+        sampler = sequence.sampler = Sampler(sampling, logits.shape[-1])
+    return [
+        sampler.choose(
+            row, position + 1, sequence.ancestry.path(slot) if sampling.looks_back else None
+        )
+        for row, position, slot in zip(logits, ends.positions, ends.slots, strict=True)
+    ]

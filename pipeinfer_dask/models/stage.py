@@ -48,7 +48,7 @@ class StageOutput:
 
 
 class Stage(Protocol):
-    """A contiguous share of a model's layers, with its own KV cache."""
+    """A contiguous share of a model's layers, with KV caches of its own."""
 
     def run(
         self,
@@ -58,6 +58,7 @@ class Stage(Protocol):
         picks: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> StageOutput:
         """Evaluate one run.
 
@@ -72,12 +73,18 @@ class Stage(Protocol):
             Looked at before each layer; true means that nobody wants the rest.
         sampling : Sampling, optional
             How to pick; without it the most probable token.
+        cache : int
+            The KV cache that the slots are of: made when it is first named.
         """
+        ...
+
+    def release(self, cache: int) -> None:
+        """Let go of a KV cache; no effect where there is none of that number."""
         ...
 
 
 class DraftModel(Protocol):
-    """A whole draft model with its own KV cache."""
+    """A whole draft model with KV caches of its own."""
 
     def candidates(
         self,
@@ -87,6 +94,7 @@ class DraftModel(Protocol):
         width: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> list[list[tuple[int, float]]] | None:
         """Evaluate a batch and say what may come next.
 
@@ -101,10 +109,16 @@ class DraftModel(Protocol):
             Looked at before each layer; true means that nobody wants the rest.
         sampling : Sampling, optional
             How the target picks: candidates are ranked by what it is likely to pick.
+        cache : int
+            As of a `Stage`.
 
         Returns
         -------
         list of list of (token, probability), [frontier][at most width], best first
             None when it was stopped on the way.
         """
+        ...
+
+    def release(self, cache: int) -> None:
+        """Let go of a KV cache, as a `Stage` does."""
         ...

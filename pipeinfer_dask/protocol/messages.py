@@ -170,7 +170,8 @@ class StartRun:
     """Start a run. The last stage picks a token after each of its last ``picks`` tokens.
 
     The settings of the picks travel with each run: the links are in no order to one another,
-    so that nothing sent once could be relied on to be there.
+    so that nothing sent once could be relied on to be there. ``cache`` names the KV cache that
+    the batch's slots are of; a stage makes it when it first hears of it.
     """
 
     request: int
@@ -180,6 +181,7 @@ class StartRun:
     batch: Batch
     picks: int
     sampling: Sampling | None = None
+    cache: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ class StartDraft:
     """Ask the drafter to evaluate ``batch`` and to extend the last ``frontier`` tokens of it.
 
     ``slots`` are reserved for the proposals (of a `TreePlan`: for those that it evaluates),
-    used in order.
+    used in order. ``cache`` is as in `StartRun`.
     """
 
     request: int
@@ -221,6 +223,7 @@ class StartDraft:
     slots: tuple[int, ...]
     plan: DraftPlan | TreePlan
     sampling: Sampling | None = None
+    cache: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,19 @@ class CancelDraft:
     request: int
     generation: int
     draft: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Tell stages and drafter that nothing of this request is in flight, nor will be.
+
+    They forget what was cancelled of it, and give its KV cache to others; with ``cache`` None
+    they keep that for the request that goes on with the text.
+    """
+
+    request: int
+    generation: int
+    cache: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ class Request:
     shares_cores : bool
         Whether stages and draft model all compute on the same cores: then nothing is gained
         by having several of them at work at once.
+    cache : int, optional
+        The KV cache to use on all stages and on the drafter: by default one of its own, of the
+        request's number.
     """
 
     id: int
@@ -46,6 +49,12 @@ class Request:
     sampling: Sampling | None = None
     stop_strings: tuple[str, ...] = ()
     shares_cores: bool = False
+    cache: int | None = None
+
+    @property
+    def cache_id(self) -> int:
+        """The KV cache's number."""
+        return self.id if self.cache is None else self.cache
 
     def __post_init__(self) -> None:
         if not self.prompt:

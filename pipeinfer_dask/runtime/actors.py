@@ -27,6 +27,7 @@ from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Drafted,
     Prune,
+    Release,
     RunTaken,
     StartDraft,
     StartRun,
@@ -273,6 +274,8 @@ class StageNode(Node[StageThread]):
             self.thread.cancel(message)
         elif isinstance(message, Prune):
             self.thread.prune(message)
+        elif isinstance(message, Release):
+            self.thread.submit(message)
         elif isinstance(message, DialNext):
             self._dialling = self._loop.create_task(self._dial(message))
         else:
@@ -325,7 +328,7 @@ class DrafterNode(Node[DrafterThread]):
         )
 
     def _heed(self, message: Message) -> None:
-        if isinstance(message, StartDraft | CancelDraft):
+        if isinstance(message, StartDraft | CancelDraft | Release):
             self.thread.send(message)
         else:
             super()._heed(message)

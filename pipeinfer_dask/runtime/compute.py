@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from pipeinfer_dask.drafting.expansion import expansion_of
 from pipeinfer_dask.models.stage import DraftModel, HiddenStates, Stage, StageOutput
@@ -26,15 +26,24 @@ from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Drafted,
     Prune,
+    Release,
     Span,
     StartDraft,
     StartRun,
 )
 from pipeinfer_dask.protocol.sampling import Logprobs
 
-ModelT = TypeVar("ModelT")
+ModelT = TypeVar("ModelT", bound="Caching")
 JobT = TypeVar("JobT")
 T = TypeVar("T")
+
+
+class Caching(Protocol):
+    """What a stage and a draft model have in common."""
+
+    def release(self, cache: int) -> None:
+        """Let go of a KV cache."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +110,26 @@ class Cancellations:
     """Numbers of runs (or drafts), and places in runs, that nobody waits for any more.
 
     Written by whoever hears the control link, read by the compute thread before
-    each layer. Keys are (generation, request, number): they only grow, so that an
-    entry which can't be met any more is recognised and dropped.
+    each layer. Keys are (generation, request, number): within a request they only grow,
+    so that an entry which can't be met any more is recognised and dropped.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._keys: set[tuple[int, int, int]] = set()
         self._places: dict[tuple[int, int, int], set[int]] = {}
-        self._passed = (-1, -1, -1)
+        self._passed: dict[int, tuple[int, int, int]] = {}
 
     def add(self, generation: int, request: int, numbers: tuple[int, ...]) -> None:
         with self._lock:
             keys = ((generation, request, number) for number in numbers)
-            self._keys.update(key for key in keys if key > self._passed)
+            self._keys.update(key for key in keys if self._to_come(key))
 
     def prune(self, generation: int, request: int, number: int, places: Iterable[int]) -> None:
         """Leave out these places of a run's batch."""
         key = (generation, request, number)
         with self._lock:
-            if key > self._passed:
+            if self._to_come(key):
                 self._places.setdefault(key, set()).update(places)
 
     def pruned(self, key: tuple[int, int, int]) -> frozenset[int]:
@@ -130,9 +139,19 @@ class Cancellations:
 
     def passed(self, key: tuple[int, int, int]) -> None:
         with self._lock:
-            self._passed = key
-            self._keys = {other for other in self._keys if other > key}
-            self._places = {other: p for other, p in self._places.items() if other > key}
+            self._passed[key[1]] = key
+            self._keys = {other for other in self._keys if self._to_come(other)}
+            self._places = {other: p for other, p in self._places.items() if self._to_come(other)}
+
+    def over(self, request: int) -> None:
+        """Forget a request of which nothing comes any more."""
+        with self._lock:
+            self._passed.pop(request, None)
+            self._keys = {key for key in self._keys if key[1] != request}
+            self._places = {key: p for key, p in self._places.items() if key[1] != request}
+
+    def _to_come(self, key: tuple[int, int, int]) -> bool:
+        return key > self._passed.get(key[1], (-1, -1, -1))
 
     def __contains__(self, key: object) -> bool:
         return key in self._keys
@@ -166,12 +185,12 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         self.cancelled = Cancellations()
         self._load = load
         self._failed = failed
-        self._jobs: SimpleQueue[JobT | None] = SimpleQueue()
+        self._jobs: SimpleQueue[JobT | Release | None] = SimpleQueue()
         self._closing = False
         self._thread = Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: JobT) -> None:
+    def submit(self, job: JobT | Release) -> None:
         self._jobs.put(job)
 
     def close(self, timeout: float | None = 10.0) -> None:
@@ -189,10 +208,18 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         self.loaded.set_result(None)
         while (job := self._jobs.get()) is not None and not self._closing:
             try:
-                self._compute(model, job)
+                if isinstance(job, Release):
+                    self._release(model, job)
+                else:
+                    self._compute(model, job)
             except BaseException as error:
                 self._failed(_reportable(error))
                 return
+
+    def _release(self, model: ModelT, job: Release) -> None:
+        self.cancelled.over(job.request)
+        if job.cache is not None:
+            model.release(job.cache)
 
     @abstractmethod
     def _compute(self, model: ModelT, job: JobT) -> None: ...
@@ -254,7 +281,12 @@ class StageThread(ComputeThread[Stage, RunPass]):
             # Only a run that picks after each of its tokens is ever pruned.
             picks = run.picks - len(job.left_out)
             output = model.run(
-                job.batch, job.hidden, picks=picks, stopped=stopped, sampling=run.sampling
+                job.batch,
+                job.hidden,
+                picks=picks,
+                stopped=stopped,
+                sampling=run.sampling,
+                cache=run.cache,
             )
         if self._closing:
             return  # nobody has cancelled this run: it must not look as if
@@ -293,12 +325,12 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
         self._deliver = deliver
         super().__init__(load, failed=failed, name=name)
 
-    def send(self, command: StartDraft | CancelDraft) -> None:
+    def send(self, command: StartDraft | CancelDraft | Release) -> None:
         """Carry out a command."""
-        if isinstance(command, StartDraft):
-            self.submit(command)
-        else:
+        if isinstance(command, CancelDraft):
             self.cancelled.add(command.generation, command.request, (command.draft,))
+        else:
+            self.submit(command)
 
     def _compute(self, model: DraftModel, job: StartDraft) -> None:
         key = (job.generation, job.request, job.draft)
@@ -312,7 +344,12 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
         while (step := expansion.next_batch()) is not None:
             batch, frontier = step
             candidates = model.candidates(
-                batch, frontier, width=expansion.width, stopped=stopped, sampling=job.sampling
+                batch,
+                frontier,
+                width=expansion.width,
+                stopped=stopped,
+                sampling=job.sampling,
+                cache=job.cache,
             )
             if candidates is None:
                 break

@@ -20,6 +20,7 @@ from pipeinfer_dask.protocol.messages import (
     Drafted,
     Event,
     Prune,
+    Release,
     RunDone,
     RunTaken,
     StartDraft,
@@ -187,6 +188,10 @@ class DaskPipeline:
             case CancelRuns() | Prune():
                 for stage in self._stages:
                     stage.send(command)
+            case Release():
+                # Nothing of the request is on the data links, so this overtakes nothing of it.
+                for node in (*self._stages, *([self._drafter] if self._drafter else [])):
+                    node.send(command)
             case StartDraft() | CancelDraft():
                 if self._drafter is None:
                     raise RuntimeError("expected no draft: this pipeline has no drafter")

@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.protocol.messages import Begin, Commit, Event, Finish, Stop, WakeAt, Woken
+from pipeinfer_dask.protocol.messages import (
+    Begin,
+    Commit,
+    Event,
+    Finish,
+    Release,
+    Stop,
+    WakeAt,
+    Woken,
+)
 from pipeinfer_dask.runtime.generation import Generation
 from pipeinfer_dask.runtime.pipeline import Pipeline
 
@@ -143,6 +152,9 @@ class Head:
                     case Finish():
                         self._current = self._machine = None
                         self._silence()
+                        request = generation.request
+                        over = Release(request.id, machine.generation, request.cache_id)
+                        self.pipeline.send(over)
                         generation.finish(command.reason)
                         self._next()
                     case WakeAt():

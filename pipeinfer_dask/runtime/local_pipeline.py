@@ -14,6 +14,7 @@ from pipeinfer_dask.protocol.messages import (
     Drafted,
     Event,
     Prune,
+    Release,
     RunDone,
     RunTaken,
     StartDraft,
@@ -102,6 +103,11 @@ class LocalPipeline:
             case Prune():
                 for thread in self._threads:
                     thread.prune(command)
+            case Release():
+                for thread in self._threads:
+                    thread.submit(command)
+                if self._drafter is not None:
+                    self._drafter.submit(command)
             case StartDraft() | CancelDraft():
                 if self._drafter is None:
                     raise RuntimeError("expected no draft: this pipeline has no drafter")

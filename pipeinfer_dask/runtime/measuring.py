@@ -11,6 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Self
 
 from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
@@ -19,6 +20,7 @@ from pipeinfer_dask.protocol.messages import (
     DraftPlan,
     Event,
     Kind,
+    Release,
     RunDone,
     Span,
     StartDraft,
@@ -69,7 +71,7 @@ async def measure_costs(head: Head, request: int, *, drafter: bool, rounds: int 
         If a run does not come back.
     """
     probe = _Probe(head.pipeline, request)
-    with head.lend(probe.hear, probe.fail):
+    with head.lend(probe.hear, probe.fail), probe:
         await probe.run(CONTEXT)
         runs: dict[int, list[tuple[float, tuple[Span, ...]]]] = {}
         passes: dict[int, list[float]] = {}
@@ -98,7 +100,7 @@ async def measure_costs(head: Head, request: int, *, drafter: bool, rounds: int 
 async def measure_hop(head: Head, request: int, rounds: int) -> float:
     """Return what a hop of an idle pipeline costs, in seconds: see `measure_costs`."""
     probe = _Probe(head.pipeline, request)
-    with head.lend(probe.hear, probe.fail):
+    with head.lend(probe.hear, probe.fail), probe:
         await probe.run(CONTEXT)
         return _hop([await probe.run(1, CONTEXT) for _ in range(rounds)])
 
@@ -116,7 +118,7 @@ def _seconds(span: Span) -> float:
 
 
 class _Probe:
-    """Sends one run or draft at a time, and waits for it."""
+    """Sends one run or draft at a time, and waits for it; its cache is free at the end."""
 
     def __init__(self, pipeline: Pipeline, request: int) -> None:
         self._pipeline = pipeline
@@ -124,11 +126,18 @@ class _Probe:
         self._numbers = itertools.count()
         self._answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipeline.send(Release(self._request, 0, self._request))
+
     async def run(self, tokens: int, behind: int = 0) -> tuple[float, tuple[Span, ...]]:
         """Run a chain of tokens ``behind`` others; return the seconds and each stage's span."""
         batch = _chain(tokens, behind)
         kind = Kind.SPECULATIVE if behind else Kind.PREFILL
-        run = StartRun(self._request, 0, next(self._numbers), kind, batch, 1)
+        number = next(self._numbers)
+        run = StartRun(self._request, 0, number, kind, batch, 1, cache=self._request)
         sent = time.monotonic()
         done = await self._ask(run)
         took = time.monotonic() - sent
@@ -138,8 +147,9 @@ class _Probe:
     async def draft(self, tokens: int, behind: int = 0) -> float:
         """Have the draft model evaluate a chain of tokens; return the seconds of the pass."""
         batch = _chain(tokens, behind)
+        number, plan = next(self._numbers), DraftPlan(size=0)
         drafted = await self._ask(
-            StartDraft(self._request, 0, next(self._numbers), batch, 1, (), DraftPlan(size=0))
+            StartDraft(self._request, 0, number, batch, 1, (), plan, cache=self._request)
         )
         assert isinstance(drafted, Drafted) and drafted.span is not None
         return _seconds(drafted.span)

@@ -19,7 +19,7 @@ from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.protocol.messages import Batch
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.simulation.costs import Costs, Curve
-from pipeinfer_dask.simulation.truth import Places, SyntheticPair
+from pipeinfer_dask.simulation.truth import SyntheticPair, Texts
 
 _PR_SET_TIMERSLACK = 29
 
@@ -49,7 +49,8 @@ class PacedStage:
     width : int
         float32 numbers for each token that go on to the next stage.
     pair : SyntheticPair, optional
-        Of the last stage: whose text to pick tokens from.
+        Of the last stage: whose text to pick tokens from. With sampling it's the text of that
+        seed.
     """
 
     def __init__(
@@ -58,8 +59,7 @@ class PacedStage:
         self._curve = curve
         self._layers = layers
         self._width = width
-        self._pair = pair
-        self._places = Places(pair) if pair is not None else None
+        self._texts = Texts(pair) if pair is not None else None
 
     def run(
         self,
@@ -69,6 +69,7 @@ class PacedStage:
         picks: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> StageOutput:
         """Wait for the time of these tokens: see `Stage`."""
         began = time.monotonic()
@@ -76,9 +77,10 @@ class PacedStage:
         # What this thread really has to do, it does within the time that it is given.
         out: HiddenStates | None = None
         tokens: tuple[int, ...] | None = None
-        if self._places is not None and self._pair is not None:
-            reached = self._places.take(batch)
-            tokens = tuple(map(self._pair.target, reached[len(reached) - picks :]))
+        if self._texts is not None:
+            places = self._texts.places(cache, sampling)
+            reached = places.take(batch)
+            tokens = tuple(map(places.pair.target, reached[len(reached) - picks :]))
         else:
             out = np.zeros((len(batch), self._width), np.float32)
         for layer in range(self._layers):
@@ -87,6 +89,11 @@ class PacedStage:
             # Each layer's end follows from the run's begin: what one is late, the next makes up.
             sleep_until(began + seconds * (layer + 1) / self._layers)
         return StageOutput(out, tokens, self._layers)
+
+    def release(self, cache: int) -> None:
+        """Forget a text: see `Stage`."""
+        if self._texts is not None:
+            self._texts.release(cache)
 
 
 class PacedDraft:
@@ -103,8 +110,7 @@ class PacedDraft:
 
     def __init__(self, curve: Curve, pair: SyntheticPair) -> None:
         self._curve = curve
-        self._pair = pair
-        self._places = Places(pair)
+        self._texts = Texts(pair)
 
     def candidates(
         self,
@@ -114,15 +120,21 @@ class PacedDraft:
         width: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> list[list[tuple[int, float]]] | None:
         """Wait for the time of these tokens: see `DraftModel`."""
         if stopped():
             return None
         due = time.monotonic() + self._curve(len(batch))
-        ends = self._places.take(batch)[len(batch) - frontier :]
-        found = [self._pair.candidates(place, width) for place in ends]
+        places = self._texts.places(cache, sampling)
+        ends = places.take(batch)[len(batch) - frontier :]
+        found = [places.pair.candidates(place, width) for place in ends]
         sleep_until(due)
         return found
+
+    def release(self, cache: int) -> None:
+        """Forget a text: see `DraftModel`."""
+        self._texts.release(cache)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Event,
     Prune,
+    Release,
     StartDraft,
     StartRun,
 )
 
-PipelineCommand = StartRun | CancelRuns | Prune | StartDraft | CancelDraft
+PipelineCommand = StartRun | CancelRuns | Prune | StartDraft | CancelDraft | Release
 
 
 class Pipeline(Protocol):

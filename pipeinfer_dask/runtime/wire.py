@@ -29,6 +29,7 @@ from pipeinfer_dask.protocol.messages import (
     Kind,
     Proposal,
     Prune,
+    Release,
     RunTaken,
     Span,
     StartDraft,
@@ -114,6 +115,7 @@ Message = (
     RunPass
     | CancelRuns
     | Prune
+    | Release
     | StartDraft
     | CancelDraft
     | Drafted
@@ -146,7 +148,7 @@ _PLANS: tuple[type[DraftPlan] | type[TreePlan], ...] = (DraftPlan, TreePlan)
 
 _batch = attrgetter("tokens", "positions", "slots", "parents")
 _logprobs = attrgetter("token", "best")
-_run = attrgetter("request", "generation", "run", "kind", "picks")
+_run = attrgetter("request", "generation", "run", "kind", "picks", "cache")
 _span = attrgetter("began", "ended", "layers")
 
 
@@ -159,10 +161,10 @@ def _plain_run_pass(job: RunPass) -> Plain:
 
 
 def _run_pass(plain: Plain, hidden: HiddenStates | None = None) -> RunPass:
-    request, generation, run, kind, picks, batch, tokens, spans, skipped, left_out, *picking = plain
-    sampling, logprobs = picking
+    request, generation, run, kind, picks, cache, batch, *passing = plain
+    tokens, spans, skipped, left_out, sampling, logprobs = passing
     start = StartRun(
-        request, generation, run, Kind(kind), Batch(*batch), picks, _sampling(sampling)
+        request, generation, run, Kind(kind), Batch(*batch), picks, _sampling(sampling), cache
     )
     return RunPass(
         start,
@@ -184,14 +186,14 @@ def _sampling(plain: Plain | None) -> Sampling | None:
 
 
 def _plain_draft(draft: StartDraft) -> Plain:
-    whole = attrgetter("request", "generation", "draft", "frontier", "slots")(draft)
+    whole = attrgetter("request", "generation", "draft", "cache", "frontier", "slots")(draft)
     kind = type(draft.plan)
     plan, sampling = _fields(kind)(draft.plan), _plain_sampling(draft.sampling)
     return (*whole, _batch(draft.batch), _PLANS.index(kind), plan, sampling)
 
 
 def _draft(plain: Plain) -> StartDraft:
-    request, generation, draft, frontier, slots, batch, kind, plan, sampling = plain
+    request, generation, draft, cache, frontier, slots, batch, kind, plan, sampling = plain
     return StartDraft(
         request,
         generation,
@@ -201,6 +203,7 @@ def _draft(plain: Plain) -> StartDraft:
         slots,
         _PLANS[kind](*plan),
         _sampling(sampling),
+        cache,
     )
 
 
@@ -243,7 +246,7 @@ _CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], 
     (StartDraft, _plain_draft, _draft),
     (Drafted, _plain_drafted, _drafted),
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
-    *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded)),
+    *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded, Release)),
 )
 _RUN_PASS = 0
 _ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(_CODECS)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 from random import Random
 
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.sampling import Sampling
 
 ELSEWHERE = 1 << 20
 """What the target picks after a path that has left the text: nothing that is ever drafted."""
@@ -62,6 +63,7 @@ class SyntheticPair:
         if not _is_number(overconfidence) or not overconfidence >= 0:
             raise ValueError(f"expected an overconfidence of at least 0, got {overconfidence!r}")
         self.acceptance = acceptance
+        self.overconfidence = overconfidence
         self._clairvoyant = clairvoyant
         self._exponent = 1 / (1 + overconfidence)
         self._random = Random(f"text {seed}")
@@ -69,6 +71,15 @@ class SyntheticPair:
         self._chances: list[float] = []
         elsewhere = Random(f"elsewhere {seed}")
         self._elsewhere = [self._chance(elsewhere) for _ in range(OFF_TEXT)]
+
+    def reseeded(self, seed: int) -> SyntheticPair:
+        """Return another text for the same models."""
+        return SyntheticPair(
+            self.acceptance,
+            seed,
+            overconfidence=self.overconfidence,
+            clairvoyant=self._clairvoyant,
+        )
 
     def text(self, length: int) -> tuple[int, ...]:
         """Return the first tokens of the text."""
@@ -128,10 +139,16 @@ def _is_number(value: object) -> bool:
 
 
 class Places:
-    """A model's cache, as far as it matters here: where the path of each slot has led to."""
+    """A model's cache, as far as it matters here: where the path of each slot has led to.
+
+    Attributes
+    ----------
+    pair : SyntheticPair
+        Whose text it is.
+    """
 
     def __init__(self, pair: SyntheticPair) -> None:
-        self._pair = pair
+        self.pair = pair
         self._places: dict[int, Place] = {NO_PARENT: START}
 
     def take(self, batch: Batch) -> list[Place]:
@@ -139,5 +156,31 @@ class Places:
         places = self._places
         for token, slot, parent in zip(batch.tokens, batch.slots, batch.parents, strict=True):
             # A cancelled run may name a parent that was skipped: nobody looks at the result.
-            places[slot] = self._pair.follow(places.get(parent, ELSEWHERE_PLACE), token)
+            places[slot] = self.pair.follow(places.get(parent, ELSEWHERE_PLACE), token)
         return [places[slot] for slot in batch.slots]
+
+
+class Texts:
+    """A model's caches, each of a text of its own.
+
+    Parameters
+    ----------
+    pair : SyntheticPair
+        Whose text it is where nothing is sampled. A seed of sampling stands for another text
+        that is as easy to guess.
+    """
+
+    def __init__(self, pair: SyntheticPair) -> None:
+        self._pair = pair
+        self._places: dict[int, Places] = {}
+
+    def places(self, cache: int, sampling: Sampling | None) -> Places:
+        """Return a cache, made when it is first asked for."""
+        if cache not in self._places:
+            seed = sampling.seed if sampling is not None else None
+            self._places[cache] = Places(self._pair if seed is None else self._pair.reseeded(seed))
+        return self._places[cache]
+
+    def release(self, cache: int) -> None:
+        """Forget a cache."""
+        self._places.pop(cache, None)

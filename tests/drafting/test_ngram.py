@@ -33,6 +33,17 @@ def asked(draft: NgramDraft, batch: Batch, frontier: int = 1, width: int = 4) ->
     return found
 
 
+def test_texts_in_caches_of_their_own_do_not_know_of_one_another() -> None:
+    draft = NgramDraft()
+    for place, pair in enumerate(zip((1, 2, 1), (1, 3, 1), strict=True)):
+        for cache, token in enumerate(pair):
+            batch = chain([token], place)
+            found = draft.candidates(batch, 1, width=4, stopped=never, cache=cache)
+            assert found is not None
+            if place == 2:
+                assert [guess for guess, _ in found[0]] == [(2, 3)[cache]]
+
+
 def looked_up(*tokens: int, width: int = 4) -> Candidates:
     return asked(NgramDraft(), chain(tokens), width=width)[0]
 

@@ -90,12 +90,16 @@ def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -
             picks: int,
             stopped: Callable[[], bool],
             sampling: Sampling | None = None,
+            cache: int = 0,
         ) -> StageOutput:
             begun.set()
             pause = Event()
             while not stopped():
                 pause.wait(0.001)
             return StageOutput(None, None, 1)
+
+        def release(self, cache: int) -> None:
+            pass
 
     stage = StageThread(Busy, deliver=delivered.append, failed=failures.append, name="busy")
     stage.submit(RunPass(StartRun(1, 0, 0, Kind.SINGLE, Batch((1,), (0,), (0,), (-1,)), 1)))

@@ -65,8 +65,9 @@ def test_padded_passes_say_what_ordinary_ones_say(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
         assert got.isfinite().all()
     for shard in static:
-        assert shard._passes is not None
-        assert set(shard._passes._passes) == {(size, BUCKET) for size in (1, 2, 4, 8)}
+        passes = shard._sequences.of(0).passes
+        assert passes is not None
+        assert set(passes._passes) == {(size, BUCKET) for size in (1, 2, 4, 8)}
 
 
 def test_a_run_that_nobody_wants_ends_before_a_padded_pass(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class CountingStage:
         picks: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> StageOutput:
         if batch.tokens[0] == BROKEN:
             raise ArithmeticError("numbers ran out")
@@ -57,6 +58,9 @@ class CountingStage:
         if self._last:
             return StageOutput(None, tuple(int(row[0]) for row in hidden[-picks:]), 2)
         return StageOutput(hidden, None, 2)
+
+    def release(self, cache: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class EchoingDraft:
         width: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> list[list[tuple[int, float]]] | None:
         if batch.tokens[-1] == SLOW:
             pause = threading.Event()
@@ -142,6 +147,9 @@ class EchoingDraft:
                 pause.wait(0.001)
             return None
         return [[(token, 0.5)] * width for token in batch.tokens[-frontier:]]
+
+    def release(self, cache: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)

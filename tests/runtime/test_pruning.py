@@ -61,6 +61,20 @@ def test_what_was_pruned_is_forgotten_once_the_run_has_passed() -> None:
     assert len(cancelled) == 1
 
 
+def test_what_is_cancelled_of_a_request_does_not_depend_on_how_far_others_are() -> None:
+    cancelled = Cancellations()
+    cancelled.passed((0, 7, 90))
+    cancelled.add(0, 1, (4, 5))
+    cancelled.passed((0, 1, 4))
+    cancelled.add(0, 1, (3,))  # too late
+    assert (0, 1, 5) in cancelled and (0, 1, 3) not in cancelled
+    cancelled.passed((0, 8, 6))
+    assert (0, 1, 5) in cancelled
+    cancelled.prune(0, 1, 6, (0,))
+    cancelled.over(1)
+    assert len(cancelled) == 0
+
+
 class Doubling:
     """Doubles hidden states, and shows what it was given."""
 
@@ -75,11 +89,15 @@ class Doubling:
         picks: int,
         stopped: Callable[[], bool],
         sampling: Sampling | None = None,
+        cache: int = 0,
     ) -> StageOutput:
         assert hidden is not None
         assert len(batch) == len(hidden) == picks
         self.batches.append(batch)
         return StageOutput(2 * hidden, None, 1)
+
+    def release(self, cache: int) -> None:
+        pass
 
 
 def test_a_stage_computes_only_what_is_left_and_hands_only_that_on() -> None:

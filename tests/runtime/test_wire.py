@@ -17,6 +17,7 @@ from pipeinfer_dask.protocol.messages import (
     Kind,
     Proposal,
     Prune,
+    Release,
     RunTaken,
     Span,
     StartDraft,
@@ -62,6 +63,7 @@ logprobs = st.builds(Logprobs, seconds, st.lists(st.tuples(counts, seconds), max
 runs = st.builds(
     StartRun,
     *(counts, counts, counts, st.sampled_from(Kind), batches, counts, st.none() | samplings),
+    counts,
 )
 hidden = arrays.arrays(
     st.sampled_from([np.float16, np.float32, np.float64]),
@@ -98,7 +100,9 @@ messages = st.one_of(
         StartDraft,
         *(counts, counts, counts, batches, counts, numbers, plans | trees),
         st.none() | samplings,
+        counts,
     ),
+    st.builds(Release, counts, counts, st.none() | counts),
     st.builds(CancelDraft, counts, counts, counts),
     st.builds(
         Drafted,
