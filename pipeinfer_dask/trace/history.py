@@ -112,6 +112,13 @@ class Guess:
         """Whether it can't become text any more."""
         return self.settled is not None and not self.kept
 
+    def child(self, token: int) -> Guess | None:
+        """Return the guess right below this one that is of a token, if there is one."""
+        for child in self.children:  # there are few, and mostly none
+            if child.token == token:
+                return child
+        return None
+
     def subtree(self) -> Iterator[Guess]:
         """Yield this guess and all below it, parents first."""
         stack = [self]
@@ -353,7 +360,7 @@ class History:
             parent = known.get(proposal.parent)
             guess = None
             if parent is not None and not parent.ruled_out and not self._stopped:
-                guess = next((c for c in parent.children if c.token == proposal.token), None)
+                guess = parent.child(proposal.token)
                 if guess is None and (parent is self._root or parent.settled is None):
                     guess = self._new(time, proposal.token, parent, proposal.confidence)
                     guess.draft = what.draft
@@ -372,7 +379,7 @@ class History:
     def _commit(self, time: float, token: int, origin: Origin) -> None:
         root = self._root
         assert root is not None, "text without a prompt"
-        kept = next((child for child in root.children if child.token == token), None)
+        kept = root.child(token)
         for child in root.children:
             if child is not kept:
                 for guess in child.subtree():

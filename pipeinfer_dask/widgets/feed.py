@@ -83,11 +83,12 @@ TABLES = {
 
 
 class Rows(NamedTuple):
-    """Rows of a table from ``first`` on, packed, and their texts if it has any."""
+    """Rows of a table from ``first`` up to ``end``, packed, and their texts if it has any."""
 
     first: int
     packed: bytes
     texts: list[str] | None
+    end: int
 
 
 class View(Protocol):
@@ -143,7 +144,7 @@ class Feed:
         self.live = True
         self._packed = {name: bytearray() for name in TABLES}
         self._texts: dict[str, list[str]] = {name: [] for name, t in TABLES.items() if t.texts}
-        self._pack = {name: schema.packer.pack for name, schema in TABLES.items()}
+        self._packers = {name: schema.packer for name, schema in TABLES.items()}
         self._next = defaultdict[str, int](int)
         self._fill: dict[str, Callable[[], None]] = {
             "works": self._fill_works,
@@ -189,15 +190,20 @@ class Feed:
         """Return the rows of a table from ``first`` on."""
         with self.lock:
             self._fill[name]()  # tables that no view needs are not packed
-            texts = self._texts.get(name)
-            packed = bytes(self._packed[name][first * TABLES[name].packer.size :])
-            return Rows(first, packed, texts[first:] if texts is not None else None)
+            packed, texts = self._packed[name], self._texts.get(name)
+            size = self._packers[name].size
+            return Rows(
+                first,
+                bytes(packed[first * size :]),
+                texts[first:] if texts is not None else None,
+                len(packed) // size,
+            )
 
     def count(self, name: str) -> int:
         """Return how many rows a table has."""
         with self.lock:
             self._fill[name]()
-            return len(self._packed[name]) // TABLES[name].packer.size
+            return len(self._packed[name]) // self._packers[name].size
 
     # --- following ------------------------------------------------------------------
 
@@ -237,16 +243,21 @@ class Feed:
             look, tokens, late = "draft", done.guesses, done.late
         # What becomes of a draft's guesses is known only later: see the guesses themselves.
         kept = sum(token.kept for token in tokens) if isinstance(done, Run) else 0
-        text = "".join(self.trace.text_of(token.token) for token in tokens[:LABEL])[:LABEL]
+        text = ""
+        for token in tokens:
+            text += self.trace.text_of(token.token)
+            if len(text) >= LABEL:
+                break
         times = (self._at(done.started), self._at(done.done))
         number = len(self._texts["works"])
         size = (len(tokens) + late, kept)
-        self._add("works", done.id, LOOK_NUMBERS[look], *size, *times, text=text)
+        self._add("works", done.id, LOOK_NUMBERS[look], *size, *times, text=text[:LABEL])
         cancelled = isinstance(done, Run) and done.cancelled is not None
+        bars, pack = self._packed["bars"], self._packers["bars"].pack
+        begin, layers = self.history.began, self.history.layers
         for row, _, span in work_of(done):
-            spared = self.history.layers[row - 1] - span.layers if cancelled else 0
-            when = (self._at(span.began), self._at(span.ended))
-            self._add("bars", number, row, span.layers, spared, *when)
+            spared = layers[row - 1] - span.layers if cancelled else 0
+            bars += pack(number, row, span.layers, spared, span.began - begin, span.ended - begin)
 
     def _fill_waves(self) -> None:
         for wave in self._taken("waves", self.history.waves):
@@ -299,6 +310,6 @@ class Feed:
         return new
 
     def _add(self, name: str, *values: float, text: str | None = None) -> None:
-        self._packed[name] += self._pack[name](*values)
+        self._packed[name] += self._packers[name].pack(*values)
         if text is not None:
             self._texts[name].append(text)

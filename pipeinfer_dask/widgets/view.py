@@ -126,7 +126,7 @@ class TraceView(anywidget.AnyWidget):
         tables, buffers = [], []
         for name, first in firsts.items():
             rows = self.feed.rows(name, first)
-            self._sent[name] = self.feed.count(name)
+            self._sent[name] = rows.end
             if rows.packed:
                 tables.append([name, first, *([rows.texts] if rows.texts is not None else [])])
                 buffers.append(rows.packed)
