@@ -300,11 +300,7 @@ class Engine:
     ) -> Result:
         """Generate, and wait for the result. Parameters and errors as those of `start`."""
         generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **options)
-        try:
-            return generation.result()
-        except KeyboardInterrupt:
-            generation.cancel()
-            raise
+        return generation.result()
 
     def start(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -125,7 +125,10 @@ class Generation:
     """A generation on its way.
 
     Iterate over it (``for`` or ``async for``) to get the text as `Piece` strings, from
-    the start each time; await it, or call `result`, for the `Result`.
+    the start each time; await it, or call `result`, for the `Result`. Whoever is interrupted
+    while he waits (Ctrl-C, a notebook's stop button, a task that is cancelled) cancels it;
+    whoever leaves (a ``break``, a timeout of `result`) does not. ``asyncio.shield(generation)``
+    can be cancelled, and the generation goes on.
 
     Attributes
     ----------
@@ -202,31 +205,35 @@ class Generation:
         ------
         TimeoutError
             If it takes longer. The generation goes on.
+        KeyboardInterrupt
+            If the wait is interrupted. The generation is cancelled.
         GenerationInterrupted
             If the pipeline was lost; it holds the text so far.
         """
         deadline = inf if timeout is None else monotonic() + timeout
-        while not self.done():
-            # Not the future's own wait: an interrupt just before the thread sleeps wakes nobody.
-            left = deadline - monotonic()
-            if left <= 0:
-                raise TimeoutError(f"no result after {timeout:g} s; the generation goes on")
-            with self._changed:
-                if not self.done():
-                    self._changed.wait(min(GLANCE_S, left))
+        with self._cancelling(KeyboardInterrupt):
+            while not self.done():
+                # Not the future's own wait: an interrupt just before the thread sleeps wakes nobody.
+                left = deadline - monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"no result after {timeout:g} s; the generation goes on")
+                with self._changed:
+                    if not self.done():
+                        self._changed.wait(min(GLANCE_S, left))
         return self._future.result(0)
 
     def __iter__(self) -> Iterator[Piece]:
         seen = 0
-        while True:
-            with self._changed:
-                while len(self._pieces) == seen and not self.done():
-                    self._changed.wait(GLANCE_S)
-                new = self._pieces[seen:]
-            if not new:
-                break
-            seen += len(new)
-            yield from new
+        with self._cancelling(KeyboardInterrupt):
+            while True:
+                with self._changed:
+                    while len(self._pieces) == seen and not self.done():
+                        self._changed.wait(GLANCE_S)
+                    new = self._pieces[seen:]
+                if not new:
+                    break
+                seen += len(new)
+                yield from new
         self.result(0)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -251,30 +258,31 @@ class Generation:
                 if done and seen == len(self._pieces):
                     break
                 if not done:
-                    await changed.wait()
+                    with self._cancelling(asyncio.CancelledError), suppress(TimeoutError):
+                        async with asyncio.timeout(GLANCE_S):
+                            await changed.wait()
         finally:
             with self._changed:
                 self._wakers.discard(wake)
         self.result(0)
 
     def __await__(self) -> Generator[Any, None, Result]:
-        return asyncio.wrap_future(self._shielded()).__await__()
+        return self._wait().__await__()
 
-    def _shielded(self) -> Future[Result]:
-        """Return a future of the same outcome, so that a cancelled `await` cancels nothing else."""
-        outer: Future[Result] = Future()
+    async def _wait(self) -> Result:
+        future = asyncio.wrap_future(self._future)
+        with self._cancelling(asyncio.CancelledError):
+            while not future.done():  # a signal cancels a cell's task, but wakes no loop
+                await asyncio.wait([future], timeout=GLANCE_S)
+        return future.result()
 
-        def copy(inner: Future[Result]) -> None:
-            if not outer.set_running_or_notify_cancel():
-                return
-            error = inner.exception()
-            if error is not None:
-                outer.set_exception(error)
-            else:
-                outer.set_result(inner.result())
-
-        self._future.add_done_callback(copy)
-        return outer
+    @contextmanager
+    def _cancelling(self, interrupt: type[BaseException]) -> Iterator[None]:
+        try:
+            yield
+        except interrupt:
+            self.cancel()
+            raise
 
     def _repr_html_(self) -> str:
         return result_html(self.trace, f"{self.strategy}, {self._status}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,23 +81,67 @@ def test_a_generation_can_be_awaited_more_than_once(engine: pi.Engine, pair: Pai
     assert first.token_ids == pair.greedy
 
 
-def test_an_await_that_is_cancelled_leaves_the_generation_running(
+async def _await(run: pi.Generation) -> None:
+    await run
+
+
+async def _read(run: pi.Generation) -> None:
+    async for _ in run:
+        pass
+
+
+async def _give_up(run: pi.Generation, waiting: asyncio.Future[Any]) -> None:
+    await anext(aiter(run))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+@pytest.mark.parametrize("wait", [_await, _read])
+def test_a_task_that_is_cancelled_while_it_waits_cancels_the_generation(
+    engine: pi.Engine, wait: Callable[[pi.Generation], Coroutine[Any, Any, None]]
+) -> None:
+    async def wait_a_while() -> pi.Result:
+        run = engine.start(PROMPT, max_new_tokens=LONG)
+        await _give_up(run, asyncio.create_task(wait(run)))
+        return await run
+
+    assert asyncio.run(wait_a_while()).finish_reason == "stopped"
+
+
+def test_a_shielded_wait_that_is_cancelled_leaves_the_generation_running(
     engine: pi.Engine, pair: Pair
 ) -> None:
-    async def give_up() -> pi.Generation:
+    async def wait_a_while() -> pi.Result:
         run = engine.start(PROMPT, max_new_tokens=200)
+        await _give_up(run, asyncio.shield(run))
+        return await run
 
-        async def wait() -> pi.Result:
-            return await run
+    assert asyncio.run(wait_a_while()).token_ids == pair.greedy
 
-        waiting = asyncio.create_task(wait())
-        await anext(aiter(run))
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        return run
 
-    assert asyncio.run(give_up()).result().token_ids == pair.greedy
+@pytest.mark.parametrize("wait", [pi.Generation.result, list], ids=["result", "for"])
+def test_an_interrupt_while_somebody_waits_cancels_the_generation(
+    engine: pi.Engine, wait: Callable[[pi.Generation], object]
+) -> None:
+    run = engine.start(PROMPT, max_new_tokens=LONG)
+
+    def interrupt() -> None:
+        for _ in zip(range(20), run, strict=False):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        pool.submit(interrupt)
+        wait(run)
+    assert run.result().finish_reason == "stopped"
+
+
+def test_who_leaves_the_loop_leaves_the_generation_running(engine: pi.Engine, pair: Pair) -> None:
+    run = engine.start(PROMPT, max_new_tokens=200)
+    for _ in run:
+        break
+    assert run.result().token_ids == pair.greedy
 
 
 def test_a_reader_whose_loop_has_gone_does_not_disturb_the_generation(
