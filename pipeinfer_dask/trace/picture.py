@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from pipeinfer_dask.trace.tables import node_name, window, work_of
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
 """Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
+LABELLED = 16
+"""A bar so wide, in pixels, names its run."""
 SMALL = 110
 """Columns of `window` that a small picture shows."""
 
@@ -48,6 +51,12 @@ ORIGINS = {
 }
 """For each origin: a colour, a line below it, and what it means."""
 
+INKS = {
+    "plain": 'fill="#fff"',
+    "patterned": 'fill="#111" stroke="#fff" stroke-width="3" paint-order="stroke"',
+}
+"""What labels are written with, on either ground."""
+
 PATTERNS = """<defs>
 <pattern id="dots" width="4" height="4" patternUnits="userSpaceOnUse">
 <rect width="4" height="4" fill="#7f7f7f"/><circle cx="2" cy="2" r="1" fill="#fff"/></pattern>
@@ -65,7 +74,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     ----------
     history : History
     part : (float, float), seconds, optional
-        What to show; by default all.
+        What to show; by default all. A part that ends later leaves room.
     """
     began, ended = part if part is not None else (history.began, history.ended)
     scale = (WIDTH - GUTTER - 8) / max(ended - began, 1e-12)
@@ -76,6 +85,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         return round(GUTTER + (min(max(time, began), ended) - began) * scale, 1)
 
     paths: dict[str, list[str]] = {name: [] for name in LOOKS}
+    labels: dict[str, list[str]] = {"plain": [], "patterned": []}
     for done in history.done:
         name = str(done.fate or Fate.ACCEPTED) if isinstance(done, Run) else "draft"
         for row, _, span in work_of(done):
@@ -84,6 +94,11 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
                 wide = max(0.3, round(x(span.ended) - left, 1))
                 top = HEAD + row * ROW + 3
                 paths[name].append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
+                if isinstance(done, Run) and wide >= LABELLED:
+                    middle = round(left + wide / 2, 1)
+                    ground = "plain" if LOOKS[name].pattern == "plain" else "patterned"
+                    label = f'<text x="{middle:g}" y="{top + 12}">{done.id}</text>'
+                    labels[ground].append(label)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 20}" '
         f'viewBox="0 0 {WIDTH} {bottom + 20}" font-family="sans-serif" font-size="11">',
@@ -99,13 +114,22 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     for name, shapes in paths.items():
         if shapes:
             parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name])}/>')
+    for ground, texts in labels.items():
+        if texts:
+            parts.append(f'<g text-anchor="middle" {INKS[ground]}>{"".join(texts)}</g>')
     waves = [wave.time for wave in history.waves if began <= wave.time <= ended]
     if waves:
         lines = "".join(f"M{x(time):g} {HEAD}V{bottom}" for time in waves)
         parts.append(f'<path d="{lines}" stroke="#d55e00" stroke-dasharray="3 3" opacity=".6"/>')
-    commits = sorted({token.time for token in history.tokens if began <= token.time <= ended})
+    commits = Counter(token.time for token in history.tokens if began <= token.time <= ended)
     marks = "".join(f"M{x(time):g} {HEAD - 2}l-3 -7h6z" for time in commits)
     parts.append(f'<path d="{marks}" fill="#222"/>')
+    later = [*(x(time) for time in commits), math.inf][1:]
+    parts += [
+        f'<text x="{x(time) + 5:g}" y="{HEAD - 3}" font-size="9" fill="#222">{count}</text>'
+        for (time, count), next_mark in zip(commits.items(), later, strict=False)
+        if count > 1 and next_mark - x(time) >= LABELLED
+    ]
     for moment in _ticks(began - history.began, ended - history.began):
         where = x(moment + history.began)
         parts.append(
@@ -126,10 +150,33 @@ def image(svg: str, description: str) -> str:
 
 def timeline_html(history: History, part: tuple[float, float] | None = None) -> str:
     """Return a timeline with its legend, and the same as a table."""
+    return f"<div>{legend_html()}{_pictured(history, part)}</div>"
+
+
+def comparison_html(stories: Sequence[tuple[str, History]]) -> str:
+    """Return several timelines, one below the other, on one scale and with one legend.
+
+    Parameters
+    ----------
+    stories : sequence of (str, History)
+        Each with its title.
+    """
+    longest = max((history.ended - history.began for _, history in stories), default=0.0)
+    parts = [
+        f'<div style="margin-top:.6em"><b>{escape(title)}</b>: {len(history.tokens)} tokens in '
+        f"{(history.ended - history.began) * 1e3:.0f} ms</div>"
+        f"{_pictured(history, (history.began, history.began + longest))}"
+        for title, history in stories
+    ]
+    return f"<div>{legend_html()}{''.join(parts)}</div>"
+
+
+def _pictured(history: History, part: tuple[float, float] | None) -> str:
+    """Return a timeline, and the same as a table."""
     svg = timeline_svg(history, part)
     return (
-        f"<div>{legend_html()}{image(svg, 'Timeline: each node, and when it worked on what')}"
-        f"<details><summary>The same as a table</summary>{work_table(history)}</details></div>"
+        f"{image(svg, 'Timeline: each node, and when it worked on what')}"
+        f"<details><summary>The same as a table</summary>{work_table(history)}</details>"
     )
 
 
@@ -139,8 +186,16 @@ def legend_html() -> str:
         f'<span style="white-space:nowrap;margin-right:1em">{_swatch(look)} {look.meaning}</span>'
         for look in LOOKS.values()
     ]
-    marks = "empty: idle &nbsp; &#9660; tokens become text &nbsp; &#9478; runs are called off"
-    return f'<div style="font-size:small">{"".join(swatches)} {marks}</div>'
+    marks = [
+        f'<span style="white-space:nowrap;margin-right:1em">{mark}</span>'
+        for mark in (
+            "empty: idle",
+            "&#9660; tokens become text (how many, if more than one)",
+            "&#9478; runs are called off",
+            "a number: which run",
+        )
+    ]
+    return f'<div style="font-size:small">{"".join(swatches + marks)}</div>'
 
 
 def work_table(history: History) -> str:

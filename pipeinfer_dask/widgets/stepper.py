@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -10,6 +11,7 @@ import ipywidgets
 import traitlets
 from IPython.display import HTML
 
+from pipeinfer_dask.trace.picture import comparison_html
 from pipeinfer_dask.trace.tables import window
 from pipeinfer_dask.widgets.feed import Feed
 from pipeinfer_dask.widgets.view import TraceView, module, style
@@ -55,6 +57,8 @@ class Stepper(ipywidgets.VBox):  # type: ignore[misc]
         Finished; one to three can be taken in at a glance.
     tree : bool
         Whether to show the draft trees, too.
+    titles : sequence of str, optional
+        What to call them; by default their strategies.
 
     Attributes
     ----------
@@ -64,10 +68,12 @@ class Stepper(ipywidgets.VBox):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        If there is no source, or one that has not finished.
+        If there is no source, one that has not finished, or not a title for each.
     """
 
-    def __init__(self, *sources: Any, tree: bool = False) -> None:
+    def __init__(
+        self, *sources: Any, tree: bool = False, titles: Sequence[str] | None = None
+    ) -> None:
         if not sources:
             raise ValueError("expected at least one trace, got none: Stepper(result, ...)")
         feeds = [source if isinstance(source, Feed) else Feed(source) for source in sources]
@@ -75,6 +81,11 @@ class Stepper(ipywidgets.VBox):  # type: ignore[misc]
             raise ValueError(
                 "expected finished generations, got one that goes on: wait for its result"
             )
+        if titles is not None:
+            if isinstance(titles, str) or len(titles) != len(feeds):
+                raise ValueError(f"expected a title for each of {len(feeds)}, got {titles!r}")
+            for feed, title in zip(feeds, titles, strict=True):
+                feed.title = title
         kinds: list[type[TraceView]] = [Timeline, TokenStream, *([DraftTree] if tree else [])]
         last = max(feed.now for feed in feeds)
         moments = {0.0, last}
@@ -98,11 +109,20 @@ class Stepper(ipywidgets.VBox):  # type: ignore[misc]
         super().__init__([self.clock, *self.views])
 
     def to_html(self) -> str:
-        """Return all traces as they ended."""
-        return "".join(
-            f"<div><b>{escape(view.feed.title)}</b>{view.to_html()}</div>" for view in self.views
+        """Return all traces as they ended: timelines on one scale, then what else is shown."""
+        feeds = [view.feed for view in self.views if isinstance(view, Timeline)]
+        pictures = comparison_html([(feed.title, feed.history) for feed in feeds])
+        rest = "".join(
+            f"<div>{escape(view.feed.title)}, {view.label.lower()}: {view.to_html()}</div>"
+            for view in self.views
+            if not isinstance(view, Timeline)
         )
+        return f"{pictures}<details><summary>Texts</summary>{rest}</details>"
 
     def freeze(self) -> HTML:
         """Return a picture for a page that can't run the views themselves."""
         return HTML(self.to_html())
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return bundle | {"text/html": self.to_html()}

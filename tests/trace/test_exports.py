@@ -17,7 +17,13 @@ import pytest
 from pipeinfer_dask.protocol.messages import Commit, Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import History, Trace
-from pipeinfer_dask.trace.picture import result_html, timeline_html, trace_html
+from pipeinfer_dask.trace.picture import (
+    comparison_html,
+    result_html,
+    timeline_html,
+    timeline_svg,
+    trace_html,
+)
 
 TRACE = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=60).trace
 EVIL = "</pre><script>alert('1')</script>&"
@@ -149,6 +155,42 @@ def test_a_picture_shows_each_node_and_each_bar_in_one_path_for_each_fate() -> N
         if span is not None and span.ended > span.began
     ]
     assert bars == len(spans)
+
+
+def texts(picture: ElementTree.Element) -> list[str]:
+    return [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_wide_bars_name_their_run_on_every_stage_and_narrow_ones_do_not() -> None:
+    few = History(simulate("iterative", stages=3, max_new_tokens=4).trace)
+    numbers = [text for text in texts(ElementTree.fromstring(timeline_svg(few))) if text.isdigit()]
+    assert sorted(numbers) == [str(run) for run in few.runs for _ in range(3)]
+    many = History(simulate("iterative", stages=3, max_new_tokens=400).trace)
+    names = texts(ElementTree.fromstring(timeline_svg(many)))
+    assert not [name for name in names if name.isdigit()]
+
+
+def test_a_mark_says_how_many_tokens_became_text_at_once() -> None:
+    history = History(simulate("speculative", stages=2, acceptance=1.0, max_new_tokens=10).trace)
+    assert [figures.generated for figures in history.figures] == [1, 6, 10]
+    picture = ElementTree.fromstring(timeline_svg(history))
+    small = [text for text in picture.iter() if text.get("font-size") == "9"]
+    assert [text.text for text in small] == ["5", "4"]
+
+
+def test_timelines_side_by_side_have_one_scale_and_one_legend() -> None:
+    stories = [
+        (strategy, History(simulate(strategy, stages=3, max_new_tokens=10).trace))
+        for strategy in ("iterative", "pipeinfer")
+    ]
+    page = comparison_html(stories)
+    assert page.count("empty: idle</span>") == 1
+    assert re.findall("<b>(.*?)</b>: 10 tokens in", page) == ["iterative", "pipeinfer"]
+    slow, fast = images(page)[-2:]
+    assert [name for name in texts(slow) if name.endswith(" ms")] == [
+        name for name in texts(fast) if name.endswith(" ms")
+    ]
+    assert comparison_html([])
 
 
 def test_pictures_in_a_notebook_are_small_and_name_nothing_outside() -> None:

@@ -89,6 +89,17 @@ def test_a_stepper_has_one_clock_and_one_scale_for_all() -> None:
     assert clock.speed in clock.speeds
     page = stepper.to_html()
     assert page.count("Timeline: each node") == 2 and "iterative" in page
+    assert stepper._repr_mimebundle_()["text/html"] == page
+
+
+def test_a_stepper_calls_its_traces_as_it_is_told() -> None:
+    traces = [simulate("pipeinfer", stages=2, max_new_tokens=4, micro_batch=n) for n in (1, 2)]
+    stepper = Stepper(*traces, titles=["one by one", "two at a time"])
+    assert [view.about["title"] for view in stepper.views[::2]] == ["one by one", "two at a time"]
+    assert "<b>two at a time</b>: 4 tokens in" in stepper.to_html()
+    for titles in (["one"], "ab"):
+        with pytest.raises(ValueError, match="expected a title for each of 2"):
+            Stepper(*traces, titles=titles)
 
 
 def test_a_stepper_takes_only_what_is_over(engine: pi.Engine) -> None:
