@@ -21,8 +21,8 @@ from pipeinfer_dask.trace.tables import node_name, window, work_of
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
 """Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
-LABELLED = 16
-"""A bar so wide, in pixels, names its run."""
+DIGIT = 6
+"""Width of a figure in a label, in pixels."""
 SMALL = 110
 """Columns of `window` that a small picture shows."""
 
@@ -94,7 +94,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
                 wide = max(0.3, round(x(span.ended) - left, 1))
                 top = HEAD + row * ROW + 3
                 paths[name].append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
-                if isinstance(done, Run) and wide >= LABELLED:
+                if isinstance(done, Run) and wide >= DIGIT * len(str(done.id)) + 4:
                     middle = round(left + wide / 2, 1)
                     ground = "plain" if LOOKS[name].pattern == "plain" else "patterned"
                     label = f'<text x="{middle:g}" y="{top + 12}">{done.id}</text>'
@@ -128,7 +128,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     parts += [
         f'<text x="{x(time) + 5:g}" y="{HEAD - 3}" font-size="9" fill="#222">{count}</text>'
         for (time, count), next_mark in zip(commits.items(), later, strict=False)
-        if count > 1 and next_mark - x(time) >= LABELLED
+        if count > 1 and next_mark - x(time) >= DIGIT * len(str(count)) + 8
     ]
     for moment in _ticks(began - history.began, ended - history.began):
         where = x(moment + history.began)
@@ -150,7 +150,10 @@ def image(svg: str, description: str) -> str:
 
 def timeline_html(history: History, part: tuple[float, float] | None = None) -> str:
     """Return a timeline with its legend, and the same as a table."""
-    return f"<div>{legend_html()}{_pictured(history, part)}</div>"
+    return (
+        f"<div>{legend_html()}{_timeline_image(history, part)}"
+        f"<details><summary>The same as a table</summary>{work_table(history)}</details></div>"
+    )
 
 
 def comparison_html(stories: Sequence[tuple[str, History]]) -> str:
@@ -165,19 +168,18 @@ def comparison_html(stories: Sequence[tuple[str, History]]) -> str:
     parts = [
         f'<div style="margin-top:.6em"><b>{escape(title)}</b>: {len(history.tokens)} tokens in '
         f"{(history.ended - history.began) * 1e3:.0f} ms</div>"
-        f"{_pictured(history, (history.began, history.began + longest))}"
+        f"{_timeline_image(history, (history.began, history.began + longest))}"
         for title, history in stories
     ]
-    return f"<div>{legend_html()}{''.join(parts)}</div>"
-
-
-def _pictured(history: History, part: tuple[float, float] | None) -> str:
-    """Return a timeline, and the same as a table."""
-    svg = timeline_svg(history, part)
+    tables = [f"<div>{escape(title)}{work_table(history)}</div>" for title, history in stories]
     return (
-        f"{image(svg, 'Timeline: each node, and when it worked on what')}"
-        f"<details><summary>The same as a table</summary>{work_table(history)}</details>"
+        f"<div>{legend_html()}{''.join(parts)}"
+        f"<details><summary>The same as tables</summary>{''.join(tables)}</details></div>"
     )
+
+
+def _timeline_image(history: History, part: tuple[float, float] | None) -> str:
+    return image(timeline_svg(history, part), "Timeline: each node, and when it worked on what")
 
 
 def legend_html() -> str:

@@ -11,6 +11,9 @@ from pipeinfer_dask.trace import Guess, History
 from pipeinfer_dask.trace.picture import metrics_html, text_html, timeline_html
 from pipeinfer_dask.widgets.view import TraceView, module, style
 
+LISTED = 20
+"""Most guesses of a tree that a frozen one lists."""
+
 
 class Timeline(TraceView):
     """Which node worked on what, and when: a row for the drafter and for each stage.
@@ -70,7 +73,7 @@ class DraftTree(TraceView):
     label = "Draft tree"
 
     def to_html(self) -> str:
-        """Return the tree at the moment at which it was largest, as nested lists."""
+        """Return the likeliest of the tree when it was largest, as nested lists."""
         with self.feed.lock:
             return _tree_html(self.feed.history)
 
@@ -100,21 +103,27 @@ def _tree_html(history: History) -> str:
     def there(guess: Guess) -> bool:
         return guess.made <= moment and (guess.settled is None or guess.settled > moment)
 
+    # A guess that has become text since was one then.
+    reach = {root: 1.0}
+    for guess in history.guesses:  # parents first
+        if guess.parent in reach and there(guess):
+            reach[guess] = reach[guess.parent] * guess.confidence
+    likeliest = set(sorted(reach, key=lambda guess: -reach[guess])[: LISTED + 1])
+
     def listed(guesses: Iterable[Guess]) -> str:
         items = "".join(
             f"<li><code>{escape(_visible(history.trace.text_of(guess.token)))}</code> "
             f"{guess.confidence:.0%}{listed(guess.children)}</li>"
             for guess in guesses
-            if there(guess)
+            if guess in likeliest
         )
         return f"<ul>{items}</ul>" if items else ""
 
-    # A guess that has become text since was one then.
-    below = [guess for guess in history.guesses if guess.parent is root]
     text = escape(_visible(history.trace.text_of(root.token)))
     return (
         f"<div>What was guessed to follow <code>{text}</code> at "
-        f"{(moment - history.began) * 1e3:.0f} ms, {most} tokens{listed(below)}</div>"
+        f"{(moment - history.began) * 1e3:.0f} ms: {most} tokens, the likeliest "
+        f"{len(likeliest) - 1} of them{listed(root.children)}</div>"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -100,6 +101,12 @@ def test_a_stepper_calls_its_traces_as_it_is_told() -> None:
     for titles in (["one"], "ab"):
         with pytest.raises(ValueError, match="expected a title for each of 2"):
             Stepper(*traces, titles=titles)
+
+
+def test_a_frozen_tree_lists_the_likeliest_guesses_alone() -> None:
+    tree = DraftTree(simulate("adaptive", stages=8, max_new_tokens=20)).to_html()
+    guessed, listed = map(int, re.findall(r"(\d+) tokens, the likeliest (\d+)", tree)[0])
+    assert tree.count("<li>") == listed == 20 < guessed
 
 
 def test_a_stepper_takes_only_what_is_over(engine: pi.Engine) -> None:

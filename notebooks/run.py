@@ -1,0 +1,105 @@
+"""Runs notebooks, each from a clean kernel, and saves them with pictures instead of widgets.
+
+    python notebooks/run.py             # all of them
+    python notebooks/run.py 02 04       # those whose names begin so
+
+A live view is nothing without its kernel. What is saved is the picture that each view gives as
+well, so that a page on the web shows it, and a notebook stays small. Whoever runs a cell has
+the live view there again. Needs ``pip install -e '.[notebooks]'``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PATIENCE_S = 120
+"""Most seconds for one cell."""
+QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""What kernels find in their environment: nothing is asked of the network."""
+
+
+def read(path: Path) -> Any:
+    """Return a notebook, checked against its format."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def execute(notebook: Any) -> None:
+    """Run all cells in a clean kernel, in an empty directory.
+
+    Raises
+    ------
+    nbclient.exceptions.CellExecutionError
+        If a cell fails.
+    RuntimeError
+        If one says anything on stderr, a warning for example.
+    """
+    with TemporaryDirectory() as empty:
+        client = NotebookClient(
+            notebook,
+            timeout=PATIENCE_S,
+            kernel_name="python3",
+            record_timing=False,
+            store_widget_state=False,
+            resources={"metadata": {"path": empty}},
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        )
+        client.execute(env={**os.environ, **QUIET})
+    for output in outputs_of(notebook):
+        if output.output_type == "stream" and output.name == "stderr":
+            raise RuntimeError(f"expected nothing on stderr, got {output.text}")
+
+
+def outputs_of(notebook: Any) -> list[Any]:
+    """Return the outputs of all cells, in order."""
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def still(notebook: Any) -> None:
+    """Take out what only a running kernel can show, and what differs from machine to machine."""
+    for cell in notebook.cells:
+        cell.metadata.clear()
+        if cell.cell_type != "code":
+            continue
+        for output in cell.outputs:
+            if (
+                "data" in output
+                and output.data.pop(WIDGET, None)
+                and "text/html" not in output.data
+            ):
+                output.data.clear()  # what is left only names the widget
+        cell.outputs = [output for output in cell.outputs if output.get("data") != {}]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": kernel, "language_info": {"name": "python"}}
+    )
+
+
+def main(*names: str) -> None:
+    """Run and save the notebooks whose names begin with any of these; without any, all."""
+    paths = [path for path in sorted(HERE.glob("*.ipynb")) if path.name.startswith(names or "")]
+    if not paths:
+        sys.exit(f"expected names that notebooks begin with, got {' '.join(names)}: see {HERE}")
+    for path in paths:
+        started = time.monotonic()
+        notebook = read(path)
+        execute(notebook)
+        still(notebook)
+        nbformat.write(notebook, path)
+        took, size = time.monotonic() - started, path.stat().st_size / 1024
+        print(f"{path.name}: {took:.0f} s, {size:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
