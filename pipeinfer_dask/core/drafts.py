@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from pipeinfer_dask.core.tree import Node, Tree
 from pipeinfer_dask.protocol.messages import NO_SLOT, Drafted
@@ -40,6 +41,37 @@ class Draft:
     nodes: dict[int, Node]
     slots: tuple[int, ...]
     cancelled: bool = False
+
+    @classmethod
+    def begin(
+        cls, number: int, size: int, frontier: Sequence[Node], tree: Tree, spare: int
+    ) -> Self | None:
+        """Take slots for a new draft; None if there is nothing to draft, or no slot for it.
+
+        Parameters
+        ----------
+        number : int
+        size : int
+            Most tokens to propose; 0 only fills the draft model's cache.
+        frontier : sequence of Node
+        tree : Tree
+        spare : int
+            Slots that it may take.
+        """
+        spare -= sum(node.slot == NO_SLOT for node in frontier)
+        granted = max(0, min(size, spare))
+        nodes = unevaluated(frontier, tree.root)
+        if spare < 0 or (granted == 0 and size > 0) or not nodes:
+            return None
+        for node in nodes:
+            tree.place(node)
+        slots = tuple(tree.slots.take() for _ in range(granted))
+        return cls(number, tuple(frontier), {node.slot: node for node in nodes}, slots)
+
+    def give_up(self, tree: Tree) -> None:
+        """Give the slots back: there will be no answer."""
+        for slot in self.slots:
+            tree.slots.give_back(slot)
 
     def graft(self, answer: Drafted, tree: Tree, *, growing: bool) -> list[Node]:
         """Take the answer into the tree; return the nodes that are new.

@@ -9,7 +9,9 @@ policy chooses, the committed text is the target's own:
   never before, because later runs attend to the K/V that it writes; of a run that
   goes on, single tokens may be pruned by the same rule;
 - a slot is given out again only when its token is pruned, and every run that
-  attended to it is ahead of the new one on every stage.
+  attended to it is ahead of the new one on every stage;
+- when a stage is lost, all that was in flight is lost with it, and nothing of the text:
+  its tokens keep their slots, and are read anew by the pipeline that takes over.
 
 No clock, no thread, no socket: a driver carries out the commands and reports
 events, and may be the real cluster or virtual time.
@@ -18,16 +20,17 @@ events, and may be the real cluster or virtual time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeinfer_dask.core.drafts import Draft, ProtocolError, unevaluated
+from pipeinfer_dask.core.drafts import Draft, ProtocolError
 from pipeinfer_dask.core.ending import Ending
-from pipeinfer_dask.core.runs import RunFuture, runs_before
+from pipeinfer_dask.core.flight import Flight
+from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, Tree, batch_of
 from pipeinfer_dask.protocol.messages import (
-    LEFT_OUT,
+    AWAY,
     NO_SLOT,
     Begin,
     CancelDraft,
@@ -36,14 +39,19 @@ from pipeinfer_dask.protocol.messages import (
     Command,
     Commit,
     Drafted,
+    DrafterBack,
+    DrafterLost,
     DraftPlan,
     Event,
     Finish,
     Kind,
     Origin,
+    PipelineEvent,
     Prune,
     RunDone,
     RunTaken,
+    StageLost,
+    StagesBack,
     StartDraft,
     StartRun,
     Stop,
@@ -66,16 +74,17 @@ class Machine:
     request : Request
     policy : Policy
         Fresh: a policy counts what it sees.
-    generation : int
-        Of the pipeline. Events of another generation are stale: dropped and counted.
+    generation, draft_generation : int
+        Of the stages, and of the drafter. Events of another generation are stale: dropped and
+        counted.
     stops : callable, optional
         Told of each committed token: whether the text ends with it; see `Ending`.
 
     Attributes
     ----------
     tree : Tree
-    runs : dict of int to RunFuture
-        In flight, the cancelled ones too, until they have left the pipeline.
+    generation, draft_generation : int
+        `AWAY` from a loss until what was lost is back.
     generated : int
         Tokens committed so far.
     finished : str or None
@@ -90,29 +99,29 @@ class Machine:
         policy: Policy,
         *,
         generation: int = 0,
+        draft_generation: int = 0,
         stops: Callable[[int], bool] | None = None,
     ) -> None:
         self.request = request
         self.policy = policy
         self.generation = generation
+        self.draft_generation = draft_generation
         self.tree = Tree(request.prompt, request.capacity)
-        self.runs: dict[int, RunFuture] = {}
         self.generated = 0
         self.finished: str | None = None
         self.stale = 0
         self.now = 0.0
         self._ending = Ending(request, stops)
         self._how = request.sampling, request.cache_id
+        self._flight = Flight()
         self._draft: Draft | None = None
         self._prefill: deque[list[Node]] = deque()
         # In order of arrival. A dictionary, so that one leaves without the others being touched.
         self._fresh: dict[Node, None] = {}
-        self._waiting: set[int] = set()
-        self._stages = 1
         self._wake: float | None = None
-        self._run_ids = 0
         self._draft_ids = 0
         self._begun = self._over = False
+        self._reading = True
         self._commands: list[Command] = []
 
     # --- what a policy looks at ---------------------------------------------
@@ -127,17 +136,19 @@ class Machine:
         return self.root.run is None and not self._prefill
 
     @property
+    def runs(self) -> Mapping[int, RunFuture]:
+        """What is in flight, the cancelled ones too, until they have left the pipeline."""
+        return self._flight.runs
+
+    @property
     def prefilling(self) -> bool:
-        """Whether the first token is still to come."""
-        return self.generated == 0
+        """Whether the pipeline still reads the text that there is: no token has come since."""
+        return self._reading
 
     @property
     def has_room(self) -> bool:
-        """Whether the pipeline can take a run: one waits at most, and not too many are on the way.
-
-        More than two for each stage are queueing somewhere: before a slow stage, or a slow link.
-        """
-        return not self._waiting and len(self.runs) <= 2 * self._stages + 2
+        """Whether the pipeline can take a run."""
+        return self._flight.has_room
 
     @property
     def drafting(self) -> bool:
@@ -147,6 +158,11 @@ class Machine:
     def idle(self) -> bool:
         """Whether the target's pipeline is empty."""
         return not self.runs
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft under way."""
+        return self._draft
 
     @property
     def fresh(self) -> Collection[Node]:
@@ -181,7 +197,8 @@ class Machine:
         """
         self.now = now
         commands = self._commands = list[Command]()
-        if event.request != self.request.id or self._over:
+        ours = isinstance(event, PipelineEvent) or event.request == self.request.id
+        if self._over or not ours:
             self.stale += 1
             return commands
         match event:
@@ -190,16 +207,27 @@ class Machine:
             case Stop():
                 if self.finished is None:
                     self._end("stopped")
-            case RunTaken() | RunDone() | Drafted() if event.generation != self.generation:
+            case RunTaken() | RunDone() | StageLost() if event.generation != self.generation:
+                self.stale += 1
+            case Drafted() | DrafterLost() if event.generation != self.draft_generation:
                 self.stale += 1
             case RunTaken():
-                self._waiting.discard(event.run)
-                if (taken := self.runs.get(event.run)) is not None:
+                if (taken := self._flight.taken(event.run)) is not None:
                     self.policy.taken(self, taken)
             case RunDone():
                 self._run_done(event)
             case Drafted():
                 self._drafted(event)
+            case StageLost():
+                self._stage_lost()
+            case StagesBack() if self.generation == AWAY:
+                self._stages_back(event.generation)
+            case DrafterLost():
+                self._drafter_lost()
+            case DrafterBack() if self.draft_generation == AWAY:
+                self.draft_generation = event.generation
+            case StagesBack() | DrafterBack():
+                self.stale += 1
             case Woken():
                 pass  # the policy is asked below, as after every event
         if self.finished is None:
@@ -219,31 +247,19 @@ class Machine:
         if self._begun:
             raise ProtocolError("the request has begun already")
         self._begun = True
-        prompt, chunk = self.tree.prompt, self.request.prefill_chunk
-        self._prefill.extend(prompt[i : i + chunk] for i in range(0, len(prompt), chunk))
+        if self.generation != AWAY:
+            self._read()
+
+    def _read(self) -> None:
+        """Have the pipeline read all of the text that there is."""
+        text, chunk = list(self.tree.committed())[::-1], self.request.prefill_chunk
+        self._prefill.extend(text[i : i + chunk] for i in range(0, len(text), chunk))
 
     def _run_done(self, event: RunDone) -> None:
-        run = self.runs.pop(event.run, None)
-        if run is None:
-            raise ProtocolError(f"run {event.run} is not in flight")
-        self._waiting.discard(run.id)
-        self._stages = max(self._stages, len(event.spans))
+        run = self._flight.done(event.run, stages=len(event.spans))
         if run.cancelled():
             return
-        if event.tokens is None:
-            raise ProtocolError(f"run {run.id} was skipped, but nobody had cancelled it")
-        if len(event.tokens) != run.picks:
-            raise ProtocolError(
-                f"run {run.id} was asked for {run.picks} tokens and came with {len(event.tokens)}"
-            )
-        run.finish(event.tokens)
-        picked = run.nodes[len(run.nodes) - run.picks :]
-        asked = event.logprobs or (None,) * run.picks
-        for node, token, logprobs in zip(picked, event.tokens, asked, strict=True):
-            if token != LEFT_OUT:
-                node.next, node.next_logprobs = token, logprobs
-            elif node.alive:
-                raise ProtocolError(f"run {run.id} left out token {node.token}, which is alive")
+        run.picked(event.tokens, event.logprobs)
         self.policy.ran(self, run, event)
         if self.finished is None:
             self._commit()
@@ -257,6 +273,40 @@ class Machine:
         self._fresh.update(dict.fromkeys(added))
         if draft.frontier:
             self.policy.drafted(self, added, cancelled=draft.cancelled)
+
+    def _stage_lost(self) -> None:
+        """Give up what is in flight, and all that has not become text."""
+        if lost := self._flight.lose():
+            self._commands.append(
+                CancelRuns(self.request.id, self.generation, lost, CancelReason.LOST)
+            )
+        self.generation = AWAY
+        self._reading = True
+        self._prefill.clear()
+        self._fresh.clear()
+        for child in list(self.root.children):
+            self.tree.drop(child)
+        for node in self.tree.committed():
+            node.run = None
+        self._drop_useless_draft()
+
+    def _stages_back(self, generation: int) -> None:
+        self.generation = generation
+        self.policy.rebuilt(self)
+        if self._begun and self.finished is None:
+            self._read()
+
+    def _drafter_lost(self) -> None:
+        """Give up the draft under way, and what waits for a run: its cache is gone."""
+        self.draft_generation = AWAY
+        if self._draft is not None:
+            self._draft.give_up(self.tree)
+            self._draft = None
+        for node in [node for node in self._fresh if node.parent not in self._fresh]:
+            self.tree.drop(node)
+        self._fresh.clear()
+        for node in (*self.tree.committed(), *self.tree.speculation()):
+            node.drafted = False
 
     # --- what follows from them ---------------------------------------------------
 
@@ -286,11 +336,10 @@ class Machine:
             self.finished = self._ending.after(self.root.token, self.generated)
         if not tokens:
             return
+        self._reading = False
         self._cancel(dead, CancelReason.INVALID)
         self._prune(thinned)
-        draft = self._draft
-        if draft is not None and draft.frontier and not any(n.alive for n in draft.frontier):
-            self._cancel_draft()
+        self._drop_useless_draft()
         commit = Commit(self.request.id, tuple(tokens), tuple(origins), tuple(logprobs))
         self._commands.append(commit)
         self.policy.committed(self, origins)
@@ -305,14 +354,7 @@ class Machine:
 
     def _cancel(self, runs: Sequence[RunFuture], reason: CancelReason) -> None:
         """Cancel runs and, with each, the chain that builds on it."""
-        if not self.policy.cancellation:
-            return
-        pending = [run for run in self.runs.values() if not run.done()]
-        for run in runs:
-            run.cancel(reason)
-        cancelled = tuple(run.id for run in pending if run.cancelled())
-        if cancelled:
-            self._waiting.difference_update(cancelled)
+        if self.policy.cancellation and (cancelled := self._flight.cancel(runs, reason)):
             self._commands.append(CancelRuns(self.request.id, self.generation, cancelled, reason))
 
     def _prune(self, thinned: dict[int, list[int]]) -> None:
@@ -327,11 +369,16 @@ class Machine:
             runs, places = tuple(going_on), tuple(going_on.values())
             self._commands.append(Prune(self.request.id, self.generation, runs, places))
 
+    def _drop_useless_draft(self) -> None:
+        draft = self._draft
+        if draft is not None and draft.frontier and not any(n.alive for n in draft.frontier):
+            self._cancel_draft()
+
     def _cancel_draft(self) -> None:
         draft = self._draft
         if draft is not None and not draft.cancelled and self.policy.cancellation:
             draft.cancelled = True
-            self._commands.append(CancelDraft(self.request.id, self.generation, draft.id))
+            self._commands.append(CancelDraft(self.request.id, self.draft_generation, draft.id))
 
     # --- what to do next --------------------------------------------------------
 
@@ -339,16 +386,26 @@ class Machine:
         while self._prefill and self.has_room:
             self._start_run(self._prefill.popleft(), Kind.PREFILL)
         self._plan_runs()
-        if self._draft is None and (choice := self.policy.choose_draft(self)) is not None:
+        if self._draft is not None or self.draft_generation == AWAY:
+            return
+        if (choice := self.policy.choose_draft(self)) is not None:
             self._start_draft(*choice)
             if self._draft is None:
                 # Nothing to draft, or no slot for it: whoever waits for it must not wait on.
                 self._plan_runs()
 
     def _plan_runs(self) -> None:
-        while nodes := self._placed(self.policy.choose_run(self)):
+        while nodes := self._placed(self._choose_run()):
             speculative = len(nodes) > 1 or nodes[0] is not self.root
             self._start_run(nodes, Kind.SPECULATIVE if speculative else Kind.SINGLE)
+
+    def _choose_run(self) -> Sequence[Node]:
+        if self.generation == AWAY:
+            return ()
+        if self.draft_generation == AWAY:
+            # A policy may wait for drafts: until there are any, decoding is plain.
+            return [self.root] if self.root_waits else ()
+        return self.policy.choose_run(self)
 
     def _placed(self, nodes: Sequence[Node]) -> Sequence[Node]:
         """Give each node of a run a slot; return the first ones for which there are enough."""
@@ -362,89 +419,31 @@ class Machine:
         return nodes
 
     def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
-        run_id = self._run_ids
-        self._run_ids += 1
-        for node in nodes:
-            node.run = run_id
-            self._fresh.pop(node, None)
         last = kind is not Kind.PREFILL or nodes[-1] is self.root
-        run = RunFuture(
-            run_id,
-            kind,
-            tuple(nodes),
-            parents=runs_before(run_id, nodes, self.runs),
-            picks=(1 if kind is Kind.PREFILL else len(nodes)) if last else 0,
-            started=self.now,
-        )
-        self.runs[run_id] = run
-        self._waiting.add(run_id)
+        picks = (1 if kind is Kind.PREFILL else len(nodes)) if last else 0
+        run = self._flight.start(kind, nodes, picks, self.now)
+        for node in nodes:
+            self._fresh.pop(node, None)
         batch = batch_of(run.nodes)
         self._commands.append(
-            StartRun(self.request.id, self.generation, run_id, kind, batch, run.picks, *self._how)
+            StartRun(self.request.id, self.generation, run.id, kind, batch, picks, *self._how)
         )
 
     def _start_draft(self, plan: DraftPlan | TreePlan, frontier: Sequence[Node]) -> None:
-        spare = self.spare_slots - sum(node.slot == NO_SLOT for node in frontier)
-        size = max(0, min(plan.size, spare))
-        if spare < 0 or (size == 0 and plan.size > 0):
+        draft = Draft.begin(self._draft_ids, plan.size, frontier, self.tree, self.spare_slots)
+        if draft is None:
             return
-        nodes = unevaluated(frontier, self.root)
-        if not nodes:
-            return
-        for node in nodes:
-            self.tree.place(node)
-        slots = tuple(self.tree.slots.take() for _ in range(size))
-        known = {node.slot: node for node in nodes}
-        draft = self._draft = Draft(self._draft_ids, tuple(frontier), known, slots)
+        self._draft = draft
         self._draft_ids += 1
         self._commands.append(
             StartDraft(
                 self.request.id,
-                self.generation,
+                self.draft_generation,
                 draft.id,
-                batch_of(nodes),
+                batch_of(list(draft.nodes.values())),
                 len(frontier),
-                slots,
-                replace(plan, size=size, last_position=self.last_position),
+                draft.slots,
+                replace(plan, size=len(draft.slots), last_position=self.last_position),
                 *self._how,
             )
         )
-
-    # --- for tests ------------------------------------------------------------------
-
-    def validate(self) -> None:
-        """Check the invariants.
-
-        Raises
-        ------
-        AssertionError
-            Which one does not hold.
-        """
-        live = [*self.tree.committed(), *self.tree.speculation()]
-        held = [node.slot for node in live if node.slot != NO_SLOT]
-        if self._draft is not None:
-            held.extend(self._draft.slots)
-        assert len(held) == len(set(held)), "a slot is held twice"
-        assert set(held) == self.tree.slots.taken(), "a slot is lost, or given back too early"
-        assert all(node.alive for node in live), "a pruned node is still in the tree"
-        assert self.spare_slots >= 0, "speculation has taken slots that the text needs"
-        assert self._waiting <= self.runs.keys(), "a run waits that is not in flight"
-        assert self.generated <= self.request.max_new_tokens, "more tokens than asked for"
-        for node in live:
-            if node.parent is None:
-                continue
-            assert node in node.parent.children, "parent and child don't know each other"
-            assert not node.drafted or node.parent.drafted, "drafted without its prefix"
-            if node.slot == NO_SLOT:
-                assert not node.drafted and node.run is None, "evaluated without a slot"
-                assert not node.children, "a slot is needed to be anybody's parent"
-            if node.run is not None:
-                assert node.parent.run is not None, "a run attends to what no run evaluates"
-                assert node.parent.run <= node.run, "a run attends to what comes after it"
-        for run in self.runs.values():
-            alive = sum(node.alive for node in run.nodes)
-            assert run.live == alive, "a run miscounts its live nodes"
-            if self.finished is None and self.policy.cancellation:
-                assert run.cancelled() == (alive == 0), "cancelled too early, or too late"
-        for node in self._fresh:
-            assert node.alive and node.run is None and node is not self.root, "not fresh"

@@ -71,6 +71,9 @@ class Policy(ABC):
     def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
         """Hear of a run that has come to its end without being cancelled."""
 
+    def rebuilt(self, machine: Machine) -> None:
+        """Hear that other stages have taken over from lost ones: their pace is not known."""
+
 
 def fill_cache(machine: Machine) -> DraftChoice | None:
     """Return what the draft model does before the first token: read a long prompt, if it may.

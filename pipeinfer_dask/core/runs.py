@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeinfer_dask.core.drafts import ProtocolError
 from pipeinfer_dask.core.tree import Node
-from pipeinfer_dask.protocol.messages import CancelReason, Kind
+from pipeinfer_dask.protocol.messages import LEFT_OUT, CancelReason, Kind
+from pipeinfer_dask.protocol.sampling import Logprobs
 
 RunStatus = Literal["pending", "finished", "cancelled"]
 
@@ -101,6 +102,30 @@ class RunFuture:
         self._tokens = tuple(tokens)
         self._settle("finished")
 
+    def picked(
+        self, tokens: Sequence[int] | None, logprobs: Sequence[Logprobs | None] = ()
+    ) -> None:
+        """Set the result, and note on each node what the target has put after it.
+
+        Raises
+        ------
+        ProtocolError
+            If these can't be the picks of this run.
+        """
+        if tokens is None:
+            raise ProtocolError(f"run {self.id} was skipped, but nobody had cancelled it")
+        if len(tokens) != self.picks:
+            raise ProtocolError(
+                f"run {self.id} was asked for {self.picks} tokens and came with {len(tokens)}"
+            )
+        self.finish(tokens)
+        nodes = self.nodes[len(self.nodes) - self.picks :]
+        for node, token, asked in zip(nodes, tokens, logprobs or (None,) * self.picks, strict=True):
+            if token != LEFT_OUT:
+                node.next, node.next_logprobs = token, asked
+            elif node.alive:
+                raise ProtocolError(f"run {self.id} left out token {node.token}, which is alive")
+
     def cancel(self, reason: CancelReason = CancelReason.INVALID) -> bool:
         """Cancel this run, and each run that builds on nothing but cancelled ones.
 
@@ -142,34 +167,3 @@ class RunFuture:
             self.add_done_callback(lambda _: loop.call_soon_threadsafe(wake))
             yield from waiter
         return self.result()
-
-
-def runs_before(
-    run: int, nodes: Sequence[Node], in_flight: Mapping[int, RunFuture]
-) -> tuple[RunFuture, ...]:
-    """Return the runs that hold the prefix of a new run's nodes.
-
-    None if it lies (in part) in finished runs: then no cancellation of others can make the
-    new run invalid.
-
-    Raises
-    ------
-    ProtocolError
-        If no run evaluates the token before one of them.
-    """
-    prefix: dict[int, RunFuture] = {}
-    chained = True
-    for node in nodes:
-        if node.parent is None:
-            continue
-        holder = node.parent.run
-        if holder is None:
-            raise ProtocolError(
-                f"token {node.token} at position {node.position} was chosen for run {run}, but no "
-                f"run evaluates the token before it"
-            )
-        if holder in in_flight:
-            prefix[holder] = in_flight[holder]
-        elif holder != run:
-            chained = False
-    return tuple(prefix.values()) if chained else ()

@@ -161,15 +161,12 @@ class Tree:
         token = old.next
         assert token is not None
         kept = next((child for child in old.children if child.token == token), None)
-        pruned = [node for child in old.children if child is not kept for node in child.subtree()]
+        others = [child for child in old.children if child is not kept]
         if kept is not None:
             origin = Origin.ACCEPTED
         else:
-            origin = Origin.CORRECTED if old.children else Origin.PLAIN
-        for node in pruned:
-            node.alive = False
-            if node.slot != NO_SLOT:
-                self.slots.give_back(node.slot)
+            origin = Origin.CORRECTED if others else Origin.PLAIN
+        pruned = [node for child in others for node in self.drop(child)]
         if kept is None:
             kept = Node(token, old.position + 1, NO_SLOT, old, reach=old.reach)
         self.place(kept)
@@ -177,6 +174,17 @@ class Tree:
         old.children = [kept]
         self.root = kept
         return origin, pruned
+
+    def drop(self, node: Node) -> list[Node]:
+        """Prune a node below the root and all below it, and return them: their slots are free."""
+        assert node.parent is not None
+        node.parent.children.remove(node)
+        pruned = list(node.subtree())
+        for one in pruned:
+            one.alive = False
+            if one.slot != NO_SLOT:
+                self.slots.give_back(one.slot)
+        return pruned
 
     def committed(self) -> Iterator[Node]:
         """Yield the text's nodes, from the root back to the prompt's first token."""

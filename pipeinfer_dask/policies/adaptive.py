@@ -344,3 +344,7 @@ class Adaptive(Policy):
         self._pace.ran(len(run.nodes), seconds, done.spans)
         if run.kind is not Kind.PREFILL:
             self._turns.ran(len(run.nodes), seconds)
+
+    def rebuilt(self, machine: Machine) -> None:
+        self._pace, self._trial, self._turns = Pace(), Trial(), Turns()
+        self._on_first, self._first_free_at = None, 0.0

@@ -17,6 +17,8 @@ NO_PARENT = -1
 """The parent slot of the first token of a text."""
 NO_SLOT = -1
 """The slot of a token that no model has evaluated yet."""
+AWAY = -1
+"""The generation of what is lost, and not rebuilt yet."""
 LEFT_OUT = -1
 """In a run's result: the token there was pruned on the way, so nothing was picked after it."""
 
@@ -55,12 +57,14 @@ class Kind(StrEnum):
 
 
 class CancelReason(StrEnum):
-    """Why a run was cancelled (the paper's two kinds)."""
+    """Why a run was cancelled (the paper's two kinds, and ours)."""
 
     INVALID = "invalid"
     """No token of it can be reached any more: the target chose another one before it."""
     SUPERFLUOUS = "superfluous"
     """The text has ended."""
+    LOST = "lost"
+    """A stage was lost, and with it all that was in the pipeline."""
 
 
 class Origin(StrEnum):
@@ -326,6 +330,40 @@ class Drafted:
 
 
 @dataclass(frozen=True, slots=True)
+class StageLost:
+    """A stage of this generation is lost, or a link between two.
+
+    With it is lost what was in the pipeline, and what all stages held of the texts. Like the
+    next three this is said to all requests at once.
+    """
+
+    generation: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StagesBack:
+    """All stages stand again, as another generation: they hold nothing of any text."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterLost:
+    """The drafter of this generation is lost, with all that it held."""
+
+    generation: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterBack:
+    """There is a drafter again, of another generation: it holds nothing of any text."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The user wants no more of this request."""
 
@@ -339,4 +377,7 @@ class Woken:
     request: int
 
 
-Event = Begin | RunTaken | RunDone | Drafted | Stop | Woken
+PipelineEvent = StageLost | StagesBack | DrafterLost | DrafterBack
+"""What concerns all requests of a pipeline."""
+
+Event = Begin | RunTaken | RunDone | Drafted | Stop | Woken | PipelineEvent

@@ -6,6 +6,8 @@ a large cluster take milliseconds here. Nothing of it is a second scheduler: see
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +17,7 @@ from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs_of_nodes
 from pipeinfer_dask.simulation.truth import SyntheticPair
-from pipeinfer_dask.simulation.world import World
+from pipeinfer_dask.simulation.world import Loss, World
 from pipeinfer_dask.trace import Metrics, Trace
 from pipeinfer_dask.trace.picture import result_html
 
@@ -24,6 +26,7 @@ __all__ = [
     "PROMPT_TOKENS",
     "Costs",
     "Curve",
+    "Loss",
     "NodeDescription",
     "Simulation",
     "SyntheticPair",
@@ -87,6 +90,7 @@ def simulate(
     seed: int = 0,
     overconfidence: float = 0.0,
     clairvoyant: bool = False,
+    losses: Sequence[tuple[float, int | None]] = (),
     **knobs: Any,
 ) -> Simulation:
     """Generate in virtual time.
@@ -110,6 +114,9 @@ def simulate(
         0: the draft model's confidences are its chances.
     clairvoyant : bool
         The draft model knows which of its choices is right: a bound, not a strategy.
+    losses : sequence of (float, int or None)
+        Nodes that are lost: when, in seconds, and which: a stage's number, or None for the
+        drafter. ``costs.rebuild_s`` later another one has taken over.
     **knobs
         The strategy's own settings.
 
@@ -139,10 +146,23 @@ def simulate(
     prompt = pair.text(prompt_tokens)
     slots = prompt_tokens + max_new_tokens + SLOTS
     request = Request(0, prompt, max_new_tokens, slots, reads_ahead=True)
-    world = World(request, policy, costs, pair)
+    world = World(request, policy, costs, pair, losses=_checked(losses, len(costs.stages)))
     world.run()
     assert world.finished is not None
     return Simulation(world.tokens, world.origins, world.finished, policy.name, costs, world.trace)
+
+
+def _checked(losses: Sequence[tuple[float, int | None]], stages: int) -> list[Loss]:
+    for loss in losses:
+        match loss:
+            case (float() | int() as at_s, None | int() as node) if 0 <= at_s < math.inf and (
+                node is None or 0 <= node < stages
+            ):
+                continue
+        raise ValueError(
+            f"expected losses as (seconds, stage below {stages} or None), got {loss!r}"
+        )
+    return [Loss(at_s, node) for at_s, node in losses]
 
 
 CHAINS = (1, 2, 4, 6, 8, 12)

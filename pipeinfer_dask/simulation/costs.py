@@ -83,6 +83,8 @@ class Costs:
         Hidden states of one token.
     layers : int
         Decoder layers of each stage: a cancelled run stops at the next one.
+    rebuild_s : float
+        Seconds until a lost node stands again.
     """
 
     stages: tuple[Curve, ...]
@@ -91,12 +93,15 @@ class Costs:
     bandwidth: float = math.inf
     token_bytes: int = 0
     layers: int = 8
+    rebuild_s: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("expected at least one stage, got none")
         if not 0 <= self.hop_s < math.inf:
             raise ValueError(f"expected hop_s of at least 0 seconds, got {self.hop_s!r}")
+        if not 0 <= self.rebuild_s < math.inf:
+            raise ValueError(f"expected rebuild_s of at least 0 seconds, got {self.rebuild_s!r}")
         if not self.bandwidth > 0:
             raise ValueError(f"expected a bandwidth above 0 bytes a second, got {self.bandwidth!r}")
         if not all(isinstance(curve, Curve) for curve in (*self.stages, self.draft)):
@@ -123,6 +128,7 @@ class Costs:
         bandwidth: float = math.inf,
         token_bytes: int = 0,
         layers: int = 8,
+        rebuild_s: float = 1.0,
     ) -> Self:
         """Return the costs of ``stages`` equal stages, relative to the time of one.
 
@@ -139,7 +145,7 @@ class Costs:
             What each further token of a pass adds, as a share of that.
         hop_cost : float
             The latency of a hop, as a share of ``stage_s``.
-        bandwidth, token_bytes, layers
+        bandwidth, token_bytes, layers, rebuild_s
             As the attributes.
         """
         shares = {
@@ -163,6 +169,7 @@ class Costs:
             bandwidth,
             token_bytes,
             layers,
+            rebuild_s,
         )
 
     def hop(self, tokens: int) -> float:

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer_dask.core.machine import Machine
@@ -23,6 +23,8 @@ from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Commit,
     Drafted,
+    DrafterBack,
+    DrafterLost,
     Event,
     Finish,
     Origin,
@@ -30,6 +32,8 @@ from pipeinfer_dask.protocol.messages import (
     RunDone,
     RunTaken,
     Span,
+    StageLost,
+    StagesBack,
     StartDraft,
     StartRun,
     WakeAt,
@@ -61,6 +65,14 @@ class Clock:
             what(*arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The loss of a node, at a time in virtual seconds: a stage by its number, None the drafter."""
+
+    at_s: float
+    node: int | None
+
+
 class World:
     """One request in virtual time.
 
@@ -70,6 +82,8 @@ class World:
     policy : Policy
     costs : Costs
     pair : SyntheticPair
+    losses : sequence of Loss
+        What is lost when; what is lost already is not lost again.
     machine : Machine, optional
         For whoever wants to watch it: of this request, with this policy.
 
@@ -88,6 +102,7 @@ class World:
         costs: Costs,
         pair: SyntheticPair,
         *,
+        losses: Sequence[Loss] = (),
         machine: Machine | None = None,
     ) -> None:
         self.trace = Trace(len(costs.stages))
@@ -96,9 +111,18 @@ class World:
         self.finished: str | None = None
         self._machine = Machine(request, policy) if machine is None else machine
         self._costs = costs
+        self._pair = pair
         self._clock = Clock()
         self._wakes = 0
-        places = Places(pair)
+        self._generation = 0
+        self._stages = self._new_stages()
+        self._drafter = _Drafter(self._clock, costs, pair, self._tell_later)
+        for loss in losses:
+            self._clock.after(loss.at_s, self._lose, loss.node)
+
+    def _new_stages(self) -> list[_Stage]:
+        """Return stages that hold nothing."""
+        places = Places(self._pair)
 
         def pick(passing: _Passing) -> None:
             """Take what has passed the last stage to the client."""
@@ -106,19 +130,19 @@ class World:
             tokens: tuple[int, ...] | None = None
             if not passing.skipped:
                 reached = places.take(run.batch)
-                picked = map(pair.target, reached[len(reached) - run.picks :])
+                picked = map(self._pair.target, reached[len(reached) - run.picks :])
                 tokens = tuple(LEFT_OUT if i in out else token for i, token in enumerate(picked))
             spans = tuple(passing.spans)
             self._tell_later(RunDone(run.request, run.generation, run.run, tokens, spans))
 
         onward = pick
-        self._stages: list[_Stage] = []
-        for index in reversed(range(len(costs.stages))):
+        stages: list[_Stage] = []
+        for index in reversed(range(len(self._costs.stages))):
             taken = self._taken if index == 0 else None
-            stage = _Stage(self._clock, costs, index, onward, taken)
-            self._stages.insert(0, stage)
+            stage = _Stage(self._clock, self._costs, index, onward, taken)
+            stages.insert(0, stage)
             onward = stage.send
-        self._drafter = _Drafter(self._clock, costs, pair, self._tell_later)
+        return stages
 
     def run(self) -> None:
         """Live from the request's begin until nothing happens any more."""
@@ -160,6 +184,39 @@ class World:
     def _taken(self, run: StartRun) -> None:
         self._tell_later(RunTaken(run.request, run.generation, run.run))
 
+    def _lose(self, node: int | None) -> None:
+        """Have a node fall silent; the news takes a hop, and a new one is there after a while."""
+        lost: StageLost | DrafterLost
+        if self.finished is not None:
+            return
+        if node is None:
+            if self._drafter.lost:
+                return
+            self._drafter.lost = True
+            lost = DrafterLost(self._machine.draft_generation, "the drafter")
+        else:
+            if self._stages[node].lost:
+                return
+            self._stages[node].lost = True
+            lost = StageLost(self._machine.generation, f"stage {node}")
+        self._tell_later(lost)
+        rebuilding = self._costs.hop_s + self._costs.rebuild_s
+        self._clock.after(rebuilding, self._rebuild, type(lost), self._stages)
+
+    def _rebuild(self, lost: type[StageLost | DrafterLost], stages: list[_Stage]) -> None:
+        if self.finished is not None:
+            return
+        self._generation += 1
+        if lost is DrafterLost:
+            self._drafter = _Drafter(self._clock, self._costs, self._pair, self._tell_later)
+            self._tell(DrafterBack(self._generation))
+        elif stages is self._stages:
+            # Those that were lost since then are rebuilt along with it.
+            for stage in stages:
+                stage.lost = True
+            self._stages = self._new_stages()
+            self._tell(StagesBack(self._generation))
+
     def _wake(self, wake: int) -> None:
         if wake == self._wakes and self.finished is None:
             self._tell(Woken(self._machine.request.id))
@@ -180,7 +237,13 @@ class _Passing:
 
 
 class _Stage:
-    """Takes one run at a time, in order, and sends it on; the link behind it is its own."""
+    """Takes one run at a time, in order, and sends it on; the link behind it is its own.
+
+    Attributes
+    ----------
+    lost : bool
+        Then it does nothing more.
+    """
 
     def __init__(
         self,
@@ -204,6 +267,7 @@ class _Stage:
         self._cancelled: set[int] = set()
         self._pruned: dict[int, set[int]] = {}
         self._link_free = 0.0
+        self.lost = False
 
     def send(self, passing: _Passing) -> None:
         """Bring a run over the link to here: one message at a time occupies it."""
@@ -212,6 +276,8 @@ class _Stage:
         clock.after(self._link_free - clock.now + self._costs.hop_s, self.arrive, passing)
 
     def arrive(self, passing: _Passing) -> None:
+        if self.lost:
+            return
         self._queue.append(passing)
         self._turn_to_next()
 
@@ -254,7 +320,7 @@ class _Stage:
 
     def _end(self, plan: int) -> None:
         passing = self._computing
-        if plan != self._plans or passing is None:
+        if plan != self._plans or passing is None or self.lost:
             return  # the run was cut short
         self._computing = None
         passing.spans.append(Span(self._began, self._clock.now, self._layers))
@@ -276,6 +342,7 @@ class _Drafter:
         self._cancelled: set[int] = set()
         self._began = 0.0
         self._passes = 0
+        self.lost = False
 
     def start(self, draft: StartDraft) -> None:
         self._began, self._passes = self._clock.now, 0
@@ -286,6 +353,8 @@ class _Drafter:
         self._cancelled.add(command.draft)
 
     def _next_pass(self, expansion: Expansion) -> None:
+        if self.lost:
+            return
         draft = expansion.draft
         step = expansion.next_batch()
         if step is not None and draft.draft not in self._cancelled:

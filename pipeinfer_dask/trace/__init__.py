@@ -1,7 +1,8 @@
 """What happened in one generation: its record, the figures and the story that follow from it."""
 
-from pipeinfer_dask.trace.history import Draft, Fate, Guess, History, Run, Token, Wave
+from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
+from pipeinfer_dask.trace.parts import Draft, Fate, Guess, Run, Token, Wave
 from pipeinfer_dask.trace.record import Trace
 
 __all__ = ["Draft", "Fate", "Guess", "History", "Metrics", "Run", "Token", "Trace", "Wave"]

@@ -7,221 +7,33 @@ a picture can follow a generation that goes on. All times are those of the recor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
     NO_SLOT,
     Batch,
     Begin,
-    CancelReason,
     CancelRuns,
     Command,
     Commit,
     Drafted,
+    DrafterBack,
+    DrafterLost,
     Event,
     Finish,
     Kind,
     Origin,
     Prune,
     RunDone,
-    Span,
+    StageLost,
+    StagesBack,
     StartDraft,
     StartRun,
     Stop,
 )
 from pipeinfer_dask.trace.metrics import Figures, Tally
+from pipeinfer_dask.trace.parts import Draft, Guess, Loss, Run, Token, Wave
 from pipeinfer_dask.trace.record import Trace
-
-
-class Fate(StrEnum):
-    """What a run has come to."""
-
-    PREFILL = "prefill"
-    """It read the prompt."""
-    SINGLE = "single"
-    """It held one token of the text itself: nothing was guessed."""
-    ACCEPTED = "accepted"
-    """It held guesses, and some of them have become text."""
-    REJECTED = "rejected"
-    """It held guesses, and none of them has become text."""
-    CANCELLED = "cancelled"
-    """It was called off: what was left of it was not computed."""
-
-    @property
-    def meaning(self) -> str:
-        """The same in a legend's words."""
-        return _MEANINGS[self]
-
-
-_MEANINGS = {
-    Fate.PREFILL: "reading the prompt",
-    Fate.SINGLE: "one token, nothing guessed",
-    Fate.ACCEPTED: "guesses, some right",
-    Fate.REJECTED: "guesses, all wrong",
-    Fate.CANCELLED: "called off",
-}
-
-
-@dataclass(slots=True, eq=False)
-class Guess:
-    """A token of the tree: of the text, or proposed by the draft model to become text.
-
-    Attributes
-    ----------
-    id : int
-        Counts from 0. A parent's is lower than its children's.
-    token, position : int
-    parent : Guess or None
-    confidence : float
-        What the draft model gave it after its parent; 1 for the text's own.
-    made : float, seconds
-        When it was proposed, or else became known.
-    ahead : int
-        How many places it was ahead of the text then; 0 for the text's own.
-    draft, run : int or None
-        The draft that proposed it, the run that evaluates it on the target.
-    slot : int
-        `NO_SLOT` until a model is to evaluate it.
-    placed : float or None, seconds
-        When its run was started.
-    settled : float or None, seconds
-        When it became text, or could no longer.
-    kept : bool
-        Whether it is text. Of the tokens that are not settled, none is.
-    """
-
-    id: int
-    token: int
-    position: int
-    parent: Guess | None
-    confidence: float
-    made: float
-    ahead: int = 0
-    draft: int | None = None
-    run: int | None = None
-    slot: int = NO_SLOT
-    placed: float | None = None
-    settled: float | None = None
-    kept: bool = False
-    children: list[Guess] = field(default_factory=list)
-
-    @property
-    def ruled_out(self) -> bool:
-        """Whether it can't become text any more."""
-        return self.settled is not None and not self.kept
-
-    def child(self, token: int) -> Guess | None:
-        """Return the guess right below this one that is of a token, if there is one."""
-        for child in self.children:  # there are few, and mostly none
-            if child.token == token:
-                return child
-        return None
-
-    def subtree(self) -> Iterator[Guess]:
-        """Yield this guess and all below it, parents first."""
-        stack = [self]
-        while stack:
-            guess = stack.pop()
-            yield guess
-            stack.extend(reversed(guess.children))
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """A run, from its start to what it came to.
-
-    Attributes
-    ----------
-    id : int
-    kind : Kind
-    tokens : tuple of Guess
-    guesses : tuple of Guess
-        Those tokens of it that were not text when it started.
-    started : float, seconds
-    done : float or None, seconds
-        When its result was back.
-    cancelled : float or None, seconds
-    reason : CancelReason or None
-    spans : tuple of Span
-        Its work on each stage, once it is done.
-    left_out : int
-        Tokens that were pruned on the way.
-    """
-
-    id: int
-    kind: Kind
-    tokens: tuple[Guess, ...]
-    guesses: tuple[Guess, ...]
-    started: float
-    done: float | None = None
-    cancelled: float | None = None
-    reason: CancelReason | None = None
-    spans: tuple[Span, ...] = ()
-    left_out: int = 0
-
-    @property
-    def kept(self) -> int:
-        """Guesses of it that have become text."""
-        return sum(guess.kept for guess in self.guesses)
-
-    @property
-    def fate(self) -> Fate | None:
-        """What it came to; None while that is open."""
-        if self.cancelled is not None:
-            return Fate.CANCELLED
-        if self.kind is Kind.PREFILL:
-            return Fate.PREFILL
-        if not self.guesses:
-            return Fate.SINGLE
-        if any(guess.kept for guess in self.guesses):
-            return Fate.ACCEPTED
-        return Fate.REJECTED if all(guess.settled is not None for guess in self.guesses) else None
-
-
-@dataclass(slots=True, eq=False)
-class Draft:
-    """What the drafter was asked for, and what it gave.
-
-    Attributes
-    ----------
-    id : int
-    started : float, seconds
-    done : float or None, seconds
-    span : Span or None
-        Its work; ``layers`` counts passes of the draft model.
-    guesses : list of Guess
-        What came in time; each has its confidence.
-    late : int
-        Proposals that were of no use any more when they came.
-    """
-
-    id: int
-    started: float
-    done: float | None = None
-    span: Span | None = None
-    guesses: list[Guess] = field(default_factory=list)
-    late: int = 0
-    _known: dict[int, Guess | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token of the text: where it came from, and when."""
-
-    guess: Guess
-    origin: Origin
-    time: float
-
-
-@dataclass(frozen=True, slots=True)
-class Wave:
-    """Runs that were cancelled at once."""
-
-    time: float
-    reason: CancelReason
-    runs: tuple[Run, ...]
 
 
 class History:
@@ -249,6 +61,7 @@ class History:
     placed, settled : list of Guess
         Those that a run was started for; those that became text, or no longer could, in that order.
     waves : list of Wave
+    losses : list of Loss
     layers : list of int, [stages]
         What each stage has, as far as seen.
     tally : Tally
@@ -269,6 +82,7 @@ class History:
         self.placed: list[Guess] = []
         self.settled: list[Guess] = []
         self.waves: list[Wave] = []
+        self.losses: list[Loss] = []
         self.layers = [0] * trace.stages
         self.tally = Tally(trace.stages)
         self.figures: list[Figures] = []
@@ -327,11 +141,17 @@ class History:
                 for token, origin in zip(what.tokens, what.origins, strict=True):
                     self._commit(time, token, origin)
                 self.figures.append(self.tally.figures(time))
+            case StageLost() | DrafterLost():
+                self._lost(time, what)
+            case StagesBack() | DrafterBack():
+                for loss in self.losses:
+                    if loss.back is None and loss.drafter is isinstance(what, DrafterBack):
+                        loss.back = time
             case Stop():
                 self._stopped = True
             case Finish():
                 self.finished = what.reason
-                self._end(time)
+                self._give_up(time)
 
     def _start_run(self, time: float, what: StartRun) -> None:
         nodes = tuple(self._place(time, what.batch))
@@ -339,9 +159,11 @@ class History:
             for node in nodes:
                 self._settle(time, node, kept=True)
             self._root = max(nodes, key=lambda node: node.position)
-        for node in nodes:
+        # What is read anew after a loss was placed before.
+        placed = [node for node in nodes if node.placed is None]
+        for node in placed:
             node.run, node.placed = what.run, time
-        self.placed.extend(nodes)
+        self.placed.extend(placed)
         guesses = tuple(node for node in nodes if node.settled is None)
         self.runs[what.run] = Run(what.run, what.kind, nodes, guesses, time)
 
@@ -390,12 +212,23 @@ class History:
         self._root = kept
         self.tokens.append(Token(kept, origin, time))
 
-    def _end(self, time: float) -> None:
-        """Settle what is open at the end: it stays out of the text."""
-        if self._root is not None:
-            for child in self._root.children:
-                for guess in child.subtree():
-                    self._settle(time, guess, kept=False)
+    def _lost(self, time: float, what: StageLost | DrafterLost) -> None:
+        drafter = isinstance(what, DrafterLost)
+        self.losses.append(Loss(time, what.reason, drafter))
+        # A drafter takes with it what is in no run yet, and its answers.
+        self._give_up(time, in_runs=not drafter)
+        if drafter:
+            for draft in self.drafts.values():
+                draft._known.clear()
+
+    def _give_up(self, time: float, *, in_runs: bool = True) -> None:
+        """Settle what is open: it stays out of the text."""
+        for guess in list(self._root.subtree()) if self._root is not None else ():
+            if guess is not self._root and (in_runs or guess.run is None):
+                self._settle(time, guess, kept=False)
+                assert guess.parent is not None
+                if not guess.parent.ruled_out:
+                    guess.parent.children.remove(guess)
 
     # --- the tree -----------------------------------------------------------------
 

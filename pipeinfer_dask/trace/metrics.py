@@ -14,11 +14,13 @@ from pipeinfer_dask.protocol.messages import (
     Command,
     Commit,
     Drafted,
+    DrafterLost,
     Event,
     Kind,
     Origin,
     RunDone,
     Span,
+    StageLost,
     StartRun,
 )
 
@@ -50,11 +52,15 @@ class Metrics:
     runs : int
         All runs, prefill and cancelled ones included.
     runs_cancelled : int
-        The sum of the next two.
+        The sum of the next three.
     runs_cancelled_invalid : int
         Ruled out by the target's choice.
     runs_cancelled_superfluous : int
         Still in the pipeline at the end of the text.
+    runs_cancelled_lost : int
+        In the pipeline when a stage of it was lost.
+    losses : int
+        How often a stage, a link or the drafter was lost meanwhile.
     stage_utilization : list of float
         For each stage, the share of the time from start to last token that it computed.
     drafter_utilization : float or None
@@ -77,6 +83,8 @@ class Metrics:
     runs_cancelled: int
     runs_cancelled_invalid: int
     runs_cancelled_superfluous: int
+    runs_cancelled_lost: int
+    losses: int
     stage_utilization: list[float]
     drafter_utilization: float | None
     layers_computed: int
@@ -138,7 +146,7 @@ class Tally:
         self.drafting = 0.0
         self._begun = False
         self._times: list[float] = []
-        self._runs = 0
+        self._runs = self._losses = 0
         self._reasons: dict[int, CancelReason] = {}
         self._layers = [0] * stages
         self._spared = [0] * stages  # cancelled runs that have passed each stage
@@ -160,6 +168,8 @@ class Tally:
                 self._started(what)
             case Commit():
                 self._committed(time, what)
+            case StageLost() | DrafterLost():
+                self._losses += 1
             case CancelRuns():
                 self._reasons.update(dict.fromkeys(what.runs, what.reason))
             case RunDone():
@@ -237,6 +247,8 @@ class Tally:
             runs_cancelled=len(reasons),
             runs_cancelled_invalid=reasons.count(CancelReason.INVALID),
             runs_cancelled_superfluous=reasons.count(CancelReason.SUPERFLUOUS),
+            runs_cancelled_lost=reasons.count(CancelReason.LOST),
+            losses=self._losses,
             stage_utilization=shares[:-1],
             drafter_utilization=shares[-1] if self._drafts else None,
             layers_computed=self.computed,

@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeinfer_dask.trace.history import History, Run
+from pipeinfer_dask.trace.history import History
+from pipeinfer_dask.trace.parts import Run
 from pipeinfer_dask.trace.record import Trace
 from pipeinfer_dask.trace.tables import Work, node_name, work_of
 
@@ -51,6 +52,10 @@ def trace_events(trace: Trace) -> Iterator[dict[str, Any]]:
     for wave in history.waves:
         args = {"runs": str([run.id for run in wave.runs])}
         yield _event("i", f"cancel ({wave.reason})", HEAD, ts=at(wave.time), s="p", args=args)
+    for loss in history.losses:
+        yield _event("i", f"lost: {loss.reason}", HEAD, ts=at(loss.time), s="g")
+        if loss.back is not None:
+            yield _event("i", "back", HEAD, ts=at(loss.back), s="g")
 
 
 def _slice(trace: Trace, work: Work, at: Callable[[float], float]) -> dict[str, Any]:

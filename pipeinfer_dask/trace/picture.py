@@ -14,8 +14,9 @@ from html import escape
 from typing import NamedTuple
 
 from pipeinfer_dask.protocol.messages import Origin
-from pipeinfer_dask.trace.history import Fate, History, Run
+from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
+from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
 from pipeinfer_dask.trace.tables import node_name, window, work_of
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pipeinfer_dask.protocol.messages import Span
-from pipeinfer_dask.trace.history import Draft, History, Run
+from pipeinfer_dask.trace.history import History
+from pipeinfer_dask.trace.parts import Draft, Run
 from pipeinfer_dask.trace.record import Trace
 
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from pipeinfer_dask.policies import Adaptive, Iterative, PipeInfer, Policy, Speculative
+from pipeinfer_dask.protocol.messages import Begin, CancelReason, Kind, StartRun
 from tests.core.world import World, plain_text
 
 POLICIES: dict[str, Policy] = {
@@ -104,6 +105,23 @@ class AnyOrder(RuleBasedStateMachine):
         if sure == 0:
             self.world.stop()
 
+    @precondition(lambda self: self.world.finished is None and not self.world.lost_stages)
+    @rule(sure=st.integers(0, 3))
+    def a_stage_is_lost(self, sure: int) -> None:
+        if sure == 0:
+            self.world.lose_stages()
+
+    @precondition(lambda self: self.world.finished is None and not self.world.lost_drafter)
+    @rule(sure=st.integers(0, 3))
+    def the_drafter_is_lost(self, sure: int) -> None:
+        if sure == 0:
+            self.world.lose_drafter()
+
+    @precondition(lambda self: self.world.finished is None)
+    @rule()
+    def old_news_comes_again(self) -> None:
+        self.world.old_news()
+
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.run()
@@ -144,3 +162,70 @@ def test_every_policy_gives_the_plain_text(name: str, quality: float, stages: in
         world.run(order.randrange)
         world.check_end()
         assert tuple(world.tokens) == plain_text((1, 2, 3), 40)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("quality", [0.3, 0.9])
+def test_losses_leave_the_text_as_it_is(name: str, quality: float) -> None:
+    for seed in range(6):
+        order = random.Random(seed)
+        world = World(fresh(name), quality=quality, max_new_tokens=40, spare=60)
+        while moves := world.moves():
+            order.choice(moves)()
+            if world.finished is None and order.random() < 0.03 and not world.lost_stages:
+                world.lose_stages()
+            if world.finished is None and order.random() < 0.03 and not world.lost_drafter:
+                world.lose_drafter()
+        world.check_end()
+        assert tuple(world.tokens) == plain_text((1, 2, 3), 40)
+        assert world.losses > 0
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_the_target_never_waits_for_a_lost_drafter(name: str) -> None:
+    world = World(fresh(name), quality=0.9, max_new_tokens=30, spare=60)
+    order = random.Random(1)
+    for _ in range(60):
+        order.choice(world.moves())()
+    world.lose_drafter()
+    while moves := [move for move in world.moves() if move != world.rebuild_drafter]:
+        order.choice(moves)()
+    world.check_end()
+
+
+def test_a_text_is_read_anew_in_chunks_and_nothing_of_it_is_lost() -> None:
+    world = World(fresh("adaptive"), quality=0.9, max_new_tokens=20, spare=60)
+    while len(world.tokens) < 7:
+        world.moves()[-1]()
+    text = (*world.request.prompt, *world.tokens)
+    world.lose_stages()
+    before = len(world.commands)
+    world.run()
+    world.check_end()
+    read = [run for run in world.commands[before:] if isinstance(run, StartRun)]
+    again = [run.batch for run in read if run.kind is Kind.PREFILL]
+    assert tuple(token for batch in again for token in batch.tokens) == text
+    assert {len(batch) for batch in again[:-1]} == {world.request.prefill_chunk}
+    assert {run.generation for run in read} == {1}
+
+
+def test_a_request_that_begins_while_a_stage_is_lost_waits_for_it() -> None:
+    world = World(fresh("iterative"), begun=False)
+    world.lose_stages()
+    world.tell(Begin(0))
+    assert not world.commands
+    world.run()
+    world.check_end()
+
+
+def test_a_lost_run_is_a_cancelled_one() -> None:
+    world = World(fresh("not cancelling"), quality=0.9, max_new_tokens=20, spare=60)
+    while len(world.machine.runs) < 2:
+        world.moves()[-1]()
+    runs = list(world.machine.runs.values())
+    world.lose_stages()
+    assert all(run.cancelled() and run.reason is CancelReason.LOST for run in runs)
+    assert not world.machine.runs
+    world.run()
+    world.check_end()
+    assert world.trace.metrics().runs_cancelled_lost == len(runs)

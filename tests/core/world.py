@@ -12,12 +12,15 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 
+from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import (
+    AWAY,
     LEFT_OUT,
     NO_PARENT,
+    NO_SLOT,
     Batch,
     Begin,
     CancelDraft,
@@ -25,12 +28,16 @@ from pipeinfer_dask.protocol.messages import (
     Command,
     Commit,
     Drafted,
+    DrafterBack,
+    DrafterLost,
     Event,
     Finish,
     Origin,
     Prune,
     RunDone,
     RunTaken,
+    StageLost,
+    StagesBack,
     StartDraft,
     StartRun,
     Stop,
@@ -114,6 +121,7 @@ class World:
         shares_cores: bool = False,
         end_tokens: frozenset[int] = frozenset(),
         stop: Path = (),
+        begun: bool = True,
     ) -> None:
         self.request = Request(
             0,
@@ -130,16 +138,16 @@ class World:
         self.heard: list[int] = []
         self.machine = Machine(self.request, policy, stops=self._stops if stop else None)
         self.quality = quality
-        self.stages = [Cache() for _ in range(stages)]
-        self.queues: list[deque[Queued]] = [deque() for _ in range(stages)]
-        self.cancelled: list[set[int]] = [set() for _ in range(stages)]
-        self.pending_cancels: list[deque[int]] = [deque() for _ in range(stages)]
-        self.pruned: list[dict[int, set[int]]] = [{} for _ in range(stages)]
-        self.pending_prunes: list[deque[Prune]] = [deque() for _ in range(stages)]
+        self.generations = 0
+        self.lost_stages = self.lost_drafter = False
+        self.losses = 0
+        self.count = stages
+        self.build_stages()
         self.left_out = 0
         self.wanted_wake = False
-        self.taken: deque[int] = deque()
+        self.taken: deque[RunTaken] = deque()
         self.done: deque[RunDone] = deque()
+        self.answers: deque[Drafted] = deque()
         self.draft_cache = Cache()
         self.draft: Expansion | None = None
         self.draft_cancelled = False
@@ -151,11 +159,21 @@ class World:
         self.skipped = 0
         self.finished: str | None = None
         self.trace = Trace(stages)
-        self.tell(Begin(0))
+        if begun:
+            self.tell(Begin(0))
 
     def _stops(self, token: int) -> bool:
         self.heard.append(token)
         return tuple(self.heard[-len(self.stop_tokens) :]) == self.stop_tokens
+
+    def build_stages(self) -> None:
+        """Set up stages that hold nothing."""
+        self.stages = [Cache() for _ in range(self.count)]
+        self.queues: list[deque[Queued]] = [deque() for _ in range(self.count)]
+        self.cancelled: list[set[int]] = [set() for _ in range(self.count)]
+        self.pending_cancels: list[deque[int]] = [deque() for _ in range(self.count)]
+        self.pruned: list[dict[int, set[int]]] = [{} for _ in range(self.count)]
+        self.pending_prunes: list[deque[Prune]] = [deque() for _ in range(self.count)]
 
     # --- driving ------------------------------------------------------------------
 
@@ -164,13 +182,17 @@ class World:
         for command in self.machine.handle(event):
             self.trace.add(0.0, command)
             self._carry_out(command)
-        self.machine.validate()
+        validate(self.machine)
 
     def _carry_out(self, command: Command) -> None:
         assert self.finished is None, "a command behind the end"
+        if isinstance(command, CancelRuns | Prune) and self.lost_stages:
+            return  # to stages of which some are gone, and the others hear of it otherwise
         self.commands.append(command)
         match command:
             case StartRun():
+                assert not self.lost_stages, "a run for nobody"
+                assert command.generation == self.machine.generation
                 assert command.sampling is self.request.sampling
                 self.queues[0].append((command, False, frozenset()))
             case CancelRuns():
@@ -182,6 +204,7 @@ class World:
             case WakeAt():
                 self.wanted_wake = True
             case StartDraft():
+                assert not self.lost_drafter, "a draft for nobody"
                 assert self.draft is None, "two drafts at once"
                 assert command.sampling is self.request.sampling
                 self.draft = expansion_of(command)
@@ -208,17 +231,73 @@ class World:
         if self.wanted_wake:
             moves.append(self.wake)
         if self.taken:
-            moves.append(lambda: self.tell(RunTaken(0, 0, self.taken.popleft())))
+            moves.append(lambda: self.tell(self.taken.popleft()))
         if self.done:
             moves.append(lambda: self.tell(self.done.popleft()))
         if self.draft is not None:
             moves.append(self.draft_step)
+        if self.answers:
+            moves.append(lambda: self.tell(self.answers.popleft()))
+        if self.lost_stages:
+            moves.append(self.rebuild_stages)
+        if self.lost_drafter:
+            moves.append(self.rebuild_drafter)
         return moves
+
+    def lose_stages(self) -> None:
+        """Lose a stage; what had come out before may still be on its way to the head."""
+        self.losses += 1
+        self.lost_stages = True
+        self.queues = [deque() for _ in self.queues]
+        self.pending_cancels = [deque() for _ in self.queues]
+        self.pending_prunes = [deque() for _ in self.queues]
+        self.tell(StageLost(self.machine.generation))
+
+    def rebuild_stages(self) -> None:
+        self.lost_stages = False
+        self.generations += 1
+        self.build_stages()
+        self.tell(StagesBack(self.generations))
+
+    def lose_drafter(self) -> None:
+        self.losses += 1
+        self.lost_drafter = True
+        self.draft = None
+        self.tell(DrafterLost(self.machine.draft_generation))
+
+    def rebuild_drafter(self) -> None:
+        self.lost_drafter = False
+        self.generations += 1
+        self.draft_cache = Cache()
+        self.tell(DrafterBack(self.generations))
+
+    def old_news(self) -> None:
+        """Have the machine hear what it has heard before, or what is long over."""
+        stale, lost = (
+            self.machine.stale,
+            AWAY
+            in (
+                self.machine.generation,
+                self.machine.draft_generation,
+            ),
+        )
+        for old in range(self.generations + 1):
+            events: list[Event] = []
+            if old != self.machine.generation:
+                events += [StageLost(old), RunTaken(0, old, 0), RunDone(0, old, 0, (1,))]
+            if old != self.machine.draft_generation:
+                events += [DrafterLost(old), Drafted(0, old, 0, (), ())]
+            if not lost:
+                events += [StagesBack(old), DrafterBack(old)]
+            for event in events:
+                stale += 1
+                assert not self.machine.handle(event)
+                assert self.machine.stale == stale
 
     def compute(self, i: int) -> None:
         run, skipped, out = self.queues[i].popleft()
         if i == 0:
-            self.taken.append(run.run)
+            self.taken.append(RunTaken(0, run.generation, run.run))
         skipped = skipped or run.run in self.cancelled[i]
         out |= self.pruned[i].get(run.run, set())
         kept = [place for place in range(len(run.batch)) if place not in out]
@@ -239,9 +318,9 @@ class World:
         picked = tuple(target_token(paths[p]) if p in paths else LEFT_OUT for p in places)
         logprobs = tuple(log_probability(paths[p]) if p in paths else None for p in places)
         if skipped:
-            self.done.append(RunDone(0, 0, run.run, None))
+            self.done.append(RunDone(0, run.generation, run.run, None))
         else:
-            self.done.append(RunDone(0, 0, run.run, picked, logprobs=logprobs))
+            self.done.append(RunDone(0, run.generation, run.run, picked, logprobs=logprobs))
 
     def hear_cancel(self, i: int) -> None:
         self.cancelled[i].add(self.pending_cancels[i].popleft())
@@ -262,7 +341,8 @@ class World:
         if step is None:
             self.draft = None
             start = draft.draft
-            self.tell(Drafted(0, 0, start.draft, tuple(draft.proposals), tuple(draft.evaluated)))
+            proposals, evaluated = tuple(draft.proposals), tuple(draft.evaluated)
+            self.answers.append(Drafted(0, start.generation, start.draft, proposals, evaluated))
             return
         batch, frontier = step
         paths = self.draft_cache.write(batch)
@@ -313,6 +393,12 @@ class World:
         begun = range(len(self.request.prompt), len(whole))
         assert self.logprobs == [log_probability(whole[:i]) for i in begun]
         assert not self.machine.runs and not self.machine.drafting
+        assert self.machine.tree.slots.taken() == {
+            node.slot
+            for node in (*self.machine.tree.committed(), *self.machine.tree.speculation())
+            if node.slot != NO_SLOT
+        }
         metrics = self.trace.metrics()
+        assert metrics.losses == self.losses
         assert metrics.accepted_tokens <= metrics.drafted_tokens
         assert metrics.generated_tokens == len(self.tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.core.drafts import ProtocolError
+from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.policies import Adaptive
 from pipeinfer_dask.protocol.messages import (
@@ -45,7 +46,7 @@ class Pipeline:
     def tell(self, event: Any, now: float | None = None) -> list[Command]:
         self.now = self.now if now is None else now
         new = self.machine.handle(event, self.now)
-        self.machine.validate()
+        validate(self.machine)
         self.commands.extend(new)
         return new
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.policies import PipeInfer, Policy, make_policy
 from pipeinfer_dask.protocol.messages import (
@@ -40,7 +41,7 @@ class Pipeline:
 
     def tell(self, event: Any) -> list[Command]:
         new = self.machine.handle(event)
-        self.machine.validate()
+        validate(self.machine)
         self.commands.extend(new)
         for command in new:
             if isinstance(command, StartRun):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.policies import Adaptive
 from pipeinfer_dask.protocol.messages import Drafted, Event, Origin
 from tests.core.world import World
@@ -30,7 +31,7 @@ class Shared(World):
             self.drafted.append(len(event.proposals))
         for command in self.machine.handle(event, self.clock):
             self._carry_out(command)
-        self.machine.validate()
+        validate(self.machine)
         if not self.machine.prefilling:
             self.most = max(self.most, len(self.machine.runs))
             self.together += bool(self.machine.runs) and self.machine.drafting

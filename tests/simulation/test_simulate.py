@@ -10,7 +10,14 @@ import pytest
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.policies import Adaptive
-from pipeinfer_dask.protocol.messages import CancelRuns, Commit, RunDone, StartRun
+from pipeinfer_dask.protocol.messages import (
+    CancelRuns,
+    Commit,
+    DrafterLost,
+    RunDone,
+    StageLost,
+    StartRun,
+)
 from pipeinfer_dask.simulation import CHAINS, Costs, SyntheticPair, best_chain, simulate
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [
@@ -242,6 +249,45 @@ def test_pruning_leaves_out_tokens_and_saves_time() -> None:
     assert (ours.metrics.tokens_per_s or 0) > (whole.metrics.tokens_per_s or 0)
 
 
+@pytest.mark.parametrize(("strategy", "knobs"), STRATEGIES)
+def test_losses_cost_time_and_nothing_of_the_text(strategy: str, knobs: dict[str, Any]) -> None:
+    losses: list[tuple[float, int | None]] = [
+        *((0.1, 1), (1.3, None), (2.0, 2), (2.05, 0), (2.4, None), (2.9, 2), (6.0, 1)),
+    ]
+    result = simulate(
+        strategy, stages=3, acceptance=0.79, max_new_tokens=80, seed=7, losses=losses, **knobs
+    )
+    assert result.token_ids == list(SyntheticPair(0.79, 7).text(96)[16:])
+    whole = simulate(strategy, stages=3, acceptance=0.79, max_new_tokens=80, seed=7, **knobs)
+    times = [time for time, what in result.trace if isinstance(what, Commit)]
+    assert times[-1] > [time for time, what in whole.trace if isinstance(what, Commit)][-1] + 2.0
+    assert (
+        result.metrics.losses
+        == sum(isinstance(w, StageLost | DrafterLost) for _, w in result.trace)
+        >= 5
+    )
+    assert result.metrics.generated_tokens == 80
+
+
+def test_a_lost_stage_takes_a_hop_to_be_noticed_and_then_the_time_to_rebuild_it() -> None:
+    costs = Costs.even(2, stage_s=1.0, hop_cost=0.25, rebuild_s=10.0)
+    result = simulate(
+        "iterative", costs=costs, prompt_tokens=1, max_new_tokens=3, losses=[(4.0, 1)]
+    )
+    commits = [time for time, what in result.trace if isinstance(what, Commit)]
+    # a token takes 2.75 s; the second one is lost on its way, and both are read anew
+    back = 4.0 + 0.25 + 10.0
+    read = 2 * 1.05 + 0.75
+    assert commits == pytest.approx([2.75, back + read, back + read + 2.75])
+
+
+def test_the_loss_of_a_drafter_never_stops_the_text() -> None:
+    costs = Costs.even(4, rebuild_s=100.0)
+    result = simulate("speculative", costs=costs, max_new_tokens=50, losses=[(1.0, None)])
+    plain = simulate("iterative", costs=costs, max_new_tokens=50)
+    assert result.trace.records[-1][0] <= plain.trace.records[-1][0] + 1.0
+
+
 def test_a_trace_holds_what_a_real_one_holds() -> None:
     trace = simulate("adaptive", max_new_tokens=20).trace
     kinds = {type(what) for _, what in trace}
@@ -270,6 +316,12 @@ def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
         ({"max_new_tokens": 0}, "expected max_new_tokens as a whole number of at least 1"),
         ({"prompt_tokens": 1.5}, "expected prompt_tokens as a whole number"),
         ({"acceptance": -0.1}, "expected an acceptance from 0 to 1"),
+        (
+            {"losses": [(1.0, 8)]},
+            "losses as .seconds, stage below 8 or None., got .1.0, 8.",
+        ),
+        ({"losses": [(-1.0, 1)]}, "expected losses as"),
+        ({"losses": [5]}, "expected losses as"),
         ({"strategy": "fast"}, "unknown strategy 'fast'"),
         ({"k": 3}, "'adaptive' has no knob 'k'"),
         ({"strategy": Adaptive(), "ramp": 2}, "expected knobs or a policy of your own, got both"),

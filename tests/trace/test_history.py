@@ -20,7 +20,7 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation import Costs, SyntheticPair, simulate
-from pipeinfer_dask.simulation.world import World
+from pipeinfer_dask.simulation.world import Loss, World
 from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [
@@ -68,14 +68,20 @@ class WatchedMachine(Machine):
 @pytest.mark.parametrize(("strategy", "knobs"), STRATEGIES)
 @pytest.mark.parametrize("acceptance", [0.5, 0.9])
 @pytest.mark.parametrize("stages", [1, 4])
+@pytest.mark.parametrize("lossy", [False, True], ids=["", "with losses"])
 def test_the_tree_of_the_story_is_the_machines_own_after_every_event(
-    strategy: str, knobs: dict[str, Any], acceptance: float, stages: int
+    strategy: str, knobs: dict[str, Any], acceptance: float, stages: int, lossy: bool
 ) -> None:
     pair = SyntheticPair(acceptance, 3)
     request = Request(0, pair.text(40), 60, 2000, prefill_chunk=16, reads_ahead=True)
     machine = WatchedMachine(request, make_policy(strategy, **knobs))
-    world = World(request, machine.policy, Costs.even(stages), pair, machine=machine)
+    costs = Costs.even(stages, rebuild_s=0.3)
+    losses = [Loss(0.5, 0), Loss(0.6, None), Loss(1.2, stages - 1)] if lossy else []
+    world = World(request, machine.policy, costs, pair, losses=losses, machine=machine)
     world.run()
+    assert [(loss.drafter, loss.back is not None) for loss in machine.story.losses] == [
+        *((False, True), (True, True), (False, True))[: len(losses)]
+    ]
     assert [token.guess.token for token in machine.story.tokens] == world.tokens
     assert [token.origin for token in machine.story.tokens] == world.origins
     assert machine.story.finished == "length"
@@ -104,8 +110,12 @@ def outline(story: History) -> list[object]:
 
 
 @pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer", "adaptive"])
-def test_every_run_has_a_fate_and_every_guess_is_settled_in_the_end(strategy: str) -> None:
-    story = History(simulate(strategy, stages=4, acceptance=0.6, max_new_tokens=80).trace)
+@pytest.mark.parametrize("losses", [[], [(1.0, 2), (2.1, None)]], ids=["", "with losses"])
+def test_every_run_has_a_fate_and_every_guess_is_settled_in_the_end(
+    strategy: str, losses: list[tuple[float, int | None]]
+) -> None:
+    world: dict[str, Any] = {"stages": 4, "acceptance": 0.6, "max_new_tokens": 80}
+    story = History(simulate(strategy, losses=losses, **world).trace)
     assert all(run.fate is not None for run in story.runs.values())
     assert len(story.settled) == len(story.guesses)
     assert len({guess.id for guess in story.settled}) == len(story.guesses)
@@ -120,6 +130,20 @@ def test_what_is_called_off_is_told_from_what_was_wrong() -> None:
     unstopped = simulate("pipeinfer", stages=4, acceptance=0.6, cancellation=False).trace
     fates = {run.fate for run in History(unstopped).runs.values()}
     assert fates == {Fate.PREFILL, Fate.SINGLE, Fate.ACCEPTED, Fate.REJECTED}
+
+
+def test_losses_are_told_with_their_reason_and_when_the_node_was_back() -> None:
+    costs = Costs.even(3, rebuild_s=2.0)
+    trace = simulate("adaptive", costs=costs, losses=[(1.0, 1), (2.5, None)]).trace
+    stage, drafter = History(trace).losses
+    assert (stage.reason, stage.drafter, drafter.reason, drafter.drafter) == (
+        *("stage 1", False),
+        *("the drafter", True),
+    )
+    assert stage.back == pytest.approx(stage.time + 2.0)
+    assert drafter.back == pytest.approx(drafter.time + 2.0)
+    reasons = {wave.reason for wave in History(trace).waves}
+    assert reasons == {CancelReason.INVALID, CancelReason.LOST}
 
 
 def test_waves_name_the_runs_that_they_cancel_and_what_that_saves() -> None:
