@@ -213,7 +213,7 @@ class Generation:
         deadline = inf if timeout is None else monotonic() + timeout
         with self._cancelling(KeyboardInterrupt):
             while not self.done():
-                # Not the future's own wait: an interrupt just before the thread sleeps wakes nobody.
+                # Not the future's own wait: an interrupt just before it sleeps wakes nobody.
                 left = deadline - monotonic()
                 if left <= 0:
                     raise TimeoutError(f"no result after {timeout:g} s; the generation goes on")
