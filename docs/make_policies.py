@@ -2,7 +2,7 @@
 
     pipeinfer bench policies > policies.json
     pipeinfer bench ablation > ablation.json
-    python docs/make_policies.py policies.json ablation.json
+    python -m docs.make_policies policies.json ablation.json
 
 Each file's last line is the benchmark's JSON object. Needs ``pip install -e '.[docs]'``.
 """
@@ -10,9 +10,7 @@ Each file's last line is the benchmark's JSON object. Needs ``pip install -e '.[
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+
+from docs.tables import fill, table
 
 HERE = Path(__file__).parent
 COLUMNS = (
@@ -38,11 +38,6 @@ STYLES = {  # markers too: never by colour alone
     "pipeinfer": ("tab:blue", "^"),
     "adaptive": ("tab:green", "D"),
 }
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def policies_table(report: dict[str, Any]) -> str:
@@ -123,8 +118,7 @@ def main(policies: str, ablation: str) -> None:
     page = HERE / "policies.md"
     text = page.read_text()
     for name, part in parts.items():
-        marked = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(marked, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.S)
+        text = fill(text, name, part)
     page.write_text(text)
     picture(reports[0], HERE / "images" / "policies.svg")
 

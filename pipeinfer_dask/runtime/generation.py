@@ -293,6 +293,7 @@ class Generation:
     # --- for the head -----------------------------------------------------------------
 
     def begin(self) -> None:
+        """Note that the head has turned to it."""
         self._status = "running"
 
     def record(self, time: float, what: Event | Command) -> None:
@@ -314,6 +315,7 @@ class Generation:
         self._notify()
 
     def finish(self, reason: str) -> None:
+        """Set the result: no token comes any more."""
         with self._changed:
             if (rest := self._stream.flush()) and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
@@ -335,6 +337,7 @@ class Generation:
         self._notify()
 
     def fail(self, error: BaseException) -> None:
+        """Let whoever waits have the text so far, as a `GenerationInterrupted`."""
         with self._changed:
             self._status = "failed"
             interrupted = GenerationInterrupted(str(error), self.text, self.token_ids)

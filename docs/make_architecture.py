@@ -1,0 +1,205 @@
+"""Fills the tables of docs/design/architecture.md from the code.
+
+    python -m docs.make_architecture
+
+A test makes them again, and fails where the page is stale. Line counts are rounded, and stand until
+they are off by more than a tenth: else every change would change the page.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pipeinfer_dask
+from docs.tables import fill, table
+from pipeinfer_dask.protocol import messages
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "design" / "architecture.md"
+PACKAGE = ROOT / "pipeinfer_dask"
+
+PACKAGES = {
+    "protocol": "the words that all parts share: events, commands, requests, sampling settings",
+    "core": "what must hold whatever is chosen: the machine, the token tree, slots, runs",
+    "drafting": "how guesses grow into a tree; guesses without a model",
+    "policies": "what to run and what to draft next, and what is learnt for it",
+    "trace": "what happened: the record, and figures, stories, files and pictures made of it",
+    "simulation": "the same machine in virtual time",
+    "models": "what computes: shards, KV caches, checkpoints, devices, the embedded pair",
+    "testing": "synthetic pairs whose agreement is set by a dial",
+    "runtime": "what carries: links, threads, workers, memory checks, the head",
+    "engine": "what users call from Python",
+    "terminal": "a generation in a terminal",
+    "timeline": "a trace as a picture of characters",
+    "hpc": "engines on job queues",
+    "widgets": "live views for notebooks",
+    "bench": "benchmarks, a module for each suite",
+    "cli": "what users call from a shell",
+}
+"""In the order in which imports may run: a package imports from those above it."""
+
+
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "-"
+
+
+# --- the machine ------------------------------------------------------------------
+
+
+class Calls:
+    """Which commands each function of the core may lead to, by the names that it calls."""
+
+    def __init__(self) -> None:
+        self.commands = {kind.__name__ for kind in messages.Command.__args__}
+        self.functions: dict[str, list[ast.FunctionDef]] = {}
+        for path in sorted((PACKAGE / "core").glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    self.functions.setdefault(node.name, []).append(node)
+
+    def reached(self, nodes: Iterable[ast.AST], seen: set[str] | None = None) -> set[str]:
+        """Return the commands that are made in these nodes, or in what they call."""
+        seen = set() if seen is None else seen
+        found = set()
+        for node in (inner for outer in nodes for inner in ast.walk(outer)):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            if name in self.commands:
+                found.add(name)
+            elif name in self.functions and name not in seen:
+                seen.add(name)
+                found |= self.reached(self.functions[name], seen)
+        return found
+
+    def in_order(self, names: set[str]) -> list[str]:
+        return [kind.__name__ for kind in messages.Command.__args__ if kind.__name__ in names]
+
+
+def machine_table() -> str:
+    """Return what the machine does about each event, as it stands in `Machine.handle`."""
+    calls = Calls()
+    (handle,) = calls.functions["handle"]
+    rows: list[list[str]] = []
+    for statement in handle.body:
+        if isinstance(statement, ast.Match):
+            for case in statement.cases:
+                events = re.findall(r"(\w+)\(\)", ast.unparse(case.pattern))
+                state = f"`{ast.unparse(case.guard)}`" if case.guard is not None else "any"
+                rows.append([code(events), state, *does(case.body, calls)])
+        elif isinstance(statement, ast.If):
+            rows += branches(statement, calls)
+    return table(["event", "state", "what is done", "commands it may lead to"], rows)
+
+
+def branches(statement: ast.If, calls: Calls) -> Iterator[list[str]]:
+    """Yield a row for each branch of a condition that stands outside the events."""
+    condition = f"`{ast.unparse(statement.test)}`"
+    leaves = isinstance(statement.body[-1], ast.Return)
+    yield ["before any" if leaves else "after each", condition, *does(statement.body, calls)]
+    for other in statement.orelse:
+        if isinstance(other, ast.If):
+            yield from branches(other, calls)
+
+
+def does(body: Sequence[ast.stmt], calls: Calls) -> tuple[str, str]:
+    """Return which methods of its own the machine calls, and what may come of it."""
+    own: dict[str, None] = {}
+    for node in (inner for statement in body for inner in ast.walk(statement)):
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
+            own[f"{node.target.attr} {OPERATORS.get(type(node.op), '')}= 1"] = None
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            target = ast.unparse(node.func)
+            if target.startswith("self."):
+                own[target.removeprefix("self.")] = None
+    return code(own), code(calls.in_order(calls.reached(body)))
+
+
+OPERATORS = {ast.Add: "+", ast.Sub: "-"}
+
+
+def messages_table(kinds: Iterable[type]) -> str:
+    """Return events or commands, with the first sentence of what they say of themselves."""
+    return table(
+        ["name", "meaning", "fields"],
+        ([f"`{kind.__name__}`", summary(kind), code(kind.__annotations__)] for kind in kinds),
+    )
+
+
+def summary(thing: object) -> str:
+    """Return the first paragraph of a docstring."""
+    return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+
+
+# --- packages ---------------------------------------------------------------------
+
+
+def modules(package: str) -> list[Path]:
+    """Return the modules of a package, or the one module of that name."""
+    folder = PACKAGE / package
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def there() -> list[str]:
+    return [name for name in PACKAGES if all(path.is_file() for path in modules(name))]
+
+
+def lines(package: str) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in modules(package))
+
+
+def imports(package: str) -> list[str]:
+    """Return the packages that one imports from, in their order."""
+    found = set()
+    for path in modules(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                parts = node.module.split(".")
+                # `from pipeinfer_dask import x`: x is a package, or a public name
+                names = [alias.name for alias in node.names] if len(parts) == 1 else parts[1:2]
+                found |= set(names) if parts[0] == PACKAGE.name else set()
+    return [name for name in PACKAGES if name in found - {package}]
+
+
+def packages_table(shown: str) -> str:
+    """Return the packages; a line count that the page shows stays while it is about right."""
+    said = {name: int(count) for name, count in re.findall(r"^\| `(\w+)` \| (\d+) \|", shown, re.M)}
+    rows = []
+    for name in there():
+        count = lines(name)
+        if abs(said.get(name, 0) - count) > max(50, count / 10):
+            said[name] = max(50, round(count, -2))
+        rows.append([f"`{name}`", said[name], PACKAGES[name], code(imports(name))])
+    return table(["package", "lines, about", "what it is for", "imports from"], rows)
+
+
+def names_table() -> str:
+    """Return the public names, where they live, and what they say of themselves."""
+    rows = []
+    for name in pipeinfer_dask.__all__:
+        thing = getattr(pipeinfer_dask, name)
+        rows.append([f"`pi.{name}`", f"`{thing.__module__}`", summary(thing)])
+    return table(["name", "home", "what for"], rows)
+
+
+def filled(page: str) -> str:
+    """Return the page with its tables made anew."""
+    parts = {
+        "machine": machine_table(),
+        "events": messages_table(messages.Event.__args__),
+        "commands": messages_table(messages.Command.__args__),
+        "packages": packages_table(page),
+        "names": names_table(),
+    }
+    for name, part in parts.items():
+        page = fill(page, name, part)
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,25 @@
+"""The code blocks of a Markdown page: what language each is in, and where it stands."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+FENCE = re.compile(
+    r"^(?P<fence>`{3,}|:{3,})(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)\s*$", re.M | re.S
+)
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    line: int
+    """Of its first line of code, from 1."""
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(found["language"].strip(), found["code"], text[: found.start("code")].count("\n") + 1)
+        for found in FENCE.finditer(text)
+    ]
