@@ -19,12 +19,14 @@ class Flight:
         In the order in which they were started, the cancelled ones too.
     waiting : set of int
         Runs that the first stage has not turned to yet.
+    stages : int
+        Of the pipeline, as far as runs have told.
     """
 
     def __init__(self) -> None:
         self.runs: dict[int, RunFuture] = {}
         self.waiting: set[int] = set()
-        self._stages = 1
+        self.stages = 1
         self._started = 0
 
     @property
@@ -33,7 +35,7 @@ class Flight:
 
         More than two for each stage are queueing somewhere: before a slow stage, or a slow link.
         """
-        return not self.waiting and len(self.runs) <= 2 * self._stages + 2
+        return not self.waiting and len(self.runs) <= 2 * self.stages + 2
 
     def start(self, kind: Kind, nodes: Sequence[Node], picks: int, now: float) -> RunFuture:
         """Return a new run of these nodes, parents first."""
@@ -64,7 +66,7 @@ class Flight:
         if run is None:
             raise ProtocolError(f"run {number} is not in flight")
         self.waiting.discard(number)
-        self._stages = max(self._stages, stages)
+        self.stages = max(self.stages, stages)
         return run
 
     def cancel(self, runs: Sequence[RunFuture], reason: CancelReason) -> tuple[int, ...]:

@@ -31,7 +31,6 @@ from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, Tree, batch_of
 from pipeinfer_dask.protocol.messages import (
     AWAY,
-    NO_SLOT,
     Begin,
     CancelDraft,
     CancelReason,
@@ -91,6 +90,10 @@ class Machine:
         Why the text ended: "length", "end_token", "stop_string" or "stopped".
     stale : int
         Events dropped because they belong to another request or generation.
+    sharers : int
+        Requests that share the pipeline, this one included; see `Sharing`.
+    may_run, may_draft : bool
+        Whether it is this request's turn. A run uses a turn up, where there are others.
     """
 
     def __init__(
@@ -111,9 +114,11 @@ class Machine:
         self.finished: str | None = None
         self.stale = 0
         self.now = 0.0
+        self.sharers = 1
+        self.may_run = self.may_draft = True
         self._ending = Ending(request, stops)
         self._how = request.sampling, request.cache_id
-        self._flight = Flight()
+        self.flight = Flight()
         self._draft: Draft | None = None
         self._prefill: deque[list[Node]] = deque()
         # In order of arrival. A dictionary, so that one leaves without the others being touched.
@@ -138,7 +143,7 @@ class Machine:
     @property
     def runs(self) -> Mapping[int, RunFuture]:
         """What is in flight, the cancelled ones too, until they have left the pipeline."""
-        return self._flight.runs
+        return self.flight.runs
 
     @property
     def prefilling(self) -> bool:
@@ -148,7 +153,7 @@ class Machine:
     @property
     def has_room(self) -> bool:
         """Whether the pipeline can take a run."""
-        return self._flight.has_room
+        return self.may_run and self.flight.has_room
 
     @property
     def drafting(self) -> bool:
@@ -212,7 +217,7 @@ class Machine:
             case Drafted() | DrafterLost() if event.generation != self.draft_generation:
                 self.stale += 1
             case RunTaken():
-                if (taken := self._flight.taken(event.run)) is not None:
+                if (taken := self.flight.taken(event.run)) is not None:
                     self.policy.taken(self, taken)
             case RunDone():
                 self._run_done(event)
@@ -256,7 +261,7 @@ class Machine:
         self._prefill.extend(text[i : i + chunk] for i in range(0, len(text), chunk))
 
     def _run_done(self, event: RunDone) -> None:
-        run = self._flight.done(event.run, stages=len(event.spans))
+        run = self.flight.done(event.run, stages=len(event.spans))
         if run.cancelled():
             return
         run.picked(event.tokens, event.logprobs)
@@ -272,11 +277,11 @@ class Machine:
         added = draft.graft(event, self.tree, growing=self.finished is None)
         self._fresh.update(dict.fromkeys(added))
         if draft.frontier:
-            self.policy.drafted(self, added, cancelled=draft.cancelled)
+            self.policy.drafted(self, added, cancelled=draft.cancelled, span=event.span)
 
     def _stage_lost(self) -> None:
         """Give up what is in flight, and all that has not become text."""
-        if lost := self._flight.lose():
+        if lost := self.flight.lose():
             self._commands.append(
                 CancelRuns(self.request.id, self.generation, lost, CancelReason.LOST)
             )
@@ -354,7 +359,7 @@ class Machine:
 
     def _cancel(self, runs: Sequence[RunFuture], reason: CancelReason) -> None:
         """Cancel runs and, with each, the chain that builds on it."""
-        if self.policy.cancellation and (cancelled := self._flight.cancel(runs, reason)):
+        if self.policy.cancellation and (cancelled := self.flight.cancel(runs, reason)):
             self._commands.append(CancelRuns(self.request.id, self.generation, cancelled, reason))
 
     def _prune(self, thinned: dict[int, list[int]]) -> None:
@@ -386,7 +391,7 @@ class Machine:
         while self._prefill and self.has_room:
             self._start_run(self._prefill.popleft(), Kind.PREFILL)
         self._plan_runs()
-        if self._draft is not None or self.draft_generation == AWAY:
+        if self._draft is not None or not self.may_draft or self.draft_generation == AWAY:
             return
         if (choice := self.policy.choose_draft(self)) is not None:
             self._start_draft(*choice)
@@ -395,7 +400,7 @@ class Machine:
                 self._plan_runs()
 
     def _plan_runs(self) -> None:
-        while nodes := self._placed(self._choose_run()):
+        while self.may_run and (nodes := self.tree.placed(self._choose_run(), self.spare_slots)):
             speculative = len(nodes) > 1 or nodes[0] is not self.root
             self._start_run(nodes, Kind.SPECULATIVE if speculative else Kind.SINGLE)
 
@@ -407,23 +412,13 @@ class Machine:
             return [self.root] if self.root_waits else ()
         return self.policy.choose_run(self)
 
-    def _placed(self, nodes: Sequence[Node]) -> Sequence[Node]:
-        """Give each node of a run a slot; return the first ones for which there are enough."""
-        spare = self.spare_slots
-        for count, node in enumerate(nodes):
-            if node.slot == NO_SLOT:
-                if spare <= 0:
-                    return nodes[:count]
-                spare -= 1
-                self.tree.place(node)
-        return nodes
-
     def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
         last = kind is not Kind.PREFILL or nodes[-1] is self.root
         picks = (1 if kind is Kind.PREFILL else len(nodes)) if last else 0
-        run = self._flight.start(kind, nodes, picks, self.now)
+        run = self.flight.start(kind, nodes, picks, self.now)
         for node in nodes:
             self._fresh.pop(node, None)
+        self.may_run = self.sharers == 1
         batch = batch_of(run.nodes)
         self._commands.append(
             StartRun(self.request.id, self.generation, run.id, kind, batch, picks, *self._how)

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node
-from pipeinfer_dask.protocol.messages import DraftPlan, Origin, RunDone, TreePlan
+from pipeinfer_dask.protocol.messages import DraftPlan, Origin, RunDone, Span, TreePlan
 
 DraftChoice = tuple[DraftPlan | TreePlan, Sequence[Node]]
 """How to draft, and which leaves of the tree to extend."""
@@ -62,8 +62,10 @@ class Policy(ABC):
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
         """Hear where the tokens that were just committed came from."""
 
-    def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
-        """Hear which tokens the last draft added to the tree, parents first."""
+    def drafted(
+        self, machine: Machine, added: Sequence[Node], *, cancelled: bool, span: Span | None = None
+    ) -> None:
+        """Hear which tokens the last draft added to the tree, parents first, and what it took."""
 
     def taken(self, machine: Machine, run: RunFuture) -> None:
         """Hear that the first stage has turned to a run."""

@@ -148,6 +148,16 @@ class Tree:
         if node.slot == NO_SLOT:
             node.slot = self.slots.take()
 
+    def placed(self, nodes: Sequence[Node], spare: int) -> Sequence[Node]:
+        """Give nodes a slot; return the first ones for which ``spare`` slots are enough."""
+        for count, node in enumerate(nodes):
+            if node.slot == NO_SLOT:
+                if spare <= 0:
+                    return nodes[:count]
+                spare -= 1
+                self.place(node)
+        return nodes
+
     def advance(self) -> tuple[Origin, list[Node]]:
         """Commit the token that the target put after the root; it becomes the new root.
 

@@ -37,10 +37,11 @@ from pipeinfer_dask.core.policy import (
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, log_chance
 from pipeinfer_dask.drafting.calibration import Calibration, worth
+from pipeinfer_dask.policies.crowd import AGAIN, Crowd
 from pipeinfer_dask.policies.pace import Pace
 from pipeinfer_dask.policies.trial import Trial
 from pipeinfer_dask.policies.turns import Turns
-from pipeinfer_dask.protocol.messages import Kind, Origin, RunDone, TreePlan
+from pipeinfer_dask.protocol.messages import Kind, Origin, RunDone, Span, TreePlan
 
 LARGEST = 16
 """Most tokens of one run, however cheap."""
@@ -96,6 +97,7 @@ class Adaptive(Policy):
     _calibration: Calibration = field(default_factory=Calibration, init=False)
     _trial: Trial = field(default_factory=Trial, init=False)
     _turns: Turns = field(default_factory=Turns, init=False)
+    _crowd: Crowd = field(default_factory=Crowd, init=False)
     _agreement: float = field(default=0.75, init=False)
     _count: int = field(default=0, init=False)
     # Heaps of (-reach, number, node) and (-value, number, node). What the text has passed by
@@ -119,6 +121,8 @@ class Adaptive(Policy):
     # --- what to run ------------------------------------------------------------------
 
     def choose_run(self, machine: Machine) -> Sequence[Node]:
+        if self._crowded(machine):
+            return self._one_of_many(machine)
         if self._shares(machine):
             return self._turn(machine)
         if machine.root_waits and not self._trial.speculate:
@@ -132,7 +136,7 @@ class Adaptive(Policy):
 
     def wake_at(self, machine: Machine) -> float | None:
         """Return when the first stage is about to be free, if there is something to choose then."""
-        if self._quiet(machine):
+        if self._quiet(machine) or self._crowded(machine):
             return None
         at = self._first_free_at - self._pace.trip / 2
         return at if machine.now < at - 1e-9 else None
@@ -196,6 +200,8 @@ class Adaptive(Policy):
     def choose_draft(self, machine: Machine) -> DraftChoice | None:
         if machine.prefilling:
             return fill_cache(machine)
+        if self._crowded(machine):
+            return self._draft_for_one(machine)
         if not self._trial.speculate:
             return None
         if self._shares(machine):
@@ -283,14 +289,79 @@ class Adaptive(Policy):
         known = self._turns.plain > 0  # what speculation is compared with
         if not known or self._tried is machine.root or not self._trial.speculate:
             return False
-        frontier = self._frontier(machine, 1)
-        if not frontier or frontier[0] is machine.root:
-            return bool(frontier)
-        return frontier[0].reach >= machine.root.reach + log_chance(self._least())
+        return self._worth_extending(machine, self._frontier(machine, 1), self._least())
+
+    def _worth_extending(self, machine: Machine, frontier: Sequence[Node], least: float) -> bool:
+        """Whether the text gets to the likeliest of these, if there are any, so likely."""
+        return bool(frontier) and frontier[0].reach >= machine.root.reach + log_chance(least)
 
     def _least(self) -> float:
         """Return how likely a token has to be that the draft model should go on behind it."""
         return self._turns.least_to_extend(self._agreement)
+
+    # --- where others fill the pipeline ---------------------------------------------------
+
+    def _crowded(self, machine: Machine) -> bool:
+        """Whether they do: with more than half as many requests as stages; or on shared cores."""
+        if machine.sharers == 1 or machine.prefilling:
+            return False
+        return machine.request.shares_cores or 2 * machine.sharers > self._pace.stages
+
+    def _one_of_many(self, machine: Machine) -> Sequence[Node]:
+        """Return the root, and each token below it that is worth what it makes others wait."""
+        if not machine.root_waits or machine.drafting or self._draft_due(machine):
+            return []
+        root, share = machine.root, self._pace.share
+        nodes, skipped = [root], []
+        expected = size = 1.0
+        self._open_children(root)
+        most = min(self.micro_batch or LARGEST, 1 + max(0, machine.spare_slots))
+        while self._ready and len(nodes) < most:
+            entry = heapq.heappop(self._ready)
+            node = entry[2]
+            if not node.alive or node.run is not None or node is root or node in nodes:
+                continue
+            chance = math.exp(node.reach - root.reach)
+            if chance * size < share * expected:
+                skipped.append(entry)
+                continue
+            nodes.append(node)
+            expected, size = expected + chance, size + share
+            self._open_children(node)
+        for entry in skipped:
+            heapq.heappush(self._ready, entry)
+        nodes.sort(key=lambda node: node.position)
+        return nodes
+
+    def _draft_due(self, machine: Machine) -> bool:
+        """Whether a draft comes before the run of this root."""
+        root = machine.root
+        if self._tried is root or depth_left(machine, root) <= 0:
+            return False
+        passes, least = self._passes(machine)
+        return passes > 0 and self._worth_extending(machine, self._frontier(machine, 1), least)
+
+    def _draft_for_one(self, machine: Machine) -> DraftChoice | None:
+        passes, least = self._passes(machine)
+        frontier = self._frontier(machine, self.breadth)
+        if not self._worth_extending(machine, frontier, least):
+            return None
+        if not machine.root_waits:
+            # Ahead of the next root, in small steps: others may need the draft model at once.
+            return self._plan(machine, frontier, self.passes, self.breadth, least)
+        if not self._draft_due(machine):
+            return None
+        self._tried = machine.root
+        return self._plan(machine, frontier, passes, self.breadth, least)
+
+    def _passes(self, machine: Machine) -> tuple[int, float]:
+        passes, least = self._crowd.passes(
+            self._agreement,
+            self._pace,
+            machine.sharers,
+            shares_cores=machine.request.shares_cores,
+        )
+        return max(passes, int(machine.generated % AGAIN == 0)), least
 
     # --- what it learns ------------------------------------------------------------------
 
@@ -301,7 +372,11 @@ class Adaptive(Policy):
             first = max(proposed, key=lambda node: node.confidence)
             self._agreement += AGREEMENT_STEP * ((first.token == token) - self._agreement)
 
-    def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
+    def drafted(
+        self, machine: Machine, added: Sequence[Node], *, cancelled: bool, span: Span | None = None
+    ) -> None:
+        if span is not None:
+            self._crowd.drafted(span)
         table = self._calibration.table if self.calibrate else ()
         parents: dict[Node, None] = {}
         for node in added:
@@ -322,27 +397,32 @@ class Adaptive(Policy):
         pace = self._pace
         if run.cancelled():
             return
-        if run.started >= self._first_free_at:
+        if run.started >= self._first_free_at and machine.sharers == 1:
             pace.taken_at_once(machine.now - run.started)
         self._on_first = run
         tokens = run.live if run.kind is not Kind.PREFILL else len(run.nodes)
         self._first_free_at = machine.now - pace.trip / 2 + pace.stage_s(tokens)
 
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
-        clear = len(machine.runs) <= 1
-        shares = machine.request.shares_cores
-        plain = self._turns.plain if shares else self._pace.plain
-        self._turns.committed(len(origins), machine.now, speculating=self._trial.speculate)
-        self._trial.committed(len(origins), machine.now, plain, clear=clear)
+        if machine.sharers > 1:
+            # How fast tokens come says more of the others than of us.
+            self._turns.interrupted()
+            self._trial.interrupted()
+        else:
+            clear = len(machine.runs) <= 1
+            shares = machine.request.shares_cores
+            plain = self._turns.plain if shares else self._pace.plain
+            self._turns.committed(len(origins), machine.now, speculating=self._trial.speculate)
+            self._trial.committed(len(origins), machine.now, plain, clear=clear)
         if self._on_first is not None and self._on_first.cancelled():
             self._first_free_at = machine.now  # it stops at its next layer
 
     def ran(self, machine: Machine, run: RunFuture, done: RunDone) -> None:
         if run is self._on_first:
             self._first_free_at = min(self._first_free_at, machine.now)
-        seconds = machine.now - run.started
+        seconds = machine.now - run.started if machine.sharers == 1 else None
         self._pace.ran(len(run.nodes), seconds, done.spans)
-        if run.kind is not Kind.PREFILL:
+        if run.kind is not Kind.PREFILL and seconds is not None:
             self._turns.ran(len(run.nodes), seconds)
 
     def rebuilt(self, machine: Machine) -> None:

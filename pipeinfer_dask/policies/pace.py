@@ -40,9 +40,12 @@ class Pace:
         """Return how long the slowest stage takes for so many tokens."""
         return self.first * (1 + self.share * (tokens - 1))
 
-    def ran(self, tokens: int, seconds: float, spans: Sequence[Span]) -> None:
-        """Take in a run of ``tokens`` tokens that took ``seconds`` from start to result."""
-        if tokens == 1:
+    def ran(self, tokens: int, seconds: float | None, spans: Sequence[Span]) -> None:
+        """Take in a run of ``tokens`` tokens that took ``seconds`` from start to result.
+
+        None where others were in its way, who are no part of what it takes.
+        """
+        if tokens == 1 and seconds is not None:
             self.plain = _least_of_late(self.plain, seconds)
         if not spans:
             return

@@ -18,7 +18,7 @@ from pipeinfer_dask.core.policy import (
     switch,
 )
 from pipeinfer_dask.core.tree import Node
-from pipeinfer_dask.protocol.messages import DraftPlan, Origin
+from pipeinfer_dask.protocol.messages import DraftPlan, Origin, Span
 
 
 @dataclass(slots=True)
@@ -112,7 +112,9 @@ class PipeInfer(Policy):
     def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
         self._started = self._empty = 0
 
-    def drafted(self, machine: Machine, added: Sequence[Node], *, cancelled: bool) -> None:
+    def drafted(
+        self, machine: Machine, added: Sequence[Node], *, cancelled: bool, span: Span | None = None
+    ) -> None:
         self._empty += not added and not cancelled
 
     def _target_must_wait(self, machine: Machine) -> bool:

@@ -81,6 +81,11 @@ class Trial:
             self._turn(speculate=True, length=self._pause if self._probing else WINDOW)
             self._probing = False
 
+    def interrupted(self) -> None:
+        """Begin the comparison at hand anew: what went by was not ours alone."""
+        self._since = None
+        self._tokens = 0
+
     def _turn(self, *, speculate: bool, length: int) -> None:
         self._settling = 0 if speculate == self.speculate else SETTLE
         self.speculate = speculate

@@ -80,6 +80,10 @@ class Turns:
             self._tokens += STEP * (tokens - self._tokens)
         self._since = now
 
+    def interrupted(self) -> None:
+        """Don't count the time since the last turn: it was not ours alone."""
+        self._since = None
+
     @property
     def least_to_run(self) -> float:
         """How likely a token has to be that its place in a run is worth it."""

@@ -15,6 +15,7 @@ from typing import Any
 from pipeinfer_dask.policies import Policy, policy_of
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs_of_nodes
 from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.world import Loss, World
@@ -33,6 +34,7 @@ __all__ = [
     "best_chain",
     "costs_of_nodes",
     "simulate",
+    "simulate_together",
 ]
 
 PROMPT_TOKENS = 16
@@ -130,29 +132,98 @@ def simulate(
     ValueError
         If an argument is out of its range, or strategy and knobs are not to be had.
     """
-    counts: dict[str, Any] = {
-        "stages": stages,
-        "max_new_tokens": max_new_tokens,
-        "prompt_tokens": prompt_tokens,
-    }
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
+    _check_counts(stages=stages, max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
     policy = policy_of(strategy, knobs)
-    if costs is not None and not isinstance(costs, Costs):
-        raise ValueError(f"expected costs as made by Costs.even, got {costs!r}")
+    costs = _checked(costs, stages)
     pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)
-    costs = costs if costs is not None else Costs.even(stages)
     prompt = pair.text(prompt_tokens)
     slots = prompt_tokens + max_new_tokens + SLOTS
     request = Request(0, prompt, max_new_tokens, slots, reads_ahead=True)
-    world = World(request, policy, costs, pair, losses=_checked(losses, len(costs.stages)))
+    world = World(request, policy, costs, pair, losses=_losses(losses, len(costs.stages)))
+    return _simulations(world, policy, costs)[0]
+
+
+def simulate_together(
+    strategy: str | Policy = "adaptive",
+    requests: int = 4,
+    *,
+    stages: int = 8,
+    acceptance: float = 0.8,
+    costs: Costs | None = None,
+    max_new_tokens: int = 200,
+    prompt_tokens: int = PROMPT_TOKENS,
+    seed: int = 0,
+    **knobs: Any,
+) -> list[Simulation]:
+    """Generate several texts on one pipeline in virtual time. All begin at once.
+
+    Parameters
+    ----------
+    strategy, stages, acceptance, costs, max_new_tokens, prompt_tokens, **knobs
+        As for `simulate`.
+    requests : int
+    seed : int
+        Of the first text; the next one has the next seed.
+
+    Returns
+    -------
+    list of Simulation, [requests]
+        Each with its own trace.
+
+    Raises
+    ------
+    ValueError
+        As `simulate` does.
+    """
+    _check_counts(
+        requests=requests,
+        stages=stages,
+        max_new_tokens=max_new_tokens,
+        prompt_tokens=prompt_tokens,
+    )
+    policy, costs = policy_of(strategy, knobs), _checked(costs, stages)
+    pair = SyntheticPair(acceptance, seed)
+    slots = prompt_tokens + max_new_tokens + SLOTS
+    asked = [
+        Request(
+            number,
+            pair.reseeded(seed + number).text(prompt_tokens),
+            max_new_tokens,
+            slots,
+            reads_ahead=True,
+            sampling=Sampling(seed=seed + number),
+        )
+        for number in range(requests)
+    ]
+    others = [(request, policy.fresh()) for request in asked[1:]]
+    return _simulations(World(asked[0], policy, costs, pair, others=others), policy, costs)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
+
+
+def _checked(costs: Costs | None, stages: int) -> Costs:
+    if costs is not None and not isinstance(costs, Costs):
+        raise ValueError(f"expected costs as made by Costs.even, got {costs!r}")
+    return costs if costs is not None else Costs.even(stages)
+
+
+def _simulations(world: World, policy: Policy, costs: Costs) -> list[Simulation]:
     world.run()
-    assert world.finished is not None
-    return Simulation(world.tokens, world.origins, world.finished, policy.name, costs, world.trace)
+    finished = []
+    for outcome in world.outcomes:
+        assert outcome.finished is not None
+        tokens, origins = outcome.tokens, outcome.origins
+        finished.append(
+            Simulation(tokens, origins, outcome.finished, policy.name, costs, outcome.trace)
+        )
+    return finished
 
 
-def _checked(losses: Sequence[tuple[float, int | None]], stages: int) -> list[Loss]:
+def _losses(losses: Sequence[tuple[float, int | None]], stages: int) -> list[Loss]:
     for loss in losses:
         match loss:
             case (float() | int() as at_s, None | int() as node) if 0 <= at_s < math.inf and (

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.sharing import Sharing
 from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import (
@@ -28,6 +29,7 @@ from pipeinfer_dask.protocol.messages import (
     Event,
     Finish,
     Origin,
+    PipelineEvent,
     Prune,
     RunDone,
     RunTaken,
@@ -41,7 +43,7 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation.costs import Costs
-from pipeinfer_dask.simulation.truth import Places, SyntheticPair
+from pipeinfer_dask.simulation.truth import SyntheticPair, Texts
 from pipeinfer_dask.trace import Trace
 
 
@@ -73,8 +75,19 @@ class Loss:
     node: int | None
 
 
+@dataclass(slots=True)
+class Outcome:
+    """What becomes of a request."""
+
+    trace: Trace
+    tokens: list[int] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    finished: str | None = None
+    wakes: int = 0
+
+
 class World:
-    """One request in virtual time.
+    """Requests in virtual time, that all begin at once.
 
     Parameters
     ----------
@@ -82,17 +95,18 @@ class World:
     policy : Policy
     costs : Costs
     pair : SyntheticPair
+        A request that samples gets the text of its seed instead.
     losses : sequence of Loss
         What is lost when; what is lost already is not lost again.
     machine : Machine, optional
         For whoever wants to watch it: of this request, with this policy.
+    others : sequence of (Request, Policy)
+        More requests on the same pipeline.
 
     Attributes
     ----------
-    trace : Trace
-    tokens : list of int
-    origins : list of Origin
-    finished : str or None
+    outcomes : list of Outcome
+        In the order of the requests.
     """
 
     def __init__(
@@ -104,17 +118,17 @@ class World:
         *,
         losses: Sequence[Loss] = (),
         machine: Machine | None = None,
+        others: Sequence[tuple[Request, Policy]] = (),
     ) -> None:
-        self.trace = Trace(len(costs.stages))
-        self.tokens: list[int] = []
-        self.origins: list[Origin] = []
-        self.finished: str | None = None
-        self._machine = Machine(request, policy) if machine is None else machine
+        self._sharing = Sharing()
+        self._sharing.join(Machine(request, policy) if machine is None else machine)
+        for another, its_policy in others:
+            self._sharing.join(Machine(another, its_policy))
+        self._by_request = {n: Outcome(Trace(len(costs.stages))) for n in self._sharing.machines}
         self._costs = costs
         self._pair = pair
         self._clock = Clock()
-        self._wakes = 0
-        self._generation = 0
+        self._generation = self._draft_generation = 0
         self._stages = self._new_stages()
         self._drafter = _Drafter(self._clock, costs, pair, self._tell_later)
         for loss in losses:
@@ -122,15 +136,16 @@ class World:
 
     def _new_stages(self) -> list[_Stage]:
         """Return stages that hold nothing."""
-        places = Places(self._pair)
+        texts = Texts(self._pair)
 
         def pick(passing: _Passing) -> None:
             """Take what has passed the last stage to the client."""
             run, out = passing.run, passing.left_out
             tokens: tuple[int, ...] | None = None
             if not passing.skipped:
+                places = texts.places(run.cache, run.sampling)
                 reached = places.take(run.batch)
-                picked = map(self._pair.target, reached[len(reached) - run.picks :])
+                picked = map(places.pair.target, reached[len(reached) - run.picks :])
                 tokens = tuple(LEFT_OUT if i in out else token for i, token in enumerate(picked))
             spans = tuple(passing.spans)
             self._tell_later(RunDone(run.request, run.generation, run.run, tokens, spans))
@@ -144,17 +159,25 @@ class World:
             onward = stage.send
         return stages
 
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return list(self._by_request.values())
+
     def run(self) -> None:
-        """Live from the request's begin until nothing happens any more."""
-        self._tell(Begin(self._machine.request.id))
+        """Live from the requests' begin until nothing happens any more."""
+        for request in list(self._by_request):
+            self._tell(Begin(request))
         self._clock.run()
 
     def _tell(self, event: Event) -> None:
-        """Hand an event to the machine, and carry out what it answers."""
+        """Hand an event to whom it concerns, and carry out what is answered."""
         clock, hop = self._clock, self._costs.hop_s
-        self.trace.add(clock.now, event)
-        for command in self._machine.handle(event, clock.now):
-            self.trace.add(clock.now, command)
+        whom = list(self._sharing.machines) if isinstance(event, PipelineEvent) else [event.request]
+        for request in whom:
+            self._by_request[request].trace.add(clock.now, event)
+        for command in self._sharing.handle(event, clock.now):
+            outcome = self._by_request[command.request]
+            outcome.trace.add(clock.now, command)
             match command:
                 case StartRun():
                     # Token ids alone: nothing that would occupy a link.
@@ -170,13 +193,14 @@ class World:
                 case CancelDraft():
                     clock.after(hop, self._drafter.cancel, command)
                 case Commit():
-                    self.tokens.extend(command.tokens)
-                    self.origins.extend(command.origins)
+                    outcome.tokens.extend(command.tokens)
+                    outcome.origins.extend(command.origins)
                 case WakeAt():
-                    self._wakes += 1
-                    clock.after(max(0.0, command.time - clock.now), self._wake, self._wakes)
+                    outcome.wakes += 1
+                    in_s = max(0.0, command.time - clock.now)
+                    clock.after(in_s, self._wake, command.request, outcome.wakes)
                 case Finish():
-                    self.finished = command.reason
+                    outcome.finished = command.reason
 
     def _tell_later(self, event: Event) -> None:
         self._clock.after(self._costs.hop_s, self._tell, event)
@@ -187,39 +211,46 @@ class World:
     def _lose(self, node: int | None) -> None:
         """Have a node fall silent; the news takes a hop, and a new one is there after a while."""
         lost: StageLost | DrafterLost
-        if self.finished is not None:
+        if self._over:
             return
         if node is None:
             if self._drafter.lost:
                 return
             self._drafter.lost = True
-            lost = DrafterLost(self._machine.draft_generation, "the drafter")
+            lost = DrafterLost(self._draft_generation, "the drafter")
         else:
             if self._stages[node].lost:
                 return
             self._stages[node].lost = True
-            lost = StageLost(self._machine.generation, f"stage {node}")
+            lost = StageLost(self._generation, f"stage {node}")
         self._tell_later(lost)
         rebuilding = self._costs.hop_s + self._costs.rebuild_s
         self._clock.after(rebuilding, self._rebuild, type(lost), self._stages)
 
     def _rebuild(self, lost: type[StageLost | DrafterLost], stages: list[_Stage]) -> None:
-        if self.finished is not None:
+        if self._over:
             return
-        self._generation += 1
+        newest = max(self._generation, self._draft_generation) + 1
         if lost is DrafterLost:
+            self._draft_generation = newest
             self._drafter = _Drafter(self._clock, self._costs, self._pair, self._tell_later)
-            self._tell(DrafterBack(self._generation))
+            self._tell(DrafterBack(newest))
         elif stages is self._stages:
             # Those that were lost since then are rebuilt along with it.
             for stage in stages:
                 stage.lost = True
+            self._generation = newest
             self._stages = self._new_stages()
-            self._tell(StagesBack(self._generation))
+            self._tell(StagesBack(newest))
 
-    def _wake(self, wake: int) -> None:
-        if wake == self._wakes and self.finished is None:
-            self._tell(Woken(self._machine.request.id))
+    @property
+    def _over(self) -> bool:
+        return not self._sharing.machines
+
+    def _wake(self, request: int, wake: int) -> None:
+        outcome = self._by_request[request]
+        if wake == outcome.wakes and outcome.finished is None:
+            self._tell(Woken(request))
 
 
 @dataclass(slots=True)
@@ -230,6 +261,10 @@ class _Passing:
     spans: list[Span] = field(default_factory=list)
     skipped: bool = False
     left_out: set[int] = field(default_factory=set)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.run.request, self.run.run
 
     @property
     def tokens(self) -> int:
@@ -264,8 +299,9 @@ class _Stage:
         self._layers = 0
         self._plans = 0
         """Counts the ends that were planned: a cancellation plans an earlier one."""
-        self._cancelled: set[int] = set()
-        self._pruned: dict[int, set[int]] = {}
+        # By request and run.
+        self._cancelled: set[tuple[int, int]] = set()
+        self._pruned: dict[tuple[int, int], set[int]] = {}
         self._link_free = 0.0
         self.lost = False
 
@@ -282,9 +318,9 @@ class _Stage:
         self._turn_to_next()
 
     def cancel(self, command: CancelRuns) -> None:
-        self._cancelled.update(command.runs)
+        self._cancelled.update((command.request, run) for run in command.runs)
         passing, now = self._computing, self._clock.now
-        if passing is None or passing.skipped or passing.run.run not in self._cancelled:
+        if passing is None or passing.skipped or passing.key not in self._cancelled:
             return
         # It stops before its next layer.
         passing.skipped = True
@@ -295,20 +331,19 @@ class _Stage:
 
     def prune(self, command: Prune) -> None:
         for run, tokens in zip(command.runs, command.tokens, strict=True):
-            self._pruned.setdefault(run, set()).update(tokens)
+            self._pruned.setdefault((command.request, run), set()).update(tokens)
 
     def _turn_to_next(self) -> None:
         while self._computing is None and self._queue:
             passing, now = self._queue.popleft(), self._clock.now
-            number = passing.run.run
             if self._taken is not None:
                 self._taken(passing.run)
-            if passing.skipped or number in self._cancelled:
+            if passing.skipped or passing.key in self._cancelled:
                 passing.skipped = True
                 passing.spans.append(Span(now, now, 0))
                 self._onward(passing)
                 continue
-            passing.left_out |= self._pruned.get(number, set())
+            passing.left_out |= self._pruned.get(passing.key, set())
             self._computing = passing
             self._began, self._layers = now, self._costs.layers
             self._plan_end(now + self._curve(passing.tokens))
@@ -336,10 +371,9 @@ class _Drafter:
     ) -> None:
         self._clock = clock
         self._costs = costs
-        self._pair = pair
+        self._texts = Texts(pair)
         self._tell = tell
-        self._places = Places(pair)
-        self._cancelled: set[int] = set()
+        self._cancelled: set[tuple[int, int]] = set()
         self._began = 0.0
         self._passes = 0
         self.lost = False
@@ -350,14 +384,14 @@ class _Drafter:
 
     def cancel(self, command: CancelDraft) -> None:
         # A pass that has begun is computed to its end: draft models are small.
-        self._cancelled.add(command.draft)
+        self._cancelled.add((command.request, command.draft))
 
     def _next_pass(self, expansion: Expansion) -> None:
         if self.lost:
             return
         draft = expansion.draft
         step = expansion.next_batch()
-        if step is not None and draft.draft not in self._cancelled:
+        if step is not None and (draft.request, draft.draft) not in self._cancelled:
             self._clock.after(self._costs.draft(len(step[0])), self._end_pass, expansion)
             return
         self._tell(
@@ -376,6 +410,7 @@ class _Drafter:
         assert step is not None
         batch, frontier = step
         self._passes += 1
-        ends = self._places.take(batch)[len(batch) - frontier :]
-        expansion.grow([self._pair.candidates(place, expansion.width) for place in ends])
+        places = self._texts.places(expansion.draft.cache, expansion.draft.sampling)
+        ends = places.take(batch)[len(batch) - frontier :]
+        expansion.grow([places.pair.candidates(place, expansion.width) for place in ends])
         self._next_pass(expansion)

@@ -354,8 +354,13 @@ class World:
         return [self._candidates(path)[:width] for path in ends]
 
     def _candidates(self, path: Path) -> list[tuple[int, float]]:
+        return self.choices(path, self.quality)
+
+    @staticmethod
+    def choices(path: Path, quality: float) -> list[tuple[int, float]]:
+        """Return what a draft model of this quality says after a path."""
         truth = target_token(path)
-        right = _digest(path, "draft") % 1000 < self.quality * 1000
+        right = _digest(path, "draft") % 1000 < quality * 1000
         first = truth if right else (truth + 1) % VOCABULARY
         confidence = 0.5 + _digest(path, "confidence") % 500 / 1000
         others = [(first + rank) % VOCABULARY for rank in range(1, 4)]

@@ -82,8 +82,8 @@ def test_the_tree_of_the_story_is_the_machines_own_after_every_event(
     assert [(loss.drafter, loss.back is not None) for loss in machine.story.losses] == [
         *((False, True), (True, True), (False, True))[: len(losses)]
     ]
-    assert [token.guess.token for token in machine.story.tokens] == world.tokens
-    assert [token.origin for token in machine.story.tokens] == world.origins
+    assert [token.guess.token for token in machine.story.tokens] == world.outcomes[0].tokens
+    assert [token.origin for token in machine.story.tokens] == world.outcomes[0].origins
     assert machine.story.finished == "length"
 
 
