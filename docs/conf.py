@@ -4,6 +4,8 @@ pip install -c constraints.txt -e '.[docs]'
 sphinx-build -W --keep-going docs build/docs && python docs/check_links.py build/docs
 """
 
+from pathlib import Path
+
 import pipeinfer_dask
 
 project = "pipeinfer_dask"
@@ -45,3 +47,16 @@ html_theme_options = {
 html_copy_source = False
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def unreleased(app, docname, source):
+    """Put what lies in changelog.d/ at the end of the changelog."""
+    if docname == "changelog":
+        folder = Path(app.srcdir).parent / "changelog.d"
+        changes = sorted(path.read_text(encoding="utf-8") for path in folder.glob("*.md"))
+        items = "".join(f"- {change}" for change in changes)
+        source[0] += f"\n## Not released yet\n\n{items}"
+
+
+def setup(app):
+    app.connect("source-read", unreleased)

@@ -78,9 +78,8 @@ TARGET = llama(hidden=256, layers=6, intermediate=704, heads=4, kv_heads=2)
 DRAFT = llama(hidden=192, layers=2, intermediate=512, heads=3, kv_heads=1)
 
 
-def standard_library() -> tuple[list[str], list[str]]:
-    """Return the texts of the standard library's files: (training, validation)."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def python_files(root: Path) -> tuple[list[str], list[str]]:
+    """Return the texts of a folder's Python files: (training, validation)."""
     split: tuple[list[str], list[str]] = ([], [])
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -244,6 +243,7 @@ def agreement(
     target: LlamaForCausalLM, draft: LlamaForCausalLM, validation: torch.Tensor, prompts: int = 40
 ) -> dict[str, float]:
     """Return how often the draft's first choice is the target's: on text, and on greedy output."""
+    prompts = min(prompts, len(validation) // CONTEXT)
     rows = validation[: prompts * CONTEXT].view(prompts, CONTEXT)
     text = target(rows).logits.argmax(-1) == draft(rows).logits.argmax(-1)
     made = target.generate(rows[:, :64], do_sample=False, max_new_tokens=128, eos_token_id=None)
@@ -264,19 +264,36 @@ def agreement(
     show_default=True,
     help="Checkpoints; a stopped run goes on.",
 )
+@click.option(
+    "--corpus",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path(sysconfig.get_paths()["stdlib"]),
+    help="A folder with Python files. By default the standard library.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--target-steps", default=1200, show_default=True, help=STEPS_HELP)
 @click.option("--draft-steps", default=600, show_default=True, help=STEPS_HELP)
 def main(
-    output: Path, work: Path, seed: int, threads: int, target_steps: int, draft_steps: int
+    output: Path,
+    work: Path,
+    corpus: Path,
+    seed: int,
+    threads: int,
+    target_steps: int,
+    draft_steps: int,
 ) -> None:
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    training_texts, validation_texts = standard_library()
+    training_texts, validation_texts = python_files(corpus)
     tokenizer = train_tokenizer(training_texts)
     data, validation = encode(tokenizer, training_texts), encode(tokenizer, validation_texts)
     click.echo(f"{len(data):,} tokens to train on, {len(validation):,} to validate on", err=True)
+    if len(data) < 2 * BATCH_TOKENS or len(validation) < CONTEXT:
+        raise click.UsageError(
+            f"expected at least {2 * BATCH_TOKENS} tokens to train on and {CONTEXT} to validate "
+            "on: give a larger --corpus"
+        )
 
     target = train(
         TARGET,

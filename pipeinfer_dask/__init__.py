@@ -7,8 +7,6 @@ the package, or one of its pure parts, loads neither torch nor Dask.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Costs",
     "Engine",
@@ -22,6 +20,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    __version__: str
     from pipeinfer_dask.engine import Engine, Generation, Result
     from pipeinfer_dask.models.demo_pair import demo_pair
     from pipeinfer_dask.simulation import Costs, Simulation, simulate
@@ -41,6 +40,10 @@ else:
     }
 
     def __getattr__(name):
+        if name == "__version__":  # known to whoever built or installed it: by the tag
+            from importlib.metadata import version
+
+            return version("pipeinfer-dask")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(_HOMES[name]), name)

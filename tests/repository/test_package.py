@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import re
+import subprocess
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,10 +39,34 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         getattr(pipeinfer_dask, "Enginee")  # noqa: B009
 
 
-def test_the_version_stands_in_the_changelog_and_the_citation(root: Path) -> None:
-    version = pipeinfer_dask.__version__
-    assert re.search(rf"^## \[?{re.escape(version)}\b", (root / "CHANGELOG.md").read_text(), re.M)
-    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text()
+def test_the_version_is_that_of_the_installed_distribution() -> None:
+    assert pipeinfer_dask.__version__ == importlib.metadata.version("pipeinfer-dask")
+
+
+def released(root: Path) -> list[str]:
+    """Return the versions in the changelog, newest first."""
+    return re.findall(r"^## (\d\S*) \(", (root / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_every_tag_of_a_version_stands_in_the_changelog(root: Path) -> None:
+    command = ["git", "-c", f"safe.directory={root}", "tag", "--list", "v*"]
+    tags = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert {tag.removeprefix("v") for tag in tags.split()} <= set(released(root))
+
+
+def test_the_citation_names_the_newest_release_if_there_is_one(root: Path) -> None:
+    cited = re.findall(r"^version: (\S+)$", (root / "CITATION.cff").read_text(), re.M)
+    assert cited == released(root)[:1]
+
+
+def test_each_change_is_told_in_one_file_of_a_known_kind(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["towncrier"]
+    kinds = {kind["directory"] for kind in project["type"]}
+    for path in (root / project["directory"]).iterdir():
+        name, kind, ending = path.name.rsplit(".", 2)
+        assert name.startswith("+")
+        assert (kind in kinds, ending) == (True, "md"), path.name
+        assert path.read_text().strip()
 
 
 def test_the_package_is_marked_as_typed() -> None:

@@ -1,0 +1,72 @@
+"""An engine behind a web server: text as server-sent events, and a reader who leaves ends his text.
+
+    pip install -c constraints.txt '.[examples]'
+    uvicorn --app-dir examples web_handler:app
+    curl -N 'http://localhost:8000/generate?prompt=def+main&max_new_tokens=64'
+
+There is no authentication here: put it behind something that has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+import pipeinfer_dask as pi
+
+MOST_TOKENS = 400
+"""What one reader may ask for."""
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    """Open the engine with the server, and close it with it."""
+    pair = pi.demo_pair()
+    # Loading blocks, and the server's loop should not.
+    app.state.engine = await asyncio.to_thread(
+        pi.Engine.from_pretrained, pair.target, pair.draft, stages=2, in_process=True
+    )
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(app.state.engine.close)
+
+
+async def generate(request: Request) -> Response:
+    """Start a generation and stream it; it waits for its turn like all others."""
+    asked = request.query_params
+    try:
+        tokens = min(MOST_TOKENS, int(asked.get("max_new_tokens", 64)))
+        generation = request.app.state.engine.start(asked.get("prompt", ""), max_new_tokens=tokens)
+    except ValueError as error:  # it says what was expected and what to do
+        return JSONResponse({"error": str(error)}, status_code=400)
+    # Without this, a proxy may keep the text until it is complete.
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events(generation), media_type="text/event-stream", headers=headers)
+
+
+async def events(generation: pi.Generation) -> AsyncIterator[str]:
+    """Yield a generation's text as events ``text``, then its figures as ``done``."""
+    try:
+        async for piece in generation:
+            yield event("text", {"text": piece, "origin": piece.origin})
+        result = await generation
+        yield event("done", {"reason": result.finish_reason, **result.metrics.to_dict()})
+    except RuntimeError as error:  # the pipeline was lost, or the engine closed
+        yield event("error", {"error": str(error)})
+    finally:
+        generation.cancel()  # the reader may have left; else it is done, and this does nothing
+
+
+def event(name: str, data: object) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+app = Starlette(routes=[Route("/generate", generate)], lifespan=lifespan)

@@ -1,0 +1,103 @@
+"""The web handler streams, refuses what can't be, and stops for readers who leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import pipeinfer_dask as pi
+from tests.examples.conftest import Load
+
+pytest.importorskip("starlette", reason="needs '.[examples]'")
+httpx = pytest.importorskip("httpx", reason="needs '.[examples]'")
+
+Visit = Callable[[Any], Awaitable[Any]]
+
+
+@pytest.fixture
+def app(example: Load) -> Any:
+    return example("web_handler").app
+
+
+def served(app: Any, visit: Visit) -> Any:
+    """Return what a visit gives while the server is up."""
+
+    async def serve() -> Any:
+        async with app.router.lifespan_context(app):
+            return await visit(app)
+
+    return asyncio.run(serve())
+
+
+async def get(app: Any, **params: Any) -> Any:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="https://server") as client:
+        return await client.get("/generate", params=params)
+
+
+def test_text_comes_as_events_and_the_figures_last(app: Any) -> None:
+    async def visit(app: Any) -> Any:
+        reply = await get(app, prompt="def main", max_new_tokens=12)
+        return reply, app.state.engine.generate("def main", max_new_tokens=12)
+
+    reply, result = served(app, visit)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = [part.split("\n") for part in reply.text.strip().split("\n\n")]
+    said = [(name[7:], json.loads(data[6:])) for name, data in events]
+    assert "".join(data["text"] for name, data in said if name == "text") == result.text
+    assert said[-1][0] == "done"
+    assert said[-1][1]["generated_tokens"] == 12
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [({"prompt": ""}, "prompt"), ({"prompt": "a", "max_new_tokens": "many"}, "many")],
+)
+def test_what_can_t_be_is_refused_with_the_reason(
+    app: Any, params: dict[str, str], told: str
+) -> None:
+    reply = served(app, lambda app: get(app, **params))
+    assert reply.status_code == 400
+    assert told in reply.json()["error"]
+
+
+def test_a_reader_who_leaves_ends_the_text(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[pi.Generation] = []
+
+    async def visit(app: Any) -> pi.Result:
+        engine = app.state.engine
+        start = engine.start
+
+        def noted(*args: Any, **options: Any) -> pi.Generation:
+            started.append(start(*args, **options))
+            return started[-1]
+
+        monkeypatch.setattr(engine, "start", noted)
+        some = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await some.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                some.set()
+
+        query = b"prompt=def+main&max_new_tokens=400"
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/generate",
+            "query_string": query,
+            "headers": [],
+        }
+        await app(scope, receive, send)
+        return await started[0]
+
+    result = served(app, visit)
+    assert result.finish_reason == "stopped"
+    assert 0 < len(result.token_ids) < 400
