@@ -7,9 +7,9 @@ import itertools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -35,11 +35,12 @@ from pipeinfer_dask.runtime.head import Head
 from pipeinfer_dask.runtime.loading import Loading, Progress, shown
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.measuring import measure_costs
-from pipeinfer_dask.runtime.opening import check_asked
+from pipeinfer_dask.runtime.opening import check_asked, check_recovery, open_on
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
-from pipeinfer_dask.runtime.placement import default_stages, place
+from pipeinfer_dask.runtime.placement import default_stages, place, without_spares
 from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
+from pipeinfer_dask.runtime.recovery import Recovery
 from pipeinfer_dask.runtime.settings import split
 from pipeinfer_dask.runtime.text import TokenTexts, text_of
 from pipeinfer_dask.simulation import Costs
@@ -116,6 +117,10 @@ class Engine:
         dtype: Dtype | None = None,
         cuda_graphs: bool = False,
         share_workers: bool = False,
+        spares: int = 0,
+        max_recoveries: int = 5,
+        recovery_timeout: float = 300.0,
+        node_timeout: float = 15.0,
         in_process: bool = False,
         progress: Progress | bool | None = None,
         self_test: bool = True,
@@ -159,6 +164,15 @@ class Engine:
         share_workers : bool
             Whether one worker may hold several stages. The drafter shares one anyway where
             there are too few.
+        spares : int
+            Workers to keep free. A lost node goes to a free one, else to one with the memory.
+        max_recoveries : int
+            Losses in a row, with no token in between, that generations survive.
+        recovery_timeout : float, seconds
+            How long a recovery may take.
+        node_timeout : float, seconds
+            A node that gives no sign of life for so long, or whose computing does not move, is
+            lost.
         in_process : bool
             No cluster at all: stages and drafter are threads of this process.
         progress : callable or bool, optional
@@ -182,6 +196,7 @@ class Engine:
         """
         asked = (target,) if draft is None else (target, draft)
         check_asked(asked, client, in_process, stages, layer_split, weights, progress)
+        check_recovery(spares, max_recoveries, recovery_timeout, node_timeout)
         places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
         # A cluster's own machines may have their own copies; without one, all is here.
         elsewhere = client is not None
@@ -198,7 +213,7 @@ class Engine:
         if beyond := admission.stated[1]:
             asks = f"{opened.path} asks for {', '.join(beyond)} in generation_config.json"
             warnings.warn(f"{asks}: this is not supported, and not applied", stacklevel=2)
-        workers = workers_of(client) if client is not None else None
+        workers = without_spares(workers_of(client), spares) if client is not None else None
         if stages is None:
             available = DEFAULT_STAGES + drafter if workers is None else len(workers)
             stages = default_stages(available, opened.num_layers, drafter=drafter)
@@ -209,11 +224,9 @@ class Engine:
         places.for_stages(stages)
         models = Models(opened, opened_draft, weights, places)
         ranges = models.split(stages, layer_split)
-        placement = (
-            place(workers, stages, drafter=drafter, share=share_workers)
-            if workers is not None
-            else None
-        )
+        placement = None
+        if workers is not None:
+            placement = place(workers, stages, drafter=drafter, share=share_workers)
         if self_test:
             check_split(opened)
             if isinstance(opened_draft, Checkpoint):
@@ -227,8 +240,9 @@ class Engine:
                 loop = resources.enter_context(LoopThread()).loop
             else:
                 if client is None:
-                    client = own_cluster(stages + drafter, resources, places)
-                    placement = place(workers_of(client), stages, drafter=drafter, share=True)
+                    client = own_cluster(stages + drafter, resources, places, spares=spares)
+                    workers = without_spares(workers_of(client), spares)
+                    placement = place(workers, stages, drafter=drafter, share=True)
                 loop = loop_of(client)
 
             if client is not None and placement is not None:
@@ -237,23 +251,15 @@ class Engine:
             admission = replace(admission, shares_cores=in_process and models.take_turns(stages))
             specs, draft_spec = models.specs(ranges, placement)
 
-            # Noted on the loop itself: an interrupt may come before we hear of it.
-            opened_pipelines: list[Pipeline] = []
-
-            async def open_pipeline(told: Progress | None) -> None:
-                opened_pipelines.append(await new_pipeline(told))
-
             async def new_pipeline(told: Progress | None) -> Pipeline:
                 if client is None:
-                    local = LocalPipeline(
-                        [spec.load for spec in specs],
-                        draft_spec.load if draft_spec is not None else None,
-                        asyncio.get_running_loop(),
-                        told,
-                    )
-                    await local.loaded()
-                    return local
+                    loads = [spec.load for spec in specs]
+                    drafting = draft_spec.load if draft_spec is not None else None
+                    here = asyncio.get_running_loop()
+                    return await LocalPipeline(loads, drafting, here, told).loaded()
                 assert placement is not None
+                held = models.loads(ranges, placement)
+                recovery = Recovery(max_recoveries, recovery_timeout, held)
                 return await DaskPipeline.open(
                     client,
                     specs,
@@ -261,21 +267,16 @@ class Engine:
                     draft_spec,
                     placement.drafter,
                     progress=told,
+                    deadline=node_timeout,
+                    recovery=recovery,
                 )
 
-            def close_pipeline() -> None:
-                # The loop ends with the client: then its links are closed, and the workers know.
-                with suppress(RuntimeError, CancelledError):
-                    while opened_pipelines and loop.is_running():
-                        call_on(loop, opened_pipelines.pop().close())
-
-            resources.callback(close_pipeline)
             with shown(progress) as told:
-                call_on(loop, open_pipeline(told))
+                pipeline = open_on(loop, partial(new_pipeline, told), resources)
             resources.enter_context(short_collections())
 
             async def start_head() -> Head:
-                return Head(opened_pipelines[0], asyncio.get_running_loop())
+                return Head(pipeline, asyncio.get_running_loop())
 
             head = call_on(loop, start_head())
             return cls(admission, opened_draft, ranges, head, resources.pop_all())

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -46,6 +47,8 @@ from pipeinfer_dask.runtime.wire import (
     PeerLost,
     Ping,
     Pong,
+    Renew,
+    Renewed,
     WireError,
 )
 
@@ -114,6 +117,7 @@ class Node(Generic[ThreadT]):
         self._loop: asyncio.AbstractEventLoop = worker.loop.asyncio_loop  # type: ignore[attr-defined]
         self._control: Link | None = None
         self._links: list[Link] = []
+        self._dropped = 0
         self._stopped = False
         self._read: BytesRead | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -134,7 +138,7 @@ class Node(Generic[ThreadT]):
         """Return how many links are open, and how many stale messages they dropped."""
         return {
             "links": sum(not link.closed for link in self._links),
-            "dropped": sum(link.dropped for link in self._links),
+            "dropped": self._dropped + sum(link.dropped for link in self._links),
         }
 
     async def accept(self, comm: Comm, role: str, nonce: str, proof: bytes) -> None:
@@ -167,7 +171,7 @@ class Node(Generic[ThreadT]):
 
     def _heed(self, message: Message) -> None:
         if isinstance(message, Ping):
-            self._tell(Pong(message.number, time.monotonic()))
+            self._tell(Pong(message.number, time.monotonic(), self.thread.stalled))
         elif isinstance(message, AwaitLoaded):
             self._telling = self._loop.create_task(self._tell_loaded())
         elif isinstance(message, Close):
@@ -266,8 +270,9 @@ class StageNode(Node[StageThread]):
             await link.receive(handle)
         except (LinkError, WireError) as error:
             reason = f"{what}: {error}"
-        if not self._stopped:
-            self._tell(PeerLost(reason))
+        # One that is no longer among them was given up at the client's own wish.
+        if not self._stopped and link in self._links:
+            self._tell(PeerLost(self._session.generation, reason))
 
     def _heed(self, message: Message) -> None:
         if isinstance(message, CancelRuns):
@@ -276,10 +281,24 @@ class StageNode(Node[StageThread]):
             self.thread.prune(message)
         elif isinstance(message, Release):
             self.thread.submit(message)
+        elif isinstance(message, Renew):
+            self._renew(message.generation)
         elif isinstance(message, DialNext):
             self._dialling = self._loop.create_task(self._dial(message))
         else:
             super()._heed(message)
+
+    def _renew(self, generation: int) -> None:
+        """Begin a new generation: other links, and no run of before."""
+        self._session = replace(self._session, generation=generation)
+        if self._dialling is not None:
+            self._dialling.cancel()
+        self._next = None
+        for link in [link for link in self._links if link is not self._control]:
+            self._links.remove(link)
+            self._dropped += link.dropped
+            link.abort()
+        self.thread.renew(generation, lambda: self._post(self._tell, Renewed(generation)))
 
     async def _dial(self, command: DialNext) -> None:
         try:
@@ -291,7 +310,7 @@ class StageNode(Node[StageThread]):
                 connection_args=self._worker.connection_args,
             )
         except LinkError as error:
-            self._tell(PeerLost(str(error)))
+            self._tell(PeerLost(self._session.generation, str(error)))
             return
         self._links.append(self._next)
         self._tell(Dialled())

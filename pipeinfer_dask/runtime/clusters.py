@@ -151,8 +151,12 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def own_cluster(count: int, resources: ExitStack, devices: Devices = CPUS) -> Client:
+def own_cluster(
+    count: int, resources: ExitStack, devices: Devices = CPUS, *, spares: int = 0
+) -> Client:
     """Start ``count`` worker processes on this machine, to be ended with ``resources``.
+
+    There are ``spares`` more, which idle until one of the others is lost.
 
     Where each worker is to use its own GPU, and dask-cuda is there to give it one, they are no
     more than there are GPUs.
@@ -174,7 +178,7 @@ def own_cluster(count: int, resources: ExitStack, devices: Devices = CPUS) -> Cl
         )
         cluster = resources.enter_context(
             kind(
-                n_workers=count,
+                n_workers=count + spares,
                 threads_per_worker=max(1, (os.cpu_count() or 1) // count),
                 processes=True,
                 memory_limit=0,  # actors never spill

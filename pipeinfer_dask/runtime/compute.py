@@ -160,6 +160,13 @@ class Cancellations:
         return len(self._keys) + len(self._places)
 
 
+@dataclass(frozen=True, slots=True)
+class _Renewal:
+    """Stands behind all runs of before a generation."""
+
+    done: Callable[[], None]
+
+
 class ComputeThread(ABC, Generic[ModelT, JobT]):
     """A thread that loads a model, then works off jobs in order.
 
@@ -185,13 +192,20 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         self.cancelled = Cancellations()
         self._load = load
         self._failed = failed
-        self._jobs: SimpleQueue[JobT | Release | None] = SimpleQueue()
+        self._jobs: SimpleQueue[JobT | Release | _Renewal | None] = SimpleQueue()
         self._closing = False
+        self._moved: float | None = None
         self._thread = Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: JobT | Release) -> None:
         self._jobs.put(job)
+
+    @property
+    def stalled(self) -> float:
+        """Seconds for which it has not moved, from layer to layer; 0 while there is no job."""
+        moved = self._moved
+        return 0.0 if moved is None else max(1e-9, time.monotonic() - moved)
 
     def close(self, timeout: float | None = 10.0) -> None:
         """End the thread at its next layer, and wait for it."""
@@ -207,11 +221,15 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
             return
         self.loaded.set_result(None)
         while (job := self._jobs.get()) is not None and not self._closing:
+            self._moved = time.monotonic()
             try:
                 if isinstance(job, Release):
                     self._release(model, job)
+                elif isinstance(job, _Renewal):
+                    job.done()
                 else:
                     self._compute(model, job)
+                self._moved = None
             except BaseException as error:
                 self._failed(_reportable(error))
                 return
@@ -243,6 +261,11 @@ class StageThread(ComputeThread[Stage, RunPass]):
         Called in the thread with each run, computed or skipped, in order.
     taken : callable, optional
         Called in the thread when it turns to a run.
+
+    Attributes
+    ----------
+    stale : int
+        Runs dropped that came after they had been given up.
     """
 
     def __init__(
@@ -256,7 +279,17 @@ class StageThread(ComputeThread[Stage, RunPass]):
     ) -> None:
         self._deliver = deliver
         self._taken = taken
+        self._generation = 0
+        self.stale = 0
         super().__init__(load, failed=failed, name=name)
+
+    def renew(self, generation: int, done: Callable[[], None]) -> None:
+        """Drop all runs of before a generation, the one that is being computed too.
+
+        ``done`` is called in the thread when the last of them is gone.
+        """
+        self._generation = generation
+        self._jobs.put(_Renewal(done))
 
     def cancel(self, command: CancelRuns) -> None:
         self.cancelled.add(command.generation, command.request, command.runs)
@@ -268,12 +301,19 @@ class StageThread(ComputeThread[Stage, RunPass]):
     def _compute(self, model: Stage, job: RunPass) -> None:
         run = job.run
         key = (run.generation, run.request, run.run)
-        if self._taken is not None:
-            self._taken(run)
+
+        def dropped() -> bool:
+            return self._closing or run.generation < self._generation
 
         def stopped() -> bool:
-            return self._closing or key in self.cancelled
+            self._moved = time.monotonic()
+            return key in self.cancelled or dropped()
 
+        if dropped():
+            self.stale += 1
+            return
+        if self._taken is not None:
+            self._taken(run)
         began = time.monotonic()
         output = StageOutput(None, None, 0)
         if not job.skipped and not stopped():
@@ -288,7 +328,7 @@ class StageThread(ComputeThread[Stage, RunPass]):
                 sampling=run.sampling,
                 cache=run.cache,
             )
-        if self._closing:
+        if dropped():
             return  # nobody has cancelled this run: it must not look as if
         self.cancelled.passed(key)
         span = Span(began, time.monotonic(), output.layers)
@@ -336,6 +376,7 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
         key = (job.generation, job.request, job.draft)
 
         def stopped() -> bool:
+            self._moved = time.monotonic()
             return self._closing or key in self.cancelled
 
         began = time.monotonic()

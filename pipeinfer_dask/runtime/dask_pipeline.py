@@ -1,18 +1,17 @@
-"""A pipeline on Dask workers: it places the nodes, connects them, and speaks for them."""
+"""A pipeline on Dask workers: it connects the nodes, speaks for them, and replaces lost ones."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar, Self, TypeVar
 
 from distributed import Client
-from distributed import Future as DaskFuture
-from distributed.comm import Comm, connect
 
 from pipeinfer_dask.protocol.messages import (
     CancelDraft,
@@ -27,33 +26,31 @@ from pipeinfer_dask.protocol.messages import (
     StartRun,
 )
 from pipeinfer_dask.runtime.actors import (
-    CONTROL,
     INPUT,
     OUTPUT,
     DrafterNode,
     DraftSpec,
-    NodeActor,
     StageNode,
     StageSpec,
 )
+from pipeinfer_dask.runtime.assembly import Assembly
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass
-from pipeinfer_dask.runtime.links import Link, LinkError, Session, dial
+from pipeinfer_dask.runtime.links import Link, LinkError, Session
 from pipeinfer_dask.runtime.loading import HERE, Progress, Steps
-from pipeinfer_dask.runtime.peers import SUSPICION_S, LoadError, Peer
+from pipeinfer_dask.runtime.nodes import PipelineError, Seat
+from pipeinfer_dask.runtime.peers import SUSPICION_S, Peer, Trouble
 from pipeinfer_dask.runtime.pipeline import PipelineCommand
+from pipeinfer_dask.runtime.recovery import NONE, Recovery
 from pipeinfer_dask.runtime.wire import Message, WireError
+
+__all__ = ["DaskPipeline", "PipelineError"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CLOSE_TIMEOUT_S = 15.0
-"""How long to wait for a node that is asked to end: longer than it waits for its thread."""
-
-LOADING_PING_S = 1.0
-"""While a worker loads a node, ask it for a sign of life so often."""
-
-
-class PipelineError(RuntimeError):
-    """A node of the pipeline could not be made, or is lost. The text says which, and where."""
+DEADLINE_S = 30.0
+"""A node that gives no sign of life for so long is lost, unless the caller says otherwise."""
 
 
 class DaskPipeline:
@@ -69,16 +66,39 @@ class DaskPipeline:
     stage_node: ClassVar[type[StageNode]] = StageNode
     """What holds a stage on its worker."""
 
-    def __init__(self, client: Client, session: Session, stages: int) -> None:
-        self.stages = stages
-        self._client = client
+    def __init__(
+        self,
+        client: Client,
+        session: Session,
+        stages: list[Seat],
+        drafter: list[Seat],
+        recovery: Recovery,
+        deadline: float,
+        progress: Progress | None,
+    ) -> None:
+        self.stages = len(stages)
+        self._assembly = Assembly(
+            client,
+            session,
+            stages,
+            drafter,
+            deadline=deadline,
+            recovery=recovery,
+            progress=progress,
+            report=self._heed,
+            tell=self._tell,
+            fail=self._fail,
+            connect=self._connect,
+            disconnect=self._disconnect,
+        )
         self._session = session
-        self._futures: list[DaskFuture[Any]] = []
-        self._peers: list[Peer] = []
-        self._stages: list[Peer] = []
-        self._drafter: Peer | DrafterThread | None = None
+        self._deadline = deadline
+        self._progress = progress
+        self._drafter_here: DrafterThread | None = None
         self._links: list[Link] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way = 0
+        self._heard = time.monotonic()
         self._report: Callable[[Event], None] | None = None
         self._lost: Callable[[Exception], None] | None = None
         self._loss: PipelineError | None = None
@@ -95,7 +115,8 @@ class DaskPipeline:
         *,
         progress: Progress | None = None,
         generation: int = 0,
-        deadline: float = 30.0,
+        deadline: float = DEADLINE_S,
+        recovery: Recovery = NONE,
     ) -> Self:
         """Load all nodes at once, and connect them.
 
@@ -113,9 +134,12 @@ class DaskPipeline:
         progress : callable, optional
             Told of each node's loading.
         generation : int
-            Counts the pipelines that were built for one engine.
+            Of all nodes at first; those that replace lost ones have later ones.
         deadline : float, seconds
-            A node that answers no ping for so long is lost, and so is a worker that loads one.
+            A node that answers no ping for so long, or whose computing does not move, is lost,
+            and so is a worker that loads one.
+        recovery : Recovery
+            How far to go to replace what is lost. By default nothing is.
 
         Raises
         ------
@@ -141,10 +165,16 @@ class DaskPipeline:
                 raise ValueError(
                     f"there is no worker {address}: this cluster has {', '.join(known) or 'none'}"
                 )
-        pipeline = cls(client, Session.new(generation), len(stage_specs))
-        opening = asyncio.create_task(
-            pipeline._open(stage_specs, stage_workers, draft_spec, draft_worker, progress, deadline)
-        )
+        stages = [
+            Seat(f"stage-{index}", cls.stage_node, spec, worker)
+            for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
+        ]
+        drafter = []
+        if draft_spec is not None and draft_worker is not None:
+            drafter.append(Seat("drafter", DrafterNode, draft_spec, draft_worker))
+        session = Session.new(generation)
+        pipeline = cls(client, session, stages, drafter, recovery, deadline, progress)
+        opening = asyncio.create_task(pipeline._open(draft_spec if draft_worker is None else None))
 
         def give_up(loss: Exception) -> None:
             # The others would wait for what the lost node was to do.
@@ -167,6 +197,16 @@ class DaskPipeline:
             pipeline._lost = None
         return pipeline
 
+    @property
+    def generation(self) -> int:
+        """Of the stages; `AWAY` while they are being recovered."""
+        return self._assembly.stages.generation
+
+    @property
+    def draft_generation(self) -> int:
+        """Of the drafter; `AWAY` while it is being recovered."""
+        return self._assembly.drafter.generation
+
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         """Set who is told of each event, and, once, of the pipeline's end."""
         self._report = report
@@ -175,7 +215,7 @@ class DaskPipeline:
             asyncio.get_running_loop().call_soon(lost, self._loss)
 
     def send(self, command: PipelineCommand) -> None:
-        """Carry out a command. Once the pipeline is lost or closed this does nothing.
+        """Carry out a command. To what is lost or closed this does nothing.
 
         Raises
         ------
@@ -186,25 +226,28 @@ class DaskPipeline:
             case StartRun():
                 self.feed(RunPass(command))
             case CancelRuns() | Prune():
-                for stage in self._stages:
+                for stage in self._assembly.stages.peers:
                     stage.send(command)
             case Release():
                 # Nothing of the request is on the data links, so this overtakes nothing of it.
-                for node in (*self._stages, *([self._drafter] if self._drafter else [])):
+                for node in (*self._assembly.stages.peers, *self._drafters()):
                     node.send(command)
             case StartDraft() | CancelDraft():
-                if self._drafter is None:
+                if not self._assembly.drafter.seats and self._drafter_here is None:
                     raise RuntimeError("expected no draft: this pipeline has no drafter")
-                self._drafter.send(command)
+                for drafter in self._drafters():
+                    drafter.send(command)
 
     def feed(self, job: RunPass) -> None:
         """Send a run to the first stage, with hidden states where that stage expects some."""
-        self._links[0].send(job)
+        if job.run.generation == self.generation:
+            self._under_way += 1
+            self._heard = time.monotonic()
+            self._links[0].send(job)
 
     async def stats(self) -> list[dict[str, int]]:
         """Return the open links and the dropped stale messages of each node."""
-        actors = await asyncio.gather(*self._futures)
-        return list(await asyncio.gather(*(actor.stats() for actor in actors)))
+        return await self._assembly.nodes.stats()
 
     async def close(self) -> None:
         """Release every node, thread and link, whatever has become of client and cluster."""
@@ -212,178 +255,118 @@ class DaskPipeline:
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
-    async def _open(
-        self,
-        stage_specs: Sequence[StageSpec],
-        stage_workers: Sequence[str],
-        draft_spec: DraftSpec | None,
-        draft_worker: str | None,
-        progress: Progress | None,
-        deadline: float,
-    ) -> None:
-        placing = [
-            self._place(self.stage_node, f"stage-{index}", spec, worker, progress, deadline)
-            for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
-        ]
-        if draft_spec is not None and draft_worker is not None:
-            placing.append(
-                self._place(DrafterNode, "drafter", draft_spec, draft_worker, progress, deadline)
-            )
-        elif draft_spec is not None:
-            self._drafter = self._drafter_here(draft_spec, progress)
-            await asyncio.wrap_future(self._drafter.loaded)
-        peers = await _all(placing)
-        self._stages = peers[: len(stage_specs)]
-        if draft_worker is not None:
-            self._drafter = peers[-1]
-        await self._connect()
-        await _all([peer.find_clock() for peer in peers])
+    # --- building -----------------------------------------------------------------
 
-    async def _place(
-        self,
-        kind: type[StageNode] | type[DrafterNode],
-        name: str,
-        spec: StageSpec | DraftSpec,
-        worker: str,
-        progress: Progress | None,
-        deadline: float,
-    ) -> Peer:
-        node = self._session.node(name)
-        node_title = f"{name.replace('-', ' ')} ({spec.name})"
-        title = f"{node_title} on worker {worker}"
-        # A task that may run on one worker only waits for ever once that worker is dead.
-        # A connection of our own tells of its death, and of its silence.
-        try:
-            tripwire = await connect(worker, **self._client.connection_args)
-        except OSError as lost:
-            raise PipelineError(f"{title}: could not connect to the worker: {lost}") from lost
-        future = self._client.submit(
-            NodeActor,
-            kind,
-            self._session,
-            name,
-            spec,
-            actor=True,
-            key=node,
-            workers=[worker],
-            allow_other_workers=False,
-        )
-        self._futures.append(future)
-        steps = Steps(node_title, worker, progress)
-        loading = asyncio.create_task(self._load(future, title, node, worker, steps))
-        death = asyncio.create_task(_death(tripwire, deadline))
-        try:
-            await asyncio.wait([loading, death], return_when=asyncio.FIRST_COMPLETED)
-            if loading.done() and isinstance(loading.exception(), LinkError):
-                # What closes a link is told better by the tripwire, maybe a moment later.
-                await asyncio.wait([death], timeout=SUSPICION_S)
-            died = death.result() if death.done() else None
-        finally:
-            loading.cancel()
-            death.cancel()
-            tripwire.abort()
-            await asyncio.gather(loading, death, return_exceptions=True)
-        if died is not None:
-            for peer in self._peers:
-                if peer.address == worker:
-                    peer.abandon()
-            raise PipelineError(f"{title}: {died}")
-        peer = loading.result()
-        steps.stands()
-        self._tasks.append(asyncio.create_task(peer.watch(deadline)))
-        return peer
+    async def _open(self, drafter_here: DraftSpec | None) -> None:
+        if drafter_here is not None:
+            self._drafter_here = self._new_drafter_here(drafter_here)
+            await asyncio.wrap_future(self._drafter_here.loaded)
+        await self._assembly.open()
+        self._keep(self._watch_runs())
 
-    async def _load(
-        self, future: DaskFuture[Any], title: str, node: str, worker: str, steps: Steps
-    ) -> Peer:
-        """Wait until a node can be dialled, and then until its model stands."""
-        error = await future.exception()
-        if error is not None:
-            raise PipelineError(
-                f"{title} could not be made: {type(error).__name__}: {error}"
-            ) from error
-        if future.status != "finished":
-            raise PipelineError(f"{title} could not be made: its actor is {future.status}")
-        link = await self._dial(worker, node, CONTROL)
-        peer = Peer(
-            title,
-            node,
-            worker,
-            link,
-            report=self._heed,
-            read=steps.read,
-            lost=partial(self._lose, title),
-        )
-        self._peers.append(peer)
-        try:
-            await peer.loaded()
-        except LoadError as refused:
-            raise PipelineError(f"{title} could not load: {refused}") from refused
-        return peer
+    async def _connect(self, session: Session) -> None:
+        """Lay the data links between client, first stage and last stage."""
+        self._disconnect()  # what an attempt may have left
+        seats, nodes = self._assembly.stages.seats, self._assembly.nodes
+        for seat, role, handle in (
+            (seats[0], INPUT, self._nothing_expected),
+            (seats[-1], OUTPUT, self._fetch),
+        ):
+            peer = seat.peer
+            assert peer is not None
+            link = await nodes.dial(peer.address, peer.node, role, session)
+            self._links.append(link)
+            self._keep(self._receive(link, seat, peer, role, handle))
 
-    def _drafter_here(self, spec: DraftSpec, progress: Progress | None) -> DrafterThread:
+    def _disconnect(self) -> None:
+        self._under_way = 0
+        given_up, self._links = self._links, []
+        for link in given_up:
+            link.abort()
+
+    def _new_drafter_here(self, spec: DraftSpec) -> DrafterThread:
         loop = asyncio.get_running_loop()
-        steps = Steps(f"drafter ({spec.name})", HERE, progress)
+        steps = Steps(f"drafter ({spec.name})", HERE, self._progress)
 
         def post(callback: Callable[..., None], *arguments: object) -> None:
             # Nobody is left to be told on a loop that is closed.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(callback, *arguments)
 
+        def failed(error: Exception) -> None:
+            reason = f"drafter is lost: {type(error).__name__}: {error}"
+            post(self._fail, PipelineError(reason))
+
         return DrafterThread(
             steps.counted(spec.load, post),
             deliver=partial(post, self._tell),
-            failed=lambda error: post(self._lose, "drafter", f"{type(error).__name__}: {error}"),
+            failed=failed,
             name=self._session.node("drafter"),
         )
 
-    async def _connect(self) -> None:
-        """Lay the data links: client, first stage, ..., last stage, client."""
-        await _all([one.dial_next(other) for one, other in pairwise(self._stages)])
-        for peer, role, handle in (
-            (self._stages[0], INPUT, self._nothing_expected),
-            (self._stages[-1], OUTPUT, self._fetch),
-        ):
-            link = await self._dial(peer.address, peer.node, role)
-            self._links.append(link)
-            self._tasks.append(asyncio.create_task(self._keep(link, peer, role, handle)))
+    async def _watch_runs(self) -> None:
+        """Notice runs that are nowhere: links that swallow them look as if they lived."""
+        while True:
+            await asyncio.sleep(self._deadline / 3)
+            silence = time.monotonic() - self._heard
+            peers = self._assembly.stages.peers
+            idle = not any(peer.stalled for peer in peers)
+            if self._under_way and self._links and silence > self._deadline and idle:
+                seat = self._assembly.stages.seats[0]
+                reason = f"no run has come through for {self._deadline:g} s, and none is computed"
+                if seat.peer is not None:
+                    self._assembly.lose(seat, seat.peer, Trouble.CUT, reason)
 
-    async def _dial(self, worker: str, node: str, role: str) -> Link:
-        return await dial(
-            worker, node, role, self._session, connection_args=self._client.connection_args
-        )
+    def _fail(self, loss: PipelineError) -> None:
+        """Give the pipeline up."""
+        if self._loss is not None or self._closing is not None:
+            return
+        self._loss = loss
+        if self._lost is not None:
+            self._lost(loss)
 
-    async def _keep(
-        self, link: Link, peer: Peer, role: str, handle: Callable[[Message], None]
+    # --- what nodes say ---------------------------------------------------------------
+
+    async def _receive(
+        self, link: Link, seat: Seat, peer: Peer, role: str, handle: Callable[[Message], None]
     ) -> None:
         reason = f"its {role} link to the client has closed"
         try:
             await link.receive(handle)
+            if link in self._links:
+                # If the node is gone, its control link tells, maybe a moment later.
+                await asyncio.sleep(SUSPICION_S)
         except (LinkError, WireError) as error:
             reason = f"its {role} link to the client: {error}"
-        self._lose(peer.title, reason)
+        if link in self._links:
+            self._assembly.lose(seat, peer, Trouble.CUT, reason)
 
     def _fetch(self, message: Message) -> None:
         if not isinstance(message, RunPass):
             raise LinkError(f"expected a run, got {type(message).__name__}")
         if len(message.spans) != self.stages:
             raise LinkError(f"expected {self.stages} stages' spans, got {len(message.spans)}")
-        run = message.run
-        spans = tuple(
-            stage.localize(span) for stage, span in zip(self._stages, message.spans, strict=True)
-        )
+        run, peers = message.run, self._assembly.stages.peers
+        spans = tuple(peer.localize(span) for peer, span in zip(peers, message.spans, strict=True))
+        self._under_way -= 1
+        self._heard = time.monotonic()
         done = RunDone(
             run.request, run.generation, run.run, message.tokens, spans, message.logprobs
         )
         self._tell(done)
+        if message.tokens is not None:
+            self._assembly.stages.working()
 
     def _heed(self, message: Message) -> None:
         match message:
             case RunTaken():
+                self._heard = time.monotonic()
                 self._tell(message)
             case Drafted(span=span):
-                if span is not None and isinstance(self._drafter, Peer):
-                    message = replace(message, span=self._drafter.localize(span))
+                self._assembly.drafter.working()
+                for drafter in self._assembly.drafter.peers:
+                    if span is not None:
+                        message = replace(message, span=drafter.localize(span))
                 self._tell(message)
             case _:
                 raise LinkError(f"expected an event, got {type(message).__name__}")
@@ -392,50 +375,31 @@ class DaskPipeline:
         raise LinkError(f"expected nothing here, got {type(message).__name__}")
 
     def _tell(self, event: Event) -> None:
-        if self._report is not None and self._closing is None:
-            self._report(event)
-
-    def _lose(self, title: str, reason: str) -> None:
-        if self._loss is not None or self._closing is not None:
+        if self._report is None or self._closing is not None:
             return
-        self._loss = PipelineError(f"{title} is lost: {reason}")
-        if self._lost is not None:
-            self._lost(self._loss)
+        try:
+            self._report(event)
+        except Exception as error:  # a bug of ours: no other node would do better
+            loss = PipelineError(f"the head is lost: {type(error).__name__}: {error}")
+            loss.__cause__ = error
+            self._fail(loss)
+
+    def _drafters(self) -> list[Peer | DrafterThread]:
+        here = [] if self._drafter_here is None else [self._drafter_here]
+        return [*self._assembly.drafter.peers, *here]
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _close(self) -> None:
-        await asyncio.gather(*(peer.close(CLOSE_TIMEOUT_S) for peer in self._peers))
-        if isinstance(self._drafter, DrafterThread):
-            await asyncio.to_thread(self._drafter.close)
-        for link in self._links:
-            link.abort()
+        await self._assembly.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._client.status == "running":
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._client.cancel(self._futures), CLOSE_TIMEOUT_S)
-        self._futures.clear()
-
-
-async def _death(tripwire: Comm, deadline: float) -> str:
-    """Ask a worker for signs of life until it gives none for ``deadline`` seconds: why."""
-    try:
-        while True:
-            await tripwire.write({"op": "echo", "data": "", "reply": True})
-            await asyncio.wait_for(tripwire.read(), deadline)
-            await asyncio.sleep(min(LOADING_PING_S, deadline / 3))
-    except TimeoutError:
-        return f"the worker gave no sign of life for {deadline:g} s while it was loading"
-    except OSError:
-        return "the worker died while it was loading"
-
-
-async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return all results, or the first error once all the rest is cancelled and over."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._assembly.nodes.close()
+        if self._drafter_here is not None:
+            await asyncio.to_thread(self._drafter_here.close)
+        for link in self._links:
+            link.abort()

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import math
 import os
-from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
@@ -29,6 +28,7 @@ from pipeinfer_dask.runtime.lags import (
 )
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.measuring import measure_costs, measure_hop
+from pipeinfer_dask.runtime.opening import open_on
 from pipeinfer_dask.runtime.paced import paced_specs
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
@@ -131,9 +131,7 @@ class Emulation:
                 loop = loop_of(client)
                 where = place(workers_of(client), stages, drafter=True, share=True)
 
-            opened: list[Pipeline] = []
-
-            async def open_pipeline() -> None:
+            async def open_pipeline() -> Pipeline:
                 here = asyncio.get_running_loop()
                 pipeline: Pipeline
                 if client is None:
@@ -143,8 +141,7 @@ class Emulation:
                         if distance is None
                         else LaggingLocalPipeline(loads, draft_spec.load, here, distance=distance)
                     )
-                    await local.loaded()
-                    pipeline = local
+                    pipeline = await local.loaded()
                 else:
                     arguments = (where.stages, draft_spec, where.drafter)
                     if distance is None:
@@ -156,20 +153,13 @@ class Emulation:
                         pipeline = await LaggingPipeline.open(client, distant, *arguments)
                 if distance is not None:
                     pipeline = LaggingHead(pipeline, distance, here)
-                # Noted on the loop itself: an interrupt may come before we hear of it.
-                opened.append(pipeline)
+                return pipeline
 
-            def close_pipeline() -> None:
-                with suppress(RuntimeError, CancelledError):
-                    while opened and loop.is_running():
-                        call_on(loop, opened.pop().close())
-
-            resources.callback(close_pipeline)
-            call_on(loop, open_pipeline())
+            opened_pipeline = open_on(loop, open_pipeline, resources)
             resources.enter_context(short_collections())
 
             async def start_head() -> Head:
-                return Head(opened[0], asyncio.get_running_loop())
+                return Head(opened_pipeline, asyncio.get_running_loop())
 
             head = call_on(loop, start_head())
             return cls(costs, acceptance, seed, distance, head, resources.pop_all())

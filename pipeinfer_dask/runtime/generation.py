@@ -26,7 +26,7 @@ from pipeinfer_dask.trace.picture import result_html
 GLANCE_S = 0.5
 """Who waits looks up so often, for an interrupt that woke nobody."""
 
-Status = Literal["queued", "running", "finished", "stopped", "failed"]
+Status = Literal["queued", "running", "recovering", "finished", "stopped", "failed"]
 
 
 class Piece(str):
@@ -172,7 +172,10 @@ class Generation:
 
     @property
     def status(self) -> Status:
-        """Queued, running, finished, stopped (cancelled by the caller) or failed."""
+        """Queued, running, recovering (from the loss of a node), finished, stopped or failed.
+
+        Stopped is what the caller has cancelled.
+        """
         return self._status
 
     @property
@@ -295,6 +298,9 @@ class Generation:
     def begin(self) -> None:
         """Note that the head has turned to it."""
         self._status = "running"
+
+    def recover(self) -> None:
+        self._status = "recovering"
 
     def record(self, time: float, what: Event | Command) -> None:
         """Note what happened. Who follows the trace finds a commit's text there before it."""

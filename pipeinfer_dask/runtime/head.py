@@ -14,11 +14,14 @@ from contextlib import contextmanager, suppress
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.protocol.messages import (
+    AWAY,
     Begin,
     Commit,
     Event,
     Finish,
+    PipelineEvent,
     Release,
+    StageLost,
     Stop,
     WakeAt,
     Woken,
@@ -84,7 +87,7 @@ class Head:
         report : callable
             Told of the pipeline's events instead of us.
         lost : callable
-            Told of the pipeline's end, or of ours.
+            Told of the loss of a stage, of the pipeline's end, or of ours.
 
         Raises
         ------
@@ -99,8 +102,19 @@ class Head:
             raise PipelineBusyError(
                 "expected an idle pipeline, got a busy one: wait for what runs, or cancel it"
             )
+        if self.pipeline.generation == AWAY:
+            raise PipelineBusyError(
+                "expected an idle pipeline, got one that recovers from a loss: wait, and try again"
+            )
+
+        def hear(event: Event) -> None:
+            if isinstance(event, StageLost):
+                lost(ConnectionError(event.reason))
+            elif not isinstance(event, PipelineEvent):
+                report(event)
+
         self._borrower = lost
-        self.pipeline.listen(report, self._lost)
+        self.pipeline.listen(hear, self._lost)
         try:
             yield
         finally:
@@ -132,15 +146,29 @@ class Head:
     def _next(self) -> None:
         if self._current is None and self._queue and self._borrower is None:
             self._current = generation = self._queue.popleft()
-            self._machine = Machine(generation.request, generation.policy, stops=generation.stops)
-            generation.begin()
+            self._machine = Machine(
+                generation.request,
+                generation.policy,
+                generation=self.pipeline.generation,
+                draft_generation=self.pipeline.draft_generation,
+                stops=generation.stops,
+            )
+            self._show_status(generation)
             self._report(Begin(generation.request.id))
+
+    def _show_status(self, generation: Generation) -> None:
+        if self.pipeline.generation == AWAY:
+            generation.recover()
+        else:
+            generation.begin()
 
     def _report(self, event: Event) -> None:
         machine, generation = self._machine, self._current
         if machine is None or generation is None:
-            self.stale += 1
+            self.stale += not isinstance(event, PipelineEvent)
             return
+        if isinstance(event, PipelineEvent):
+            self._show_status(generation)
         try:
             now = time.monotonic()
             generation.record(now, event)

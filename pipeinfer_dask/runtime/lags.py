@@ -106,6 +106,14 @@ class LaggingHead:
         self._down = Lag[PipelineCommand](distance, self._post(pipeline.send))
         self._up = Lag[Event](distance, self._post(self._arrived))
 
+    @property
+    def generation(self) -> int:
+        return self._pipeline.generation
+
+    @property
+    def draft_generation(self) -> int:
+        return self._pipeline.draft_generation
+
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         self._report = report
         self._pipeline.listen(self._up.send, lost)

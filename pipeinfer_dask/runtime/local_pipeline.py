@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Self
 
 from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.protocol.messages import (
@@ -26,7 +27,7 @@ from pipeinfer_dask.runtime.pipeline import PipelineCommand
 
 
 class LocalPipeline:
-    """A `Pipeline` of threads.
+    """A `Pipeline` of threads: none is ever lost, but for errors of a model's own.
 
     Parameters
     ----------
@@ -48,6 +49,7 @@ class LocalPipeline:
         progress: Progress | None = None,
     ) -> None:
         self.stages = len(stages)
+        self.generation = self.draft_generation = 0
         self._loop = loop
         self._report: Callable[[Event], None] | None = None
         self._lost: Callable[[Exception], None] | None = None
@@ -74,8 +76,8 @@ class LocalPipeline:
             else None
         )
 
-    async def loaded(self) -> None:
-        """Wait until every model stands.
+    async def loaded(self) -> Self:
+        """Wait until every model stands; return this pipeline.
 
         Raises
         ------
@@ -89,6 +91,7 @@ class LocalPipeline:
         except BaseException:
             await self.close()
             raise
+        return self
 
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         self._report, self._lost = report, lost

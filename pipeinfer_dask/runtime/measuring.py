@@ -130,14 +130,16 @@ class _Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipeline.send(Release(self._request, 0, self._request))
+        self._pipeline.send(Release(self._request, self._pipeline.generation, self._request))
 
     async def run(self, tokens: int, behind: int = 0) -> tuple[float, tuple[Span, ...]]:
         """Run a chain of tokens ``behind`` others; return the seconds and each stage's span."""
         batch = _chain(tokens, behind)
         kind = Kind.SPECULATIVE if behind else Kind.PREFILL
         number = next(self._numbers)
-        run = StartRun(self._request, 0, number, kind, batch, 1, cache=self._request)
+        run = StartRun(
+            self._request, self._pipeline.generation, number, kind, batch, 1, cache=self._request
+        )
         sent = time.monotonic()
         done = await self._ask(run)
         took = time.monotonic() - sent
@@ -149,7 +151,16 @@ class _Probe:
         batch = _chain(tokens, behind)
         number, plan = next(self._numbers), DraftPlan(size=0)
         drafted = await self._ask(
-            StartDraft(self._request, 0, number, batch, 1, (), plan, cache=self._request)
+            StartDraft(
+                self._request,
+                self._pipeline.draft_generation,
+                number,
+                batch,
+                1,
+                (),
+                plan,
+                cache=self._request,
+            )
         )
         assert isinstance(drafted, Drafted) and drafted.span is not None
         return _seconds(drafted.span)

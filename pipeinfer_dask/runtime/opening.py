@@ -1,14 +1,20 @@
-"""What an engine is asked to open, checked as far as that needs no look at anything."""
+"""What an engine is asked to open: checked as far as that needs no look at anything, and opened."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Sized
+from collections.abc import Callable, Coroutine, Sized
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from math import isfinite
 from typing import Any
 
 from distributed import Client
 
 from pipeinfer_dask.models.linears import check_weights
+from pipeinfer_dask.runtime.clusters import call_on
+from pipeinfer_dask.runtime.pipeline import Pipeline
 
 
 def check_asked(
@@ -50,3 +56,45 @@ def check_asked(
     for model in models:
         if not isinstance(model, (str, os.PathLike)):
             raise ValueError(f"expected a model's directory or hub name, got {model!r}")
+
+
+def check_recovery(
+    spares: object, max_recoveries: object, recovery_timeout: Any, node_timeout: Any
+) -> None:
+    """Check what a user says of losses.
+
+    Raises
+    ------
+    ValueError
+        If anything is out of range.
+    """
+    for name, count in (("spares", spares), ("max_recoveries", max_recoveries)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"expected {name} as a whole number of at least 0, got {count!r}")
+    for name, seconds in (("recovery_timeout", recovery_timeout), ("node_timeout", node_timeout)):
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if not number or not (seconds > 0 and isfinite(seconds)):
+            raise ValueError(f"expected {name} as seconds above 0, got {seconds!r}")
+
+
+def open_on(
+    loop: asyncio.AbstractEventLoop,
+    opening: Callable[[], Coroutine[Any, Any, Pipeline]],
+    resources: ExitStack,
+) -> Pipeline:
+    """Open a pipeline on a loop of another thread, to be closed with ``resources``."""
+    # Noted on the loop itself: an interrupt may come before we hear of it.
+    pipelines: list[Pipeline] = []
+
+    async def note() -> None:
+        pipelines.append(await opening())
+
+    def close() -> None:
+        # The loop ends with the client: then its links are closed, and the workers know.
+        with suppress(RuntimeError, CancelledError):
+            while pipelines and loop.is_running():
+                call_on(loop, pipelines.pop().close())
+
+    resources.callback(close)
+    call_on(loop, note())
+    return pipelines[0]

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from enum import StrEnum
 from typing import Any
 
 from pipeinfer_dask.models.stage import CountBytes
@@ -23,14 +24,27 @@ from pipeinfer_dask.runtime.wire import (
     PeerLost,
     Ping,
     Pong,
+    Renew,
+    Renewed,
     WireError,
 )
 
 CLOCK_PINGS = 50
 """Pings to find a node's clock: the one with the least round trip counts."""
 
-SUSPICION_S = 1.0
+SUSPICION_S = 0.5
 """Where a stage misses its neighbour, wait this long for the neighbour's own link to close."""
+
+
+class Trouble(StrEnum):
+    """What may be wrong with a node."""
+
+    FAILED = "failed"
+    """Its model has raised: another one would, too."""
+    GONE = "gone"
+    """It is dead, or as good as that."""
+    CUT = "cut"
+    """A link between it and a neighbour is broken; the node itself may well live."""
 
 
 class LoadError(RuntimeError):
@@ -48,16 +62,20 @@ class Peer:
         Where other nodes can dial it.
     link : Link
         The control link.
+    generation : int
+        Of its data links.
     report : callable
         Called with each message that is not the peer's own affair.
     read : callable
         Called with the bytes that the node has read while it loads, and with all.
     lost : callable
-        Called with a reason when a node that has loaded can't go on. May be called more than
-        once.
+        Called with the trouble and a reason when a node that has loaded can't go on. May be
+        called more than once.
 
     Attributes
     ----------
+    stalled : float, seconds
+        For so long its computing had not moved at the last ping; 0 if it had nothing to do.
     offset : float, seconds
         The node's clock minus the client's.
     """
@@ -68,22 +86,26 @@ class Peer:
         node: str,
         address: str,
         link: Link,
+        generation: int,
         *,
         report: Callable[[Message], None],
         read: CountBytes,
-        lost: Callable[[str], None],
+        lost: Callable[[Trouble, str], None],
     ) -> None:
         self.title = title
         self.node = node
         self.address = address
         self.offset = 0.0
+        self.stalled = 0.0
         self._link = link
+        self._generation = generation
         self._report = report
         self._read_bytes = read
         self._lost = lost
         self._pings = 0
         self._pongs: dict[int, asyncio.Future[tuple[float, float]]] = {}
         self._dialled: asyncio.Future[Any] | None = None
+        self._renewed: asyncio.Future[Any] | None = None
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._reading = self._loop.create_task(self._read())
@@ -141,15 +163,34 @@ class Peer:
         self._link.send(DialNext(peer.address, peer.node))
         await self._dialled
 
+    async def renew(self, generation: int) -> None:
+        """Have this stage give up its data links, and what came over them.
+
+        Raises
+        ------
+        LinkError
+            The control link has closed.
+        """
+        self._generation = generation
+        self._renewed = self._wait()
+        self._link.send(Renew(generation))
+        await self._renewed
+
     async def watch(self, deadline: float) -> None:
-        """Ping until the node is lost, or leaves a ping unanswered for ``deadline`` seconds."""
+        """Ping until the node is lost: within ``deadline`` seconds it has to give a sign of life.
+
+        Its computing must not stand still for so long, either.
+        """
         while True:
             try:
-                await asyncio.wait_for(self.ping(), deadline)
+                await asyncio.wait_for(self.ping(), 2 / 3 * deadline)
             except TimeoutError:
-                self._lost(f"gave no sign of life for {deadline:g} s")
+                self._lost(Trouble.GONE, f"gave no sign of life for {deadline:g} s")
                 return
             except LinkError:
+                return
+            if self.stalled > deadline:
+                self._lost(Trouble.GONE, f"its computing has not moved for {deadline:g} s")
                 return
             await asyncio.sleep(deadline / 3)
 
@@ -182,9 +223,13 @@ class Peer:
             pong = self._pongs.get(message.number)
             if pong is not None and not pong.done():
                 pong.set_result((time.monotonic(), message.clock))
+            self.stalled = message.stalled
         elif isinstance(message, Dialled):
             if self._dialled is not None and not self._dialled.done():
                 self._dialled.set_result(None)
+        elif isinstance(message, Renewed):
+            if self._renewed is not None and not self._renewed.done():
+                self._renewed.set_result(None)
         elif isinstance(message, BytesRead):
             self._read_bytes(message.nbytes, message.total)
         elif isinstance(message, Loaded):
@@ -192,27 +237,32 @@ class Peer:
                 self._loaded.set_result(None)
         elif isinstance(message, Failed):
             if self._loaded.done():
-                self._lost(message.reason)
+                self._lost(Trouble.FAILED, message.reason)
             else:
                 self._loaded.set_exception(LoadError(message.reason))
         elif isinstance(message, PeerLost):
-            self._suspect(message.reason)
+            self._suspect(message)
         else:
             self._report(message)
 
-    def _suspect(self, reason: str) -> None:
+    def _suspect(self, told: PeerLost) -> None:
         if self._dialled is not None and not self._dialled.done():
-            self._dialled.set_exception(LinkError(reason))
+            self._dialled.set_exception(LinkError(told.reason))
+
+        def report() -> None:
+            if told.generation == self._generation:
+                self._lost(Trouble.CUT, told.reason)
+
         # A neighbour that is gone is named better by the end of its own control link,
         # which may be noticed a moment later.
-        self._loop.call_later(SUSPICION_S, self._lost, reason)
+        self._loop.call_later(SUSPICION_S, report)
 
     def _end(self, reason: str) -> None:
-        for waiting in (*self._pongs.values(), self._dialled):
+        for waiting in (*self._pongs.values(), self._dialled, self._renewed):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(LinkError(f"{self.title}: {reason}"))
         if self._loaded.done():
-            self._lost(reason)
+            self._lost(Trouble.GONE, reason)
         else:
             self._loaded.set_exception(LinkError(f"{self.title}: {reason}"))
             self._loaded.exception()  # maybe nobody waits for it any more

@@ -21,11 +21,23 @@ PipelineCommand = StartRun | CancelRuns | Prune | StartDraft | CancelDraft | Rel
 class Pipeline(Protocol):
     """Stages in a row and, beside them, a drafter.
 
+    Both have a generation, which counts what was rebuilt; it is `AWAY` while they are lost.
+
     `send` and both callbacks belong to one event loop; everything else that a
     pipeline does happens elsewhere.
     """
 
     stages: int
+
+    @property
+    def generation(self) -> int:
+        """Of the stages: what runs must name."""
+        ...
+
+    @property
+    def draft_generation(self) -> int:
+        """Of the drafter: what drafts must name."""
+        ...
 
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         """Set who is told, on the loop, of each event, and of the pipeline's end."""

@@ -38,6 +38,22 @@ def default_stages(workers: int, layers: int, *, drafter: bool) -> int:
     return max(1, min(layers, workers - drafter))
 
 
+def without_spares(workers: Mapping[str, int], spares: int) -> Mapping[str, int]:
+    """Return the workers to use, where so many are to be kept free.
+
+    Raises
+    ------
+    ValueError
+        If none is left.
+    """
+    if spares and len(workers) <= spares:
+        raise ValueError(
+            f"expected more workers than spares={spares}, found {len(workers)}: start more "
+            "workers, or keep fewer free"
+        )
+    return dict(list(workers.items())[: len(workers) - spares])
+
+
 def place(
     workers: Mapping[str, int], stages: int, *, drafter: bool, share: bool = False
 ) -> Placement:

@@ -22,6 +22,7 @@ from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS
 from pipeinfer_dask.runtime.gpus import Devices, check_gpus, gpu_count, gpu_pools
 from pipeinfer_dask.runtime.memory import HERE, Need, Pool, check_memory, pools_here, pools_of
 from pipeinfer_dask.runtime.placement import Placement
+from pipeinfer_dask.runtime.replacement import Load
 
 AUTO: Final = "auto"
 """The layer split that is made by measuring the workers."""
@@ -182,6 +183,11 @@ class Models:
         name = self.draft.path.name
         drafting = spec(self.draft, layers, drafter, name, self.devices.draft)
         return stages, replace(drafting, target_vocab_size=self.target.vocab_size)
+
+    def loads(self, ranges: Sequence[range], placement: Placement) -> tuple[Load, ...]:
+        """Return what each node is going to hold, wherever it may be."""
+        nodes = self._nodes(ranges, placement.stages, placement.drafter)
+        return tuple(Load(node.node, node.nbytes, node.device) for node in nodes)
 
     @property
     def _capacity(self) -> int:

@@ -55,10 +55,14 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """Node to client: ``clock`` is the node's own `time.monotonic`, in seconds."""
+    """Node to client: ``clock`` is the node's own `time.monotonic`, in seconds.
+
+    For ``stalled`` seconds its computing has not moved; 0 while there is nothing to compute.
+    """
 
     number: int
     clock: float
+    stalled: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,20 @@ class Dialled:
 
 
 @dataclass(frozen=True, slots=True)
+class Renew:
+    """Client to stage: give up all runs of before this generation, and your data links."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """Stage to client: what was before this generation is gone, from the thread too."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Node to client: this node can't go on, and why."""
 
@@ -101,8 +119,9 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """Stage to client: the data link to or from a neighbour has closed, or brought nonsense."""
+    """Stage to client: a data link of this generation has closed, or brought nonsense."""
 
+    generation: int
     reason: str
 
 
@@ -130,6 +149,8 @@ Message = (
     | AwaitLoaded
     | BytesRead
     | Loaded
+    | Renew
+    | Renewed
 )
 
 
@@ -246,7 +267,7 @@ _CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], 
     (StartDraft, _plain_draft, _draft),
     (Drafted, _plain_drafted, _drafted),
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
-    *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded, Release)),
+    *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded, Release, Renew, Renewed)),
 )
 _RUN_PASS = 0
 _ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(_CODECS)}

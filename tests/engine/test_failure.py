@@ -110,10 +110,14 @@ def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -
 
 
 @pytest.mark.cluster
-def test_a_worker_that_is_killed_ends_the_generation_and_is_named(pair: Pair) -> None:
+def test_where_no_recovery_is_wanted_a_killed_worker_ends_the_generation_and_is_named(
+    pair: Pair,
+) -> None:
     with ExitStack() as resources:
         client: Client = own_cluster(2, resources)
-        with pi.Engine.from_pretrained(pair.target, client=client, stages=2) as engine:
+        with pi.Engine.from_pretrained(
+            pair.target, client=client, stages=2, max_recoveries=0
+        ) as engine:
             run = engine.start(PROMPT, max_new_tokens=LONG)
             next(iter(run))
             address, process = list(client.run(os.getpid).items())[1]

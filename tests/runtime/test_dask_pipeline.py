@@ -33,6 +33,7 @@ from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline, PipelineError
 from pipeinfer_dask.runtime.links import Link, dial
 from pipeinfer_dask.runtime.loading import Loading
+from pipeinfer_dask.runtime.peers import Peer
 from pipeinfer_dask.runtime.wire import DialNext
 from tests.runtime.chain import (
     BROKEN,
@@ -356,7 +357,7 @@ def test_a_worker_that_stops_while_it_loads_does_not_keep_us_waiting() -> None:
 def test_a_worker_that_stops_while_another_loads_does_not_keep_us_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.dask_pipeline.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pipeinfer_dask.runtime.nodes.CLOSE_TIMEOUT_S", 0.5)
     go = tmp_path / "go"
 
     async def links(dask_worker: Worker) -> int:
@@ -400,16 +401,23 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_loaded() -> No
     asyncio.run(main())
 
 
+def peer_of(pipeline: DaskPipeline) -> Peer:
+    """Return the client's end of a pipeline's only stage."""
+    (seat,) = pipeline._assembly.stages.seats
+    assert seat.peer is not None
+    return seat.peer
+
+
 def node_on(pipeline: DaskPipeline) -> Any:
     """Return the node of a pipeline's only stage, from the worker in this process."""
-    address = pipeline._stages[0].address
+    address = peer_of(pipeline).address
     (worker,) = (worker for worker in Worker._instances if worker.address == address)
     actor: Any = next(iter(worker.state.actors.values()))
     return actor._node
 
 
 async def dial_node(pipeline: DaskPipeline, role: str) -> Link:
-    peer = pipeline._stages[0]
+    peer = peer_of(pipeline)
     return await dial(peer.address, peer.node, role, pipeline._session, connection_args={})
 
 
@@ -470,7 +478,7 @@ def test_a_stage_that_can_not_dial_the_next_one_says_why() -> None:
         async with cluster(workers=1) as (client, workers):
             pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
             listener = Listener(pipeline)
-            (stage,) = pipeline._stages
+            stage = peer_of(pipeline)
             stage.send(DialNext("nonsense://127.0.0.1:9", "nobody"))
             async with asyncio.timeout(20):
                 await listener.lost.wait()

@@ -92,9 +92,9 @@ def test_messages_of_all_sizes_arrive_in_order(transport: str) -> None:
             inbox, outbox = Inbox(far), Inbox(near)
             for number, size in enumerate(MIXED):
                 near.send(payload_of(size, number))
-            far.send(Pong(1, 0.5))
+            far.send(Pong(1, 0.5, 0.0))
             await arrive_in_order(inbox, MIXED)
-            assert await outbox.messages.get() == Pong(1, 0.5)
+            assert await outbox.messages.get() == Pong(1, 0.5, 0.0)
 
     asyncio.run(main())
 
