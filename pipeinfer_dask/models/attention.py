@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 SLOT_ATTENTION = "pipeinfer_slots"
 """The name to give as ``attn_implementation``."""
 
-_current: ContextVar[tuple[Tensor, Tensor, Tensor]] = ContextVar("attendance")
-_repeated: ContextVar[dict[int, Tensor]] = ContextVar("repeated")
-"""The masks of this pass, by identity, repeated for the heads of a group: all layers' alike."""
+MaskFunction = Callable[..., Any]
+"""A family's: whether (batch, head, query position, key position) may attend."""
+
+
+class Pass(NamedTuple):
+    """What the models of this thread attend to, and what was made of it.
+
+    Masks are known by their identity: a family's forward keeps them until the pass ends, so that
+    no other takes one's id.
+    """
+
+    allowed: Tensor
+    positions: Tensor
+    held: Tensor
+    functions: dict[int, MaskFunction]
+    """The families' functions by which masks were made."""
+    repeated: dict[int, Tensor]
+    """Masks repeated for the heads of a group: all layers' alike."""
+
+
+_current: ContextVar[Pass] = ContextVar("pass")
 
 
 @contextmanager
-def attending(allowed: Tensor, positions: Tensor, held: Tensor) -> Iterator[None]:
+def attending(allowed: Tensor, positions: Tensor, held: Tensor) -> Iterator[Pass]:
     """Have the models that this thread calls attend as told. All is on the models' device.
 
     Parameters
@@ -39,38 +57,48 @@ def attending(allowed: Tensor, positions: Tensor, held: Tensor) -> Iterator[None
     held : Tensor of int64, [filled]
         The places in the text of the tokens in the slots.
     """
-    tokens = _current.set((allowed, positions, held)), _repeated.set({})
+    told = Pass(allowed, positions, held, {}, {})
+    token = _current.set(told)
     try:
-        yield
+        yield told
     finally:
-        _current.reset(tokens[0])
-        _repeated.reset(tokens[1])
+        _current.reset(token)
 
 
 def token_positions() -> Tensor:
     """Return the places in the text of the tokens at hand, int64 [n]."""
-    return _current.get()[1]
+    return _current.get().positions
 
 
 def slot_positions() -> Tensor:
     """Return the places in the text of the tokens in the slots that are looked at, [filled]."""
-    return _current.get()[2]
+    return _current.get().held
 
 
-def slot_mask(
-    *, mask_function: Callable[..., Any], dtype: torch.dtype, device: torch.device, **_: Any
-) -> Tensor:
+def slot_mask(*, mask_function: MaskFunction, dtype: torch.dtype, **_: Any) -> Tensor:
     """Make the additive mask, [1, 1, n, filled], of 0 and -inf.
 
-    ``mask_function`` is the family's: whether (batch, head, query position, key position)
-    may attend. The rest is what transformers tells every mask.
+    What is not named is what else transformers tells every mask.
     """
-    allowed, positions, held = _current.get()
+    told = _current.get()
+    mask = additive(told.allowed, told.positions, told.held, mask_function, dtype)[None, None]
+    told.functions[id(mask)] = mask_function
+    return mask
+
+
+def additive(
+    allowed: Tensor,
+    positions: Tensor,
+    held: Tensor,
+    mask_function: MaskFunction,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Make a mask of 0 and -inf, [n, filled], by what `attending` takes and a family's function."""
     # An ancestor always comes earlier, so the causal mask adds nothing.
     if mask_function is not causal_mask_function:
         allowed = allowed & mask_function(0, 0, positions[:, None], held[None, :])
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~allowed, -torch.inf)[None, None]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, -torch.inf)
 
 
 def slot_attention(
@@ -93,30 +121,43 @@ def slot_attention(
     heads, n, dim = query.shape[1:]
     kv_heads = key.shape[1]
     rows = heads // kv_heads * n
-    packed = query.reshape(1, kv_heads, rows, dim)
     if attention_mask.shape[1] > 1:
         attention_mask = attention_mask.reshape(1, kv_heads, rows, -1)
     elif n > 1:
         attention_mask = _repeat(attention_mask, heads // kv_heads)
-    if softcap is None and s_aux is None:
-        attended = F.scaled_dot_product_attention(
-            packed, key, value, attn_mask=attention_mask, scale=scaling
-        )
-    else:
-        scores = packed @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores + attention_mask
-        if s_aux is not None:
-            sinks = s_aux.repeat_interleave(n).view(1, kv_heads, rows, 1)
-            scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
-        attended = scores.softmax(dim=-1)[..., : key.shape[2]] @ value
+    packed = query.reshape(1, kv_heads, rows, dim)
+    attended = packed_attention(packed, key, value, attention_mask, scaling, softcap, s_aux)
     return attended.view(1, heads, n, -1).transpose(1, 2).contiguous(), None
 
 
+def packed_attention(
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attend with rows [1, kv_heads, rows, d]: all tokens of a group's first head come first.
+
+    The mask is [1, 1 or kv_heads, 1 or rows, filled]; for the rest see `slot_attention`.
+    """
+    if softcap is None and s_aux is None:
+        return F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    kv_heads, rows, dim = packed.shape[1:]
+    scores = packed @ key.transpose(-1, -2) * (dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if s_aux is not None:
+        sinks = s_aux.repeat_interleave(kv_heads * rows // len(s_aux)).view(1, kv_heads, rows, 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
+    return scores.softmax(dim=-1)[..., : key.shape[2]] @ value
+
+
 def _repeat(mask: Tensor, times: int) -> Tensor:
-    # The family's forward keeps its masks until the pass ends, so that no other takes one's id.
-    known = _repeated.get()
+    known = _current.get().repeated
     if id(mask) not in known:
         known[id(mask)] = mask.repeat(1, 1, times, 1)
     return known[id(mask)]

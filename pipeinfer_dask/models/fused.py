@@ -1,73 +1,130 @@
-"""A decoder layer of Llama's shape in few operations: small runs are bound by their number.
+"""Decoder layers of many families in few operations: small runs are bound by their number.
 
 What a family's own layer computes through a dozen modules and forty operations on small
-tensors is written here as one function. It takes the place of a layer only where both give
-the same for the weights at hand, which is tried out when a shard is loaded.
+tensors is written here as one function, told by a table how the family's layers are made.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from pipeinfer_dask.models.attention import attending, slot_attention
+from pipeinfer_dask.models.attention import packed_attention
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.linears import together
-from pipeinfer_dask.models.splice import decoder_layers
-
-LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Families whose layers compute what `FusedLayer` does, and have nothing to be set beyond it."""
-
-TRIED_TOKENS = 3
+from pipeinfer_dask.models.norms import Function, bare_norm
+from pipeinfer_dask.models.rotary import Rotary, Turns
 
 
-class Rotary:
-    """Positions as all layers of a pass need them: prepared by the first, for all."""
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a family's decoder layers are made: what their parts are called, and their order.
 
-    def __init__(self) -> None:
-        self._given: tuple[Tensor, Tensor] | None = None
-        self._prepared: tuple[Tensor, Tensor]
+    Attributes
+    ----------
+    attention : str
+    projections : tuple of str
+        Of the attention's queries, keys and values; one name where they are one matrix.
+    output : str
+        What the attended values go through.
+    expanding : tuple of str
+        Of the feed-forward part: the gate and what it gates, or one matrix for both.
+    gated : bool
+        Whether there is a gate.
+    contracting : str
+    activation : str
+    before, after : tuple of (str or None), [2]
+        Norms before and after attention and feed-forward part.
+    parallel : bool
+        Whether both parts take what comes in. So it is, too, in a layer that says so itself.
+    capped : bool
+        Whether scores of attention are bounded.
+    interleaved : bool
+        Whether rotary positions pair neighbours.
+    final : str
+        The norm after all layers.
+    """
 
-    def prepare(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Turn cosines and sines [1, n, head_dim] into factors [1, n, 1, head_dim]."""
-        if given is not self._given:
-            cos, sin = given
-            near, far = sin.chunk(2, dim=-1)
-            self._given = given
-            self._prepared = cos[:, :, None], torch.cat((-near, far), dim=-1)[:, :, None]
-        return self._prepared
+    attention: str = "self_attn"
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    output: str = "o_proj"
+    expanding: tuple[str, ...] = ("gate_proj", "up_proj")
+    gated: bool = True
+    contracting: str = "down_proj"
+    activation: str = "act_fn"
+    before: tuple[str | None, str | None] = ("input_layernorm", "post_attention_layernorm")
+    after: tuple[str | None, str | None] = (None, None)
+    parallel: bool = False
+    capped: bool = False
+    interleaved: bool = False
+    final: str = "norm"
 
 
-class RootMeanSquare(nn.Module):
-    """What an RMSNorm computes over the last dimension, in half as many operations."""
+LLAMA = Shape()
+GEMMA = Shape(
+    before=("input_layernorm", "pre_feedforward_layernorm"),
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+SHAPES = {
+    "cohere": Shape(before=("input_layernorm", None), parallel=True, interleaved=True),
+    "gemma": LLAMA,
+    "gemma2": replace(GEMMA, capped=True),
+    "gemma3_text": GEMMA,
+    "glm4": Shape(
+        expanding=("gate_up_proj",),
+        activation="activation_fn",
+        after=("post_self_attn_layernorm", "post_mlp_layernorm"),
+        interleaved=True,
+    ),
+    "granite": LLAMA,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": LLAMA,
+    "olmo2": Shape(
+        before=(None, None), after=("post_attention_layernorm", "post_feedforward_layernorm")
+    ),
+    "phi": Shape(
+        output="dense",
+        expanding=("fc1",),
+        gated=False,
+        contracting="fc2",
+        activation="activation_fn",
+        before=("input_layernorm", None),
+        parallel=True,
+        final="final_layernorm",
+    ),
+    "phi3": Shape(
+        projections=("qkv_proj",), expanding=("gate_up_proj",), activation="activation_fn"
+    ),
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
+    "smollm3": LLAMA,
+    "stablelm": LLAMA,
+    "starcoder2": Shape(expanding=("c_fc",), gated=False, contracting="c_proj", activation="act"),
+}
+"""The families whose layers `FusedLayer` can compute. They have nothing to be set beyond it."""
 
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        (size,) = norm.weight.shape
-        # x / sqrt(mean(x**2) + eps) = x * sqrt(size) / hypot(norm(x), sqrt(size * eps))
-        self._weight = norm.weight.detach() * size**0.5
-        self._floor = torch.tensor((size * norm.variance_epsilon) ** 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., size]."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x / torch.hypot(length, self._floor)).mul_(self._weight)
-
-
-class FusedLayer(nn.Module):
-    """What a Llama-shaped decoder layer computes.
+class FusedLayer:
+    """What a decoder layer computes.
 
     Parameters
     ----------
     layer : nn.Module
         The family's own; its weights are shared.
+    shape : Shape
+    config : PreTrainedConfig
     rotary : Rotary
-        Shared by the layers of a model.
+
+    Attributes
+    ----------
+    groups : int
+        Query heads that share a key.
 
     Raises
     ------
@@ -75,142 +132,113 @@ class FusedLayer(nn.Module):
         If the layer is of another shape.
     """
 
-    def __init__(self, layer: Any, rotary: Rotary) -> None:
-        super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self.attention, self.mlp = attention, mlp
-        self._rotary = rotary
+    def __init__(self, layer: Any, shape: Shape, config: Any, rotary: Rotary) -> None:
+        attention = getattr(layer, shape.attention)
+        heads: int = config.num_attention_heads
+        self._key_heads: int = config.num_key_value_heads
+        self.groups = heads // self._key_heads
         self._index: int = attention.layer_idx
         self._head_dim: int = attention.head_dim
         self._scaling: float = attention.scaling
-        self._qkv = together([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._gate_up = together([mlp.gate_proj, mlp.up_proj])
+        self._softcap: float | None = attention.attn_logit_softcapping if shape.capped else None
+        self._turn = rotary.turn if getattr(attention, "use_rope", True) else None
+        sizes = [self._head_dim * n for n in (heads, self._key_heads, self._key_heads)]
+        self._project = _joint([getattr(attention, name) for name in shape.projections], sizes)
         # Called without what modules do around it: they have no hooks.
-        self._o, self._down = attention.o_proj.forward, mlp.down_proj.forward
-        self._activation = mlp.act_fn.forward
-        self._before = RootMeanSquare(layer.input_layernorm).forward
-        self._after = RootMeanSquare(layer.post_attention_layernorm).forward
-        self._q_norm, self._k_norm = (
-            RootMeanSquare(getattr(attention, name)).forward if hasattr(attention, name) else None
-            for name in ("q_norm", "k_norm")
+        self._output: Function = getattr(attention, shape.output).forward
+        norms = [
+            norm
+            for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+            if (norm := getattr(attention, name, None)) is not None
+        ]
+        self._head_norms = [bare_norm(norm) for norm in norms]
+        self._of_all_heads = any(
+            norm.weight.dim() == 1 and len(norm.weight) != self._head_dim
+            for norm in norms
+            if hasattr(norm, "weight")
         )
+        self._before, self._between = (_named_norm(layer, name) for name in shape.before)
+        self._after, self._last = (_named_norm(layer, name) for name in shape.after)
+        self._parallel: bool = getattr(layer, "use_parallel_residual", shape.parallel)
+        self._residual: float = getattr(layer, "residual_multiplier", 1.0)
+        self._feed_forward = _feed_forward(layer.mlp, shape)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any,
-        **_: Any,
-    ) -> Tensor:
-        """Compute [1, n, hidden_size] from [1, n, hidden_size]."""
-        cos, sin = self._rotary.prepare(position_embeddings)
-        heads = (1, hidden_states.shape[1], -1, self._head_dim)
-        half = self._head_dim // 2
+    def __call__(self, x: Tensor, mask: Tensor, turns: Turns, cache: SlotCache) -> Tensor:
+        """Compute [n, hidden_size] from [n, hidden_size].
 
-        x = self._before(hidden_states)
-        q, k, v = (product.view(heads) for product in self._qkv(x))
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
-        q = torch.addcmul(q * cos, q.roll(half, -1), sin)
-        k = torch.addcmul(k * cos, k.roll(half, -1), sin)
-        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self._index)
-        attended, _weights = slot_attention(
-            self.attention, q.transpose(1, 2), keys, values, attention_mask, self._scaling
-        )
-        hidden_states = hidden_states + self._o(attended.flatten(2))
-
-        gate, up = self._gate_up(self._after(hidden_states))
-        added: Tensor = self._down(self._activation(gate) * up)
-        return hidden_states + added
-
-
-def forward_pass(model: PreTrainedModel) -> Callable[..., Tensor]:
-    """Return what computes the logits [1, picks, vocab_size] after the last tokens of a run.
-
-    It is called with ``picks`` and what the model itself takes; on a stage without the head a hook
-    ends the pass before. A Llama-shaped model is called without what transformers wraps around
-    it: to record outputs, fill in defaults and pack results, for nobody here.
-    """
-    base: Any = model.base_model
-    project: Any = model.get_output_embeddings()
-    bare = inspect.unwrap(type(base).forward)
-    shaped = model.config.model_type in LLAMA_SHAPED
-
-    def forward(picks: int, **inputs: Any) -> Tensor:
-        logits: Tensor
-        if shaped:
-            hidden = bare(base, use_cache=True, **inputs).last_hidden_state
-            logits = project(hidden[:, hidden.shape[1] - picks :])
+        The mask is [1, 1, groups * n, filled], the first heads of all groups before the second.
+        """
+        given = self._before(x) if self._before else x
+        added = self._attend(given, mask, turns, cache)
+        if self._after:
+            added = self._after(added)
+        attended = torch.add(x, added, alpha=self._residual)
+        if self._parallel:
+            given = self._between(x) if self._between else given
         else:
-            logits = model(**inputs, logits_to_keep=picks).logits
-        return logits
+            given = self._between(attended) if self._between else attended
+        added = self._feed_forward(given)
+        if self._last:
+            added = self._last(added)
+        return torch.add(attended, added, alpha=self._residual)
 
-    return forward
-
-
-def fuse(model: PreTrainedModel, layers: range) -> int:
-    """Put fused layers in place of a loaded model's own where they compute the same.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Its layers have no hooks yet.
-    layers : range
-        Their numbers in the whole model.
-
-    Returns
-    -------
-    int
-        How many were replaced.
-    """
-    if model.config.model_type not in LLAMA_SHAPED:
-        return 0
-    owned = decoder_layers(model)[1]
-    rotary, fused = Rotary(), 0
-    with torch.inference_mode():
-        for number, layer in zip(layers, list(owned), strict=True):
-            try:
-                candidate = FusedLayer(layer, rotary)
-            except AttributeError:
-                continue
-            if _close(*(_tried(model, kind, number) for kind in (layer, candidate))):
-                owned.add_module(str(number), candidate)
-                fused += 1
-        base: Any = model.base_model
-        if hasattr(base.norm, "weight"):
-            x = _random(model, 0)
-            norm = RootMeanSquare(base.norm)
-            if _close(base.norm(x), norm(x)):
-                base.norm = norm
-    return fused
-
-
-def _close(family: Tensor, ours: Tensor) -> bool:
-    return torch.allclose(ours, family, rtol=1e-4, atol=1e-5 * float(family.abs().max()))
-
-
-def _random(model: PreTrainedModel, seed: int) -> Tensor:
-    size: int = model.config.hidden_size
-    return torch.randn(1, TRIED_TOKENS, size, generator=torch.Generator().manual_seed(seed))
-
-
-def _tried(model: PreTrainedModel, layer: nn.Module, number: int) -> Tensor:
-    """Compute a layer for tokens of which each attends to those before it."""
-    base: Any = model.base_model
-    hidden = _random(model, number)
-    places = torch.arange(TRIED_TOKENS)
-    store = SlotCache(range(number, number + 1), TRIED_TOKENS)
-    store.turn_to(places, TRIED_TOKENS)
-    before = torch.ones(TRIED_TOKENS, TRIED_TOKENS, dtype=torch.bool).tril()
-    mask = torch.full((1, 1, TRIED_TOKENS, TRIED_TOKENS), -torch.inf).triu(1)
-    with attending(before, places, places):
-        output = layer(
-            hidden,
-            attention_mask=mask,
-            position_ids=places[None],
-            position_embeddings=base.rotary_emb(hidden, places[None]),
-            past_key_values=store,
+    def _attend(self, x: Tensor, mask: Tensor, turns: Turns, cache: SlotCache) -> Tensor:
+        n, dim = len(x), self._head_dim
+        q, k, v = self._project(x)
+        if self._of_all_heads:
+            q, k = (norm(part) for norm, part in zip(self._head_norms, (q, k), strict=True))
+        q, k, v = q.view(n, -1, dim), k.view(n, -1, dim), v.view(n, -1, dim)
+        if self._head_norms and not self._of_all_heads:
+            q, k = (norm(part) for norm, part in zip(self._head_norms, (q, k), strict=True))
+        if self._turn:
+            q, k = self._turn(q, turns), self._turn(k, turns)
+        keys, values = cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self._index)
+        attended = packed_attention(
+            q.transpose(0, 1).reshape(1, self._key_heads, -1, dim),
+            keys,
+            values,
+            mask,
+            self._scaling,
+            self._softcap,
         )
-    tried: Tensor = output[0] if isinstance(output, tuple) else output
-    return tried
+        return self._output(attended.reshape(-1, n, dim).transpose(0, 1).reshape(n, -1))
+
+
+def _named_norm(layer: nn.Module, name: str | None) -> Function | None:
+    norm = None if name is None else getattr(layer, name)
+    return None if norm is None else bare_norm(norm)
+
+
+def _joint(linears: Sequence[nn.Module], sizes: Sequence[int]) -> Callable[[Tensor], Any]:
+    """Return what computes products of these sizes, by a matrix for each or by one for all."""
+    if len(linears) > 1:
+        return together(linears)
+    (linear,) = linears
+    forward: Function = linear.forward
+    return lambda x: forward(x).split(sizes, dim=-1)
+
+
+def _feed_forward(mlp: Any, shape: Shape) -> Function:
+    if hasattr(mlp, "experts"):
+
+        def by_family(x: Tensor) -> Tensor:
+            output = mlp(x[None])
+            # Some tell what their routers said, too.
+            result: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
+            return result
+
+        return by_family
+    matrices = [getattr(mlp, name) for name in shape.expanding]
+    activate: Function = getattr(mlp, shape.activation).forward
+    contract: Function = getattr(mlp, shape.contracting).forward
+    if not shape.gated:
+        (expand,) = (matrix.forward for matrix in matrices)
+        return lambda x: contract(activate(expand(x)))
+    size: int = getattr(mlp, shape.contracting).in_features
+    expand = _joint(matrices, (size, size))
+
+    def gated(x: Tensor) -> Tensor:
+        gate, up = expand(x)
+        return contract(activate(gate).mul_(up))
+
+    return gated

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeinfer_dask.models.attention import SLOT_ATTENTION, attending
+from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.checkpoint import check_tensors
 from pipeinfer_dask.models.conversion import rehearse_names
 from pipeinfer_dask.models.devices import CPU, Device, Dtype, device_of
 from pipeinfer_dask.models.families import context_of, model_class
-from pipeinfer_dask.models.fused import forward_pass, fuse
 from pipeinfer_dask.models.graphs import StaticPasses, padded_slots
 from pipeinfer_dask.models.inputs import Inputs, Numbers
 from pipeinfer_dask.models.linears import Weights, check_weights, has_kernels
 from pipeinfer_dask.models.packing import keep_stored, pack
+from pipeinfer_dask.models.passes import FusedPass, fused_pass
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.sampling import Choice, Sampler, logprobs
 from pipeinfer_dask.models.sequences import Sequences, SequenceState
 from pipeinfer_dask.models.sources import Source, locate
-from pipeinfer_dask.models.splice import Departure, Splice, decoder_layers, spliced
+from pipeinfer_dask.models.splice import SplicedPass, spliced
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.models.tensors import (
     SINGLE_FILE,
@@ -69,6 +69,8 @@ class Shard:
         Where the model is, and computes. By default the CPU.
     static : bool
         Whether small passes are padded and captured; see `pipeinfer_dask.models.graphs`.
+    fused : FusedPass, optional
+        What computes the model's passes; by default its family's own code.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Shard:
         target_vocab_size: int | None = None,
         device: Device | None = None,
         static: bool = False,
+        fused: FusedPass | None = None,
     ) -> None:
         self.layers = layers
         self.capacity = capacity
@@ -88,7 +91,6 @@ class Shard:
         self.is_first = layers.start == 0
         self.is_last = layers.stop == model.config.num_hidden_layers
         self._model = model
-        self._forward = forward_pass(model)
         self._hidden_size: int = model.config.hidden_size
         self._vocab_size: int = model.config.vocab_size
         self._context = context_of(model.config)
@@ -98,7 +100,7 @@ class Shard:
         slots = padded_slots(capacity) if static else capacity
         whole = static or self._device.is_gpu
         self._sequences = Sequences(partial(SlotCache, layers, slots, whole=whole))
-        self._splice = Splice(decoder_layers(model)[1], first=self.is_first, last=self.is_last)
+        self._pass = fused or SplicedPass(model, first=self.is_first, last=self.is_last)
 
     @classmethod
     def load(
@@ -212,8 +214,6 @@ class Shard:
         if where.is_gpu:
             with where.computing():  # what its stream reads is copied by it
                 model.to(where.place)
-        else:
-            fuse(model, layers)
         shard = cls(
             model,
             layers,
@@ -222,6 +222,7 @@ class Shard:
             target_vocab_size=target_vocab_size,
             device=where,
             static=static,
+            fused=None if where.is_gpu else fused_pass(model, layers),
         )
         if where.is_gpu:
             shard._try_out()
@@ -266,7 +267,7 @@ class Shard:
         sequence = self._sequences.of(cache)
         with torch.inference_mode(), self._device.computing():
             result = self._evaluate(sequence, batch, hidden, picks, stopped)
-            layers = self._splice.computed
+            layers = self._pass.computed
             if result is None:
                 return StageOutput(None, None, layers)
             if not self.is_last:
@@ -372,11 +373,11 @@ class Shard:
                 compute = partial(self.compute_all, cache=sequence.cache)
                 scratch = padded_slots(self.capacity) - 1
                 sequence.passes = StaticPasses(compute, self._device, scratch)
-            self._splice.computed = 0
+            self._pass.computed = 0
             if stopped():
                 return None
             if (result := sequence.passes.run(inputs)) is not None:
-                self._splice.computed = len(self.layers)
+                self._pass.computed = len(self.layers)
                 return result[len(result) - picks :] if self.is_last else result
         on_device = Inputs(*map(self._device.put, inputs))
         return self._compute(sequence.cache, on_device, picks, stopped)
@@ -405,24 +406,9 @@ class Shard:
         # A GPU is told of a layer long before it computes it: there a run that is stopped saves
         # what was not yet told, which may be little, and the copy of the result.
         cache.turn_to(inputs.slots, inputs.allowed.shape[1])
-        received = None
-        if self.is_first:
-            ids = {"input_ids": inputs.given[None]}
-        else:
-            received = inputs.given[None].to(self._device.dtype)
-            ids = {"inputs_embeds": received}
-        self._splice.begin(received, picks, stopped)
-        try:
-            with attending(inputs.allowed, inputs.positions, inputs.held):
-                logits = self._forward(
-                    picks,
-                    **ids,
-                    position_ids=inputs.positions[None],
-                    past_key_values=cache,
-                )
-        except Departure as departure:
-            return None if departure.hidden is None else departure.hidden[0]
-        return logits[0]
+        if not self.is_first:
+            inputs = inputs._replace(given=inputs.given.to(self._device.dtype))
+        return self._pass(inputs, cache, picks, stopped)
 
     def _received(self, hidden: HiddenStates | None, n: int) -> Numbers:
         expected = (n, self._hidden_size)

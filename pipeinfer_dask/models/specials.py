@@ -86,9 +86,7 @@ def register_gpt_neo() -> None:
         ) -> tuple[Tensor, None]:
             if self.attention_type == "local":
                 window = sliding_window_causal_mask_function(self.config.window_size)
-                attention_mask = slot_mask(
-                    mask_function=window, dtype=query.dtype, device=query.device
-                )
+                attention_mask = slot_mask(mask_function=window, dtype=query.dtype)
             attended, _ = slot_attention(self, query, key, value, attention_mask, scaling=1.0)
             return attended.transpose(1, 2), None
 

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeinfer_dask.models.attention import attending
+from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.families import special
+from pipeinfer_dask.models.inputs import Inputs
 
 HIDDEN_DIM = 3
 """Hidden states are [batch, tokens, features]; token ids, positions and masks have fewer sides."""
@@ -130,26 +133,61 @@ class Departure(Exception):  # noqa: N818 - it is no error: it ends a forward pa
         self.hidden = hidden
 
 
-class Splice:
-    """The hooks on a stage's layers, and what they need to know of the run at hand."""
+class SplicedPass:
+    """Passes of a model through its family's own forward, with hooks on the layers.
 
-    def __init__(self, layers: nn.ModuleList, *, first: bool, last: bool) -> None:
+    Parameters
+    ----------
+    model : PreTrainedModel
+    first, last : bool
+        Whether it has what comes before all layers, and after them.
+
+    Attributes
+    ----------
+    computed : int
+        Layers computed in the last pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, first: bool, last: bool) -> None:
+        self.computed = 0
+        self._model: Any = model
         self._first = first
         self._last = last
         self._hidden: Tensor | None = None
         self._picks = 0
         self._stopped: Callable[[], bool] = bool
-        self.computed = 0
-        """Layers computed since `begin`."""
+        layers = decoder_layers(model)[1]
         for layer in layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
         layers[-1].register_forward_hook(self._leave)
 
-    def begin(self, hidden: Tensor | None, picks: int, stopped: Callable[[], bool]) -> None:
-        self._hidden = hidden
-        self._picks = picks
-        self._stopped = stopped
+    def __call__(
+        self, inputs: Inputs[Tensor], cache: SlotCache, picks: int, stopped: Callable[[], bool]
+    ) -> Tensor | None:
+        """Compute a pass of n tokens over the slots that a cache was turned to.
+
+        Returns
+        -------
+        Tensor or None
+            Hidden states [n, hidden_size]; with the head, logits [picks, vocab_size] after the
+            last tokens. None if it was stopped.
+        """
+        received = inputs.given[None]
+        self._hidden, self._picks, self._stopped = received, picks, stopped
         self.computed = -1
+        name = "input_ids" if self._first else "inputs_embeds"
+        try:
+            with attending(inputs.allowed, inputs.positions, inputs.held):
+                output = self._model(
+                    **{name: received},
+                    position_ids=inputs.positions[None],
+                    past_key_values=cache,
+                    logits_to_keep=picks,
+                )
+        except Departure as departure:
+            return None if departure.hidden is None else departure.hidden[0]
+        logits: Tensor = output.logits[0]
+        return logits
 
     def _enter(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -3,44 +3,62 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.families import model_class
-from pipeinfer_dask.models.fused import LLAMA_SHAPED, FusedLayer, RootMeanSquare, fuse
+from pipeinfer_dask.models.fused import SHAPES
+from pipeinfer_dask.models.norms import RootMeanSquare, bare_norm
+from pipeinfer_dask.models.passes import FusedPass, fused_pass
 from pipeinfer_dask.models.shard import Shard
-from pipeinfer_dask.models.splice import decoder_layers
 from tests.tiny import make_tiny
 
 
-def model(path: Path) -> PreTrainedModel:
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+def model(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation=SLOT_ATTENTION
-    )
-    return loaded.requires_grad_(False)
+    ).requires_grad_(False)
 
 
-@pytest.mark.parametrize("family", sorted(LLAMA_SHAPED))
-def test_every_layer_of_a_llama_shaped_family_is_fused(family: str, tmp_path: Path) -> None:
-    shard = Shard.load(make_tiny(tmp_path, family, layers=3, seed=1), range(1, 3), capacity=8)
-    assert [type(layer) for layer in decoder_layers(shard._model)[1]] == [FusedLayer, FusedLayer]
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_a_family_whose_layers_are_in_the_table_is_fused(family: str, tmp_path: Path) -> None:
+    path = make_tiny(tmp_path, family, layers=3, seed=1, norms=0.3)
+    for layers in (range(1), range(1, 3)):
+        assert isinstance(Shard.load(path, layers, capacity=8)._pass, FusedPass)
 
 
-def test_a_layer_that_computes_something_else_keeps_its_own_code(tmp_path: Path) -> None:
-    changed: Any = model(make_tiny(tmp_path, "llama", layers=3, seed=1))
-    first, second, third = changed.model.layers
-    # As some families scale what a layer adds; and one whose parts have other names.
-    second.mlp.register_forward_hook(lambda module, args, output: 0.5 * output)
-    third.norm = third.input_layernorm
-    del third.input_layernorm
-    assert fuse(changed, range(3)) == 1
-    assert [type(layer) is FusedLayer for layer in changed.model.layers] == [True, False, False]
-    assert (changed.model.layers[1], changed.model.layers[2]) == (second, third)
-    assert first is not changed.model.layers[0]
+def test_a_family_that_is_not_in_the_table_keeps_its_own_code(tmp_path: Path) -> None:
+    assert fused_pass(model(make_tiny(tmp_path, "gpt2", layers=2, seed=1)), range(2)) is None
 
 
-def test_a_family_that_is_not_known_to_be_llama_shaped_keeps_its_own_code(tmp_path: Path) -> None:
-    assert fuse(model(make_tiny(tmp_path, "gpt2", layers=2, seed=1)), range(2)) == 0
+def test_a_layer_that_computes_something_else_keeps_a_model_from_being_fused(
+    tmp_path: Path,
+) -> None:
+    changed = model(make_tiny(tmp_path, "llama", layers=3, seed=1))
+    assert fused_pass(changed, range(3)) is not None
+    mlp = changed.model.layers[1].mlp
+    # As some families scale what a layer adds.
+    hook = mlp.register_forward_hook(lambda module, args, output: 0.5 * output)
+    assert fused_pass(changed, range(3)) is None
+    hook.remove()
+    mlp.scaled_proj = mlp.gate_proj
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.scaled_proj(x)) * mlp.up_proj(x))
+    del mlp.gate_proj
+    assert fused_pass(changed, range(3)) is None
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "norm"])
+def test_what_is_around_the_layers_has_to_be_the_same_too(part: str, tmp_path: Path) -> None:
+    changed = model(make_tiny(tmp_path, "llama", layers=2, seed=1))
+    getattr(changed.model, part).register_forward_hook(lambda module, args, output: 3 * output)
+    assert fused_pass(changed, range(2)) is None
+
+
+def test_the_layers_of_a_model_that_is_fused_have_no_hooks_left(tmp_path: Path) -> None:
+    fused = model(make_tiny(tmp_path, "llama", layers=2, seed=1))
+    assert fused_pass(fused, range(2)) is not None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in fused.modules())
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
@@ -48,6 +66,20 @@ def test_a_norm_in_few_operations_is_the_familys(scale: float, tmp_path: Path) -
     path = make_tiny(tmp_path, "llama", layers=1, seed=1)
     norm = model_class(model(path).config)(model(path).config).model.norm
     torch.nn.init.normal_(norm.weight)
-    x = scale * torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
+    x = scale * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        torch.testing.assert_close(RootMeanSquare(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
+        bare = bare_norm(norm)
+        assert isinstance(bare, RootMeanSquare)
+        torch.testing.assert_close(bare(x), norm(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_of_another_kind_is_the_familys_own() -> None:
+    class Halved(nn.LayerNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    norm, x = Halved(8), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(bare_norm(norm)(x), norm(x))
+        plain = bare_norm(nn.LayerNorm(8))
+        assert torch.allclose(plain(x), nn.LayerNorm(8)(x))
