@@ -12,6 +12,7 @@ from pipeinfer_dask.models.fused import SHAPES
 from pipeinfer_dask.models.norms import RootMeanSquare, bare_norm
 from pipeinfer_dask.models.passes import FusedPass, fused_pass
 from pipeinfer_dask.models.shard import Shard
+from tests.models.pipelines import LAYERS, TEXT, assert_same, expected, linear, load, through
 from tests.tiny import make_tiny
 
 
@@ -83,3 +84,23 @@ def test_a_norm_of_another_kind_is_the_familys_own() -> None:
         assert torch.equal(bare_norm(norm)(x), norm(x))
         plain = bare_norm(nn.LayerNorm(8))
         assert torch.allclose(plain(x), nn.LayerNorm(8)(x))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("cohere", {"use_qk_norm": False, "logit_scale": 0.5}),
+        ("gemma2", {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}),
+        ("gemma3_text", {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.1}),
+        ("phi", {"qk_layernorm": True}),
+        ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ],
+)
+def test_settings_of_a_family_are_heeded(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    path = make_tiny(tmp_path, family, layers=LAYERS, seed=1, norms=0.3, **fields)
+    stages = load(path, 2)
+    assert all(isinstance(stage._pass, FusedPass) for stage in stages)
+    stock = AutoModelForCausalLM.from_pretrained(path)
+    assert_same(through(stages, linear(TEXT), len(TEXT)), expected(stock, TEXT))
