@@ -29,6 +29,8 @@ class Shape:
     attention : str
     projections : tuple of str
         Of the attention's queries, keys and values; one name where they are one matrix.
+    mixed : bool
+        Whether the rows of the one matrix are in the order of the heads.
     output : str
         What the attended values go through.
     expanding : tuple of str
@@ -45,12 +47,17 @@ class Shape:
         Whether scores of attention are bounded.
     interleaved : bool
         Whether rotary positions pair neighbours.
+    once : bool
+        Whether their factors are given once for both of a pair.
+    places : str, optional
+        The embedding of positions, where they are added to the tokens'.
     final : str
         The norm after all layers.
     """
 
     attention: str = "self_attn"
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    mixed: bool = False
     output: str = "o_proj"
     expanding: tuple[str, ...] = ("gate_proj", "up_proj")
     gated: bool = True
@@ -61,10 +68,24 @@ class Shape:
     parallel: bool = False
     capped: bool = False
     interleaved: bool = False
+    once: bool = False
+    places: str | None = None
     final: str = "norm"
 
 
 LLAMA = Shape()
+GPT2 = Shape(
+    attention="attn",
+    projections=("c_attn",),
+    output="c_proj",
+    expanding=("c_fc",),
+    gated=False,
+    contracting="c_proj",
+    activation="act",
+    before=("ln_1", "ln_2"),
+    places="wpe",
+    final="ln_f",
+)
 GEMMA = Shape(
     before=("input_layernorm", "pre_feedforward_layernorm"),
     after=("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -79,6 +100,20 @@ SHAPES = {
         activation="activation_fn",
         after=("post_self_attn_layernorm", "post_mlp_layernorm"),
         interleaved=True,
+    ),
+    "gpt_oss": Shape(once=True),
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neox": Shape(
+        attention="attention",
+        projections=("query_key_value",),
+        mixed=True,
+        output="dense",
+        expanding=("dense_h_to_4h",),
+        gated=False,
+        contracting="dense_4h_to_h",
+        activation="act",
+        final="final_layer_norm",
     ),
     "granite": LLAMA,
     "llama": LLAMA,
@@ -119,7 +154,8 @@ class FusedLayer:
         The family's own; its weights are shared.
     shape : Shape
     config : PreTrainedConfig
-    rotary : Rotary
+    rotary : Rotary, optional
+        Without it positions are not the layers' concern.
 
     Attributes
     ----------
@@ -132,18 +168,27 @@ class FusedLayer:
         If the layer is of another shape.
     """
 
-    def __init__(self, layer: Any, shape: Shape, config: Any, rotary: Rotary) -> None:
+    def __init__(self, layer: Any, shape: Shape, config: Any, rotary: Rotary | None) -> None:
         attention = getattr(layer, shape.attention)
-        heads: int = config.num_attention_heads
-        self._key_heads: int = config.num_key_value_heads
-        self.groups = heads // self._key_heads
         self._index: int = attention.layer_idx
-        self._head_dim: int = attention.head_dim
+        self._head_dim: int = getattr(attention, "head_dim", None) or attention.head_size
         self._scaling: float = attention.scaling
         self._softcap: float | None = attention.attn_logit_softcapping if shape.capped else None
-        self._turn = rotary.turn if getattr(attention, "use_rope", True) else None
-        sizes = [self._head_dim * n for n in (heads, self._key_heads, self._key_heads)]
-        self._project = _joint([getattr(attention, name) for name in shape.projections], sizes)
+        self._sinks: Tensor | None = getattr(attention, "sinks", None)
+        self._turn = rotary.turn if rotary and getattr(attention, "use_rope", True) else None
+        linears = [getattr(attention, name) for name in shape.projections]
+        heads: int = config.num_attention_heads
+        nothing = torch.zeros(1, config.hidden_size, dtype=torch.float32)
+        rows = sum(linear(nothing).shape[-1] for linear in linears) // self._head_dim
+        self._key_heads = (rows - heads) // 2
+        self.groups = heads // self._key_heads
+        self._project = (
+            _mixed(linears[0], heads)
+            if shape.mixed
+            else _joint(
+                linears, [self._head_dim * n for n in (heads, self._key_heads, self._key_heads)]
+            )
+        )
         # Called without what modules do around it: they have no hooks.
         self._output: Function = getattr(attention, shape.output).forward
         norms = [
@@ -163,7 +208,7 @@ class FusedLayer:
         self._residual: float = getattr(layer, "residual_multiplier", 1.0)
         self._feed_forward = _feed_forward(layer.mlp, shape)
 
-    def __call__(self, x: Tensor, mask: Tensor, turns: Turns, cache: SlotCache) -> Tensor:
+    def __call__(self, x: Tensor, mask: Tensor, turns: Turns | None, cache: SlotCache) -> Tensor:
         """Compute [n, hidden_size] from [n, hidden_size].
 
         The mask is [1, 1, groups * n, filled], the first heads of all groups before the second.
@@ -182,15 +227,15 @@ class FusedLayer:
             added = self._last(added)
         return torch.add(attended, added, alpha=self._residual)
 
-    def _attend(self, x: Tensor, mask: Tensor, turns: Turns, cache: SlotCache) -> Tensor:
-        n, dim = len(x), self._head_dim
+    def _attend(self, x: Tensor, mask: Tensor, turns: Turns | None, cache: SlotCache) -> Tensor:
+        n, dim = x.shape[0], self._head_dim
         q, k, v = self._project(x)
         if self._of_all_heads:
             q, k = (norm(part) for norm, part in zip(self._head_norms, (q, k), strict=True))
-        q, k, v = q.view(n, -1, dim), k.view(n, -1, dim), v.view(n, -1, dim)
+        q, k, v = q.reshape(n, -1, dim), k.reshape(n, -1, dim), v.reshape(n, -1, dim)
         if self._head_norms and not self._of_all_heads:
             q, k = (norm(part) for norm, part in zip(self._head_norms, (q, k), strict=True))
-        if self._turn:
+        if self._turn and turns:
             q, k = self._turn(q, turns), self._turn(k, turns)
         keys, values = cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self._index)
         attended = packed_attention(
@@ -200,6 +245,7 @@ class FusedLayer:
             mask,
             self._scaling,
             self._softcap,
+            self._sinks,
         )
         return self._output(attended.reshape(-1, n, dim).transpose(0, 1).reshape(n, -1))
 
@@ -216,6 +262,12 @@ def _joint(linears: Sequence[nn.Module], sizes: Sequence[int]) -> Callable[[Tens
     (linear,) = linears
     forward: Function = linear.forward
     return lambda x: forward(x).split(sizes, dim=-1)
+
+
+def _mixed(linear: nn.Module, heads: int) -> Callable[[Tensor], Any]:
+    """Return what computes products that have a head's query, key and value side by side."""
+    forward: Function = linear.forward
+    return lambda x: forward(x).view(x.shape[0], heads, -1).chunk(3, dim=-1)
 
 
 def _feed_forward(mlp: Any, shape: Shape) -> Function:

@@ -67,8 +67,9 @@ class Watched:
     given, made : list of Tensor, [layers], each [n, hidden_size]
     masks : list of callable, [layers]
         The family's functions by which the layers' masks were made.
-    rotary : list of tuple, [layers]
-        What the family's rotary positions were called with beside hidden states and positions.
+    rotary : list of (tuple or None), [layers]
+        What the family's rotary positions were called with beside hidden states and positions;
+        None for a layer that was given none.
     logits : Tensor, [n, vocab_size]
         Of the last stage.
     """
@@ -77,7 +78,7 @@ class Watched:
     given: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     masks: list[MaskFunction] = field(default_factory=list)
-    rotary: list[tuple[Any, ...]] = field(default_factory=list)
+    rotary: list[tuple[Any, ...] | None] = field(default_factory=list)
     logits: Tensor | None = None
 
 
@@ -109,14 +110,19 @@ class FusedPass:
         self._range = layers
         config: Any = model.config
         base: Any = model.base_model
-        self._embed = _embedding(model) if layers.start == 0 else None
+        self._embed = _embedding(model, shape.places) if layers.start == 0 else None
         is_last = layers.stop == config.num_hidden_layers
         self._head = _head(model, bare_norm(getattr(base, shape.final))) if is_last else None
         self._masks = list(dict.fromkeys(watched.masks))
         kinds = list(dict.fromkeys(watched.rotary))
         context = context_of(config)
         self._rotary = [
-            Rotary(base.rotary_emb, kind, context, interleaved=shape.interleaved) for kind in kinds
+            None
+            if kind is None
+            else Rotary(
+                base.rotary_emb, kind, context, interleaved=shape.interleaved, once=shape.once
+            )
+            for kind in kinds
         ]
         self._layers = [
             (
@@ -135,7 +141,7 @@ class FusedPass:
     ) -> Tensor | None:
         """Compute a pass; see `SplicedPass`."""
         self.computed = 0
-        hidden = inputs.given if self._embed is None else self._embed(inputs.given)
+        hidden = inputs.given if self._embed is None else self._embed(inputs)
         masks, turns = self._prepared(inputs)
         for layer, mask, rotary in self._layers:
             if stopped():
@@ -146,16 +152,16 @@ class FusedPass:
             return hidden
         if stopped():
             return None
-        ends = hidden[len(hidden) - picks :]
+        ends = hidden[hidden.shape[0] - picks :]
         return self._head(ends) if picks else ends
 
-    def _prepared(self, inputs: Inputs[Tensor]) -> tuple[list[Tensor], list[Turns]]:
+    def _prepared(self, inputs: Inputs[Tensor]) -> tuple[list[Tensor], list[Turns | None]]:
         """Return what the layers share: masks [1, 1, groups * n, filled], rotary positions."""
         masks = []
         for function in self._masks:
             mask = additive(inputs.allowed, inputs.positions, inputs.held, function)
-            masks.append((mask if len(mask) == 1 else mask.repeat(self._groups, 1))[None, None])
-        return masks, [rotary.at(inputs.positions) for rotary in self._rotary]
+            masks.append((mask if mask.shape[0] == 1 else mask.repeat(self._groups, 1))[None, None])
+        return masks, [rotary.at(inputs.positions) if rotary else None for rotary in self._rotary]
 
     def agrees(self, watched: Watched) -> bool:
         """Say whether every part computes what the family's own did."""
@@ -170,16 +176,21 @@ class FusedPass:
             )
         ]
         if self._embed is not None:
-            pairs.append((watched.given[0], self._embed(inputs.given)))
+            pairs.append((watched.given[0], self._embed(inputs)))
         if self._head is not None and watched.logits is not None:
             pairs.append((watched.logits, self._head(watched.made[-1])))
         return all(close(family, ours) for family, ours in pairs)
 
 
-def _embedding(model: PreTrainedModel) -> Function:
+def _embedding(model: PreTrainedModel, places: str | None) -> Callable[[Inputs[Tensor]], Tensor]:
     look_up: Function = model.get_input_embeddings().forward
+    if places is not None:
+        position: Function = getattr(model.base_model, places).forward
+        return lambda inputs: look_up(inputs.given) + position(inputs.positions)
     factor: float = getattr(model.base_model, "embedding_multiplier", 1.0)
-    return look_up if factor == 1 else lambda ids: look_up(ids).mul_(factor)
+    if factor == 1:
+        return lambda inputs: look_up(inputs.given)
+    return lambda inputs: look_up(inputs.given).mul_(factor)
 
 
 def _head(model: PreTrainedModel, norm: Function) -> Function:
@@ -212,24 +223,26 @@ def _watch(model: PreTrainedModel, layers: range) -> Watched:
     )
     is_first = layers.start == 0
     watched = Watched(Inputs(places if is_first else hidden, places, places, before, places))
-    made: dict[int, tuple[Any, ...]] = {}
-    masks: list[Tensor] = []
-    rotary: list[Any] = []
+    encoded: dict[int, tuple[Any, ...]] = {}
+    taken: list[tuple[Any, ...]] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taken.append((*args, *kwargs.values()))
         watched.given.append((args[0] if args else kwargs["hidden_states"])[0])
-        masks.append(kwargs["attention_mask"])
-        rotary.append(kwargs["position_embeddings"])
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         watched.made.append((output[0] if isinstance(output, tuple) else output)[0])
 
-    def encoded(
+    def encode(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        made[id(output)] = (*args, *kwargs.values())[2:]
+        encoded[id(output)] = (*args, *kwargs.values())[2:]
 
-    hooks = [family.base_model.rotary_emb.register_forward_hook(encoded, with_kwargs=True)]
+    hooks = [
+        module.register_forward_hook(encode, with_kwargs=True)
+        for name, module in family.base_model.named_children()
+        if name == "rotary_emb"
+    ]
     for layer in decoder_layers(model)[1]:
         hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.append(layer.register_forward_hook(leave))
@@ -246,7 +259,10 @@ def _watch(model: PreTrainedModel, layers: range) -> Watched:
     finally:
         for hook in hooks:
             hook.remove()
-    watched.masks = [told.functions[id(mask)] for mask in masks]
-    watched.rotary = [made[id(embeddings)] for embeddings in rotary]
+    for values in taken:
+        # By identity, whatever a family calls its arguments.
+        ids = [id(value) for value in values]
+        watched.masks.append(next(told.functions[key] for key in ids if key in told.functions))
+        watched.rotary.append(next((encoded[key] for key in ids if key in encoded), None))
     watched.logits = output.logits[0]
     return watched

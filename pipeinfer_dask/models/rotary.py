@@ -28,15 +28,24 @@ class Rotary:
         Positions of the longest text. Beyond it some families encode all positions otherwise.
     interleaved : bool
         Whether a feature is paired with its neighbour, and not with the one half of ``dim`` away.
+    once : bool
+        Whether the family makes a factor for each pair, and not for each feature.
     """
 
     def __init__(
-        self, embedding: Any, arguments: Sequence[Any], context: int, *, interleaved: bool
+        self,
+        embedding: Any,
+        arguments: Sequence[Any],
+        context: int,
+        *,
+        interleaved: bool,
+        once: bool = False,
     ) -> None:
         self._embedding = embedding
         self._arguments = arguments
         self._context = context
         self._interleaved = interleaved
+        self._once = once
         self._table = self._made(min(FIRST, context))
         self._dim = self._table.shape[-1]
 
@@ -68,7 +77,7 @@ class Rotary:
         """Make the table [size, 2, 1, dim]."""
         positions = torch.arange(size)[None]
         cos, sin = self._embedding(torch.zeros(1, dtype=torch.float32), positions, *self._arguments)
-        cos, sin = cos[0], sin[0]
+        cos, sin = (torch.cat((x[0], x[0]), dim=-1) if self._once else x[0] for x in (cos, sin))
         sign = torch.tensor([-1.0, 1.0], dtype=torch.float32)
         dim = cos.shape[-1]
         if self._interleaved:
