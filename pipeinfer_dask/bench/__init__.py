@@ -1,7 +1,7 @@
 """Benchmarks, a module for each suite."""
 
 SUITES = (
-    *("ablation", "compute", "gpu", "head", "hop", "network", "open", "paced", "policies"),
-    *("sampling", "shard", "ttft", "widgets"),
+    *("ablation", "compute", "dashboard", "gpu", "head", "hop", "network", "open", "paced"),
+    *("policies", "sampling", "shard", "ttft", "widgets"),
 )
 """The modules, each with a function ``run_SUITE_bench``."""

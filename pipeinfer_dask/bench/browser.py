@@ -183,9 +183,11 @@ class Tab:
             [name, options],
         )
 
-    def run_all(self) -> None:
-        """Run all cells, and wait for them."""
-        self.command("notebook:run-all-cells")
+    def run_all(self, *, wait: bool = True) -> None:
+        """Run all cells; return when they are done, or at once."""
+        # What a function of a page returns is awaited.
+        run = "window.jupyterapp.commands.execute('notebook:run-all-cells')"
+        self.page.evaluate(f"() => {{ {'return ' if wait else ''}{run} }}")
 
 
 @contextmanager
