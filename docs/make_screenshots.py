@@ -16,20 +16,32 @@ from pipeinfer_dask.bench.browser import Lab, Tab, chromium, missing, notebook_o
 IMAGES = Path(__file__).parent / "images"
 CELLS = (
     """import pipeinfer_dask as pi
-from pipeinfer_dask.widgets import Stepper, Timeline
+from pipeinfer_dask.widgets import DraftTree, Stepper, Timeline
 
 target, draft = pi.demo_pair()
 engine = pi.Engine.from_pretrained(target, draft=draft, stages=3)
 for strategy in ("iterative", "pipeinfer"):
     engine.generate("def main", strategy=strategy)""",
     "board = engine.dashboard(max_new_tokens=48)\nboard",
-    """plain = engine.generate("def main", max_new_tokens=32, strategy="iterative")
-piped = engine.generate("def main", max_new_tokens=32, strategy="pipeinfer")
-stepper = Stepper(plain, piped)
-stepper""",
+    """from pipeinfer_dask.trace import History
+
+def least_disturbed(strategy):
+    results = [engine.generate("def main", max_new_tokens=48, strategy=strategy) for _ in range(8)]
+    return min(results, key=lambda result: result.metrics.itl_s)
+
+plain, piped = least_disturbed("iterative"), least_disturbed("pipeinfer")
+board.show(piped)
+Stepper(plain, piped)""",
     "Timeline(piped)",
+    """story = History(piped.trace)
+
+def guessed(token):
+    return sum(g.ahead > 0 and g.made <= token.time < g.settled for g in story.guesses)
+
+fullest = max(story.tokens, key=guessed)
+DraftTree(piped, moment=fullest.time - story.began + 1e-4)""",
 )
-STEPS = 24
+STEPS = 40
 
 
 def main() -> None:
@@ -52,13 +64,11 @@ def take(lab: Lab, tab: Tab) -> None:
     tab.open(lab.address_of("views.ipynb"))
     page = tab.page
     tab.run_all()
-    board, stepper, timeline = (
-        page.locator(".jp-Cell").nth(cell).locator(".jp-OutputArea-output") for cell in (1, 2, 3)
+    board, stepper, timeline, tree = (
+        page.locator(".jp-Cell").nth(cell).locator(".jp-OutputArea-output") for cell in range(1, 5)
     )
+    tree.locator("[data-complete=true]").wait_for(timeout=600_000)
     board.get_by_label("Strategy").select_option("pipeinfer")
-    board.locator(".jupyter-button[title=Run]").click()
-    board.get_by_text("finished: ").wait_for()
-    board.locator("[data-bars][data-complete=true]").wait_for()
     for _ in range(STEPS):
         stepper.get_by_role("button", name="A step ahead").click()
     for theme in ("Light", "Dark"):
@@ -68,6 +78,7 @@ def take(lab: Lab, tab: Tab) -> None:
         if theme == "Light":
             save(stepper, "stepper")
             save(timeline, "timeline")
+            save(tree, "tree")
 
 
 def save(output: Any, name: str) -> None:
