@@ -40,7 +40,7 @@ class Look(NamedTuple):
 LOOKS = {
     "prefill": Look("#7f7f7f", "dots", Fate.PREFILL.meaning),
     "single": Look("#0072b2", "plain", Fate.SINGLE.meaning),
-    "accepted": Look("#009e73", "plain", Fate.ACCEPTED.meaning),
+    "accepted": Look("#009e73", "underline", Fate.ACCEPTED.meaning),
     "rejected": Look("#e69f00", "stripes", Fate.REJECTED.meaning),
     "cancelled": Look("#d55e00", "crosses", Fate.CANCELLED.meaning),
     "draft": Look("#cc79a7", "outline", "drafting"),
@@ -58,11 +58,15 @@ INKS = {
 }
 """What labels are written with, on either ground."""
 
+# The underline's tile is a row of a timeline, in its place: each bar has one line.
 PATTERNS = """<defs>
 <pattern id="dots" width="4" height="4" patternUnits="userSpaceOnUse">
 <rect width="4" height="4" fill="#7f7f7f"/><circle cx="2" cy="2" r="1" fill="#fff"/></pattern>
 <pattern id="stripes" width="5" height="5" patternUnits="userSpaceOnUse">
 <rect width="5" height="5" fill="#e69f00"/><path d="M0 5L5 0" stroke="#fff"/></pattern>
+<pattern id="underline" y="18" width="8" height="22" patternUnits="userSpaceOnUse">
+<rect width="8" height="22" fill="#009e73"/><rect y="13" width="8" height="2" fill="#fff"/>
+</pattern>
 <pattern id="crosses" width="6" height="6" patternUnits="userSpaceOnUse">
 <rect width="6" height="6" fill="#fff"/><path d="M0 0L6 6M0 6L6 0" stroke="#d55e00"/></pattern>
 </defs>"""
@@ -97,7 +101,8 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
                 paths[name].append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
                 if isinstance(done, Run) and wide >= DIGIT * len(str(done.id)) + 4:
                     middle = round(left + wide / 2, 1)
-                    ground = "plain" if LOOKS[name].pattern == "plain" else "patterned"
+                    solid = LOOKS[name].pattern in ("plain", "underline")
+                    ground = "plain" if solid else "patterned"
                     label = f'<text x="{middle:g}" y="{top + 12}">{done.id}</text>'
                     labels[ground].append(label)
     parts = [

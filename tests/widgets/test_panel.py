@@ -11,6 +11,7 @@ import pytest
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
 from pipeinfer_dask.widgets import Dashboard, DraftTree, Metrics, Stepper, Timeline, TokenStream
 from pipeinfer_dask.widgets.view import module, style
 
@@ -140,6 +141,11 @@ def test_a_frozen_view_escapes_the_models_text(kind: type[Timeline]) -> None:
 @pytest.mark.parametrize("kind", [Timeline, Metrics, TokenStream, DraftTree])
 def test_a_view_of_nothing_stands_still(kind: type[Timeline]) -> None:
     assert kind(pi.Trace(2)).to_html()
+
+
+def test_no_two_looks_of_bars_or_of_text_differ_by_colour_alone() -> None:
+    assert len({look.pattern for look in LOOKS.values()}) == len(LOOKS)
+    assert len({line for _, line, _ in ORIGINS.values()}) == len(ORIGINS)
 
 
 def test_modules_and_style_name_nothing_outside_the_page() -> None:

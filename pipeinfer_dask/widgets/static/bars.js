@@ -11,6 +11,10 @@ function paintBar(context, look, x, y, width, height, patterns) {
     context.fillStyle = patterns[look.name] && width > 3 ? patterns[look.name] : look.colour;
     context.fillRect(x, y, width, height);
   }
+  if (look.pattern === "underline" && width > 3) {
+    context.fillStyle = "#fff"; // as the text's accepted tokens are
+    context.fillRect(x + 1, y + height - 4, width - 2, 2);
+  }
   if (width > 3) {
     context.strokeStyle = look.colour;
     context.lineWidth = 1;
@@ -42,6 +46,7 @@ function makePatterns(context, looks) {
 
 function legendOf(looks) {
   const legend = make("div", { className: "pipeinfer-row" });
+  legend.append(make("span", { className: "pipeinfer-key pipeinfer-muted" }, "a row: a node; a bar: tokens it worked on"));
   for (const look of looks) {
     const swatch = make("canvas", { width: 40, height: 24, ariaHidden: "true" });
     const context = swatch.getContext("2d");

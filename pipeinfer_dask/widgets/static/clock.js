@@ -2,7 +2,9 @@
 
 function render({ model, el }) {
   el.classList.add("pipeinfer");
-  const range = make("input", { type: "range", min: 0, step: "any", ariaLabel: "Moment", style: { flex: "1 1 200px" } });
+  const range = make("input", {
+    type: "range", min: 0, step: "any", ariaLabel: "Moment", style: { flex: "1 1 200px" }, dataset: OWN_KEYS,
+  });
   const label = make("span", { style: { minWidth: "11em", fontVariantNumeric: "tabular-nums" } });
   const button = (text, title) => make("button", { type: "button", title, ariaLabel: title }, text);
   const start = button("|◀", "To the start");
@@ -24,6 +26,7 @@ function render({ model, el }) {
     range.max = last;
     range.value = moment;
     label.textContent = `${ms(moment)} of ${ms(last)}`;
+    range.setAttribute("aria-valuetext", label.textContent);
     play.textContent = frame ? "pause" : "play";
     play.setAttribute("aria-pressed", Boolean(frame));
     speed.value = String(model.get("speed"));
@@ -61,10 +64,23 @@ function render({ model, el }) {
     const found = direction > 0 ? steps.find((time) => time > moment + slack) : steps.findLast((time) => time < moment - slack);
     go(found ?? (direction > 0 ? model.get("last") : 0));
   };
-  start.addEventListener("click", () => (pause(), go(0)));
-  end.addEventListener("click", () => (pause(), go(model.get("last"))));
-  back.addEventListener("click", () => step(-1));
-  ahead.addEventListener("click", () => step(1));
+  const toStart = () => (pause(), go(0));
+  const toEnd = () => (pause(), go(model.get("last")));
+  const [earlier, later] = [() => step(-1), () => step(1)];
+  // A slider without fixed steps has no keys of its own in every browser.
+  const keys = {
+    ArrowLeft: earlier, ArrowDown: earlier, ArrowRight: later, ArrowUp: later, Home: toStart, End: toEnd, " ": toggle,
+  };
+  range.addEventListener("keydown", (event) => {
+    const action = keys[event.key];
+    if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    action();
+  });
+  start.addEventListener("click", toStart);
+  end.addEventListener("click", toEnd);
+  back.addEventListener("click", earlier);
+  ahead.addEventListener("click", later);
   play.addEventListener("click", toggle);
   range.addEventListener("input", () => (pause(), go(Number(range.value))));
   speed.addEventListener("change", () => {

@@ -9,6 +9,9 @@ const READ = {
 };
 const SIZE = { u1: 1, u2: 2, u4: 4, i4: 4, f4: 4 };
 
+/** `data-` of an element whose keys are its own: the notebook's shortcuts are off there, as 0 0 that restarts a kernel. */
+const OWN_KEYS = { lmSuppressShortcuts: "true" };
+
 /** A table of rows that are only ever added: an array for each column, under its name. */
 class Table {
   constructor(columns) {

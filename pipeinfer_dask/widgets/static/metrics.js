@@ -1,6 +1,6 @@
 // The figures, and how they came about.
 
-const CHART = { width: 300, height: 120, left: 38, bottom: 22, top: 8 };
+const CHART = { width: 300, height: 120, left: 38, bottom: 22, top: 8, right: 18 };
 
 /** A chart's frame with an axis for the values; returns the SVG and where values lie. */
 function chart(title, most, unit) {
@@ -17,10 +17,10 @@ function chart(title, most, unit) {
 }
 
 function lines(title, times, values, unit, end) {
-  const { width, left, height } = CHART;
+  const { width, left, right, height } = CHART;
   const finite = values.filter((value) => Number.isFinite(value));
   const { svg, y } = chart(title, Math.max(...finite.slice(-2000), 1e-9) * 1.05, unit);
-  const x = (time) => left + (time / (end || 1)) * (width - left - 4);
+  const x = (time) => left + (time / (end || 1)) * (width - left - right);
   const step = Math.max(1, Math.floor(times.length / 300));
   const points = [];
   for (let row = 0; row < times.length; row += step) {
@@ -32,12 +32,15 @@ function lines(title, times, values, unit, end) {
   for (const time of ticks(0, end || 1, 4)) {
     svg.append(makeSvg("text", { x: x(time), y: height - 6, "text-anchor": "middle" }, `${Number((1e3 * time).toPrecision(6))}`));
   }
-  return make("div", { className: "pipeinfer-chart" }, make("div", { className: "pipeinfer-muted" }, `${title}, over ms`), svg);
+  if (finite.length) {
+    svg.setAttribute("aria-label", `${title}: ${finite[finite.length - 1].toPrecision(3)}${unit} at last`);
+  }
+  return make("div", { className: "pipeinfer-chart" }, make("div", { className: "pipeinfer-muted" }, `${title} (across: ms)`), svg);
 }
 
 function columns(title, names, shares, notes) {
   const { width, left, height, bottom } = CHART;
-  const { svg, y } = chart(title, 1, "");
+  const { svg, y } = chart(`${title}: ${names.map((name, at) => `${name}: ${notes[at]}`).join(", ")}`, 1, "");
   const wide = (width - left) / Math.max(1, names.length);
   for (const [at, name] of names.entries()) {
     const x = left + at * wide;
@@ -118,7 +121,7 @@ function render({ model, el }) {
       ),
       columns(
         "Share of the time that each node worked", nodes.map((_, row) => (row ? `${row - 1}` : "drafter")),
-        shares, shares.map((each, row) => `${nodes[row]}: ${percent(each)}`),
+        shares, shares.map(percent),
       ),
     );
     heading(trace);

@@ -8,7 +8,7 @@ const BARS_SEEN = 55; // so many bars of middle length are seen at first: single
 
 function render({ model, el }) {
   const heading = frameOf(el, model.get("about"));
-  const canvas = make("canvas", { tabIndex: 0, role: "img" });
+  const canvas = make("canvas", { tabIndex: 0, role: "img", dataset: OWN_KEYS });
   const tip = make("div", { className: "pipeinfer-tip", hidden: true, role: "tooltip" });
   const buttons = make("div", { className: "pipeinfer-row" });
   const table = make("div", { className: "pipeinfer-scroll" });
@@ -191,13 +191,14 @@ function render({ model, el }) {
     context.textAlign = "left";
     const label = visible(text);
     const x0 = Math.max(x, GUTTER) + 4;
-    if (pattern !== "plain" && pattern !== "outline") {
+    const solid = pattern === "plain" || pattern === "underline";
+    if (!solid && pattern !== "outline") {
       context.fillStyle = "#fff";
       context.fillRect(x0 - 2, y + 4, Math.min(width - 6, context.measureText(label).width + 4), high - 8);
     }
     context.fillStyle =
-      pattern === "plain" ? "#fff" : pattern === "outline" ? getComputedStyle(el).color : "#222";
-    context.fillText(label, x0, y + high / 2 + 0.5);
+      solid ? "#fff" : pattern === "outline" ? getComputedStyle(el).color : "#222";
+    context.fillText(label, x0, y + high / 2 + (pattern === "underline" ? -1 : 0.5));
     context.restore();
   };
 

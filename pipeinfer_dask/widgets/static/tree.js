@@ -2,16 +2,32 @@
 
 const BOX = { width: 122, height: 34, gapX: 26, gapY: 8, before: 3, most: 80 };
 
+const KINDS = {
+  text: { meaning: "text", colour: "var(--pipeinfer-accepted)", wide: 3 },
+  asked: { meaning: "a guess, the target is asked", colour: "#cc79a7", wide: 1.5 },
+  guessed: { meaning: "only guessed", colour: "#cc79a7", wide: 1.5, dashes: "4 3" },
+  out: { meaning: "ruled out just now", colour: "#d55e00", wide: 1.5, struck: true },
+};
+
+function frameAt({ colour, wide, dashes = "none" }, x, y, width, height) {
+  return makeSvg("rect", {
+    x, y, width, height, rx: Math.min(5, height / 4), fill: "var(--jp-layout-color1, #fff)",
+    stroke: colour, "stroke-width": wide, "stroke-dasharray": dashes,
+  });
+}
+
 function render({ model, el }) {
   const heading = frameOf(el, model.get("about"));
   const holder = make("div", { className: "pipeinfer-scroll", tabIndex: 0, role: "group", ariaLabel: "Draft tree" });
-  const key = make(
-    "div", { className: "pipeinfer-row pipeinfer-muted" },
-    ...[
-      "thick frame: text", "full frame: the target is asked", "dashed frame: only guessed",
-      "struck through: ruled out just now", "%: how sure the draft model is", "slot: place in the cache",
-    ].map((meaning) => make("span", {}, meaning)),
-  );
+  const key = make("div", { className: "pipeinfer-row" });
+  for (const kind of Object.values(KINDS)) {
+    const swatch = makeSvg("svg", { width: 30, height: 14, "aria-hidden": "true" }, frameAt(kind, 2, 2, 26, 10));
+    if (kind.struck) swatch.append(makeSvg("path", { d: "M6 7H24", stroke: "currentColor" }));
+    key.append(make("span", { className: "pipeinfer-key" }, swatch, kind.meaning));
+  }
+  for (const meaning of ["%: how sure the draft model is", "slot: place in the cache"]) {
+    key.append(make("span", { className: "pipeinfer-key pipeinfer-muted" }, meaning));
+  }
   el.append(holder, key);
 
   /** The guesses that are there at a moment, and those that the last commitment ruled out. */
@@ -75,7 +91,7 @@ function render({ model, el }) {
     if (text.length) chain(0);
     const wide = (BOX.width + BOX.gapX) * (1 + Math.max(0, ...boxes.map((box) => box.depth)));
     const high = (BOX.height + BOX.gapY) * Math.max(1, row) + 8;
-    const svg = makeSvg("svg", { width: wide, height: high, role: "img", "aria-label": `Draft tree: ${open} guesses open, ${gone} ruled out just now` });
+    const svg = makeSvg("svg", { width: wide, height: high, role: "list", "aria-label": `Draft tree: ${open} guesses open, ${gone} ruled out just now` });
     const x = (box) => 2 + box.depth * (BOX.width + BOX.gapX);
     const y = (box) => 4 + box.row * (BOX.height + BOX.gapY);
     for (const box of boxes) {
@@ -91,19 +107,22 @@ function render({ model, el }) {
     for (const box of boxes) {
       const isText = text.includes(box.guess);
       const run = runs.get(box.guess);
-      const colour = box.out ? "#d55e00" : isText ? "var(--pipeinfer-accepted)" : "#cc79a7";
-      const group = makeSvg("g", { opacity: box.out ? 0.65 : 1 });
+      const kind = KINDS[isText ? "text" : box.out ? "out" : run !== undefined ? "asked" : "guessed"];
+      const word = visible(guesses.text[box.guess]);
+      const sure = isText ? "" : `${Math.round(100 * guesses.confidence[box.guess])}%`;
+      const after = box.parent ? `, after ${visible(guesses.text[box.parent.guess])}` : "";
+      const group = makeSvg("g", {
+        opacity: box.out ? 0.65 : 1, role: "listitem",
+        "aria-label": [`${word}: ${kind.meaning}`, sure].filter(Boolean).join(", ") + after,
+      });
       group.append(
-        makeSvg("rect", {
-          x: x(box), y: y(box), width: BOX.width, height: BOX.height, rx: 5, fill: "var(--jp-layout-color1, #fff)",
-          stroke: colour, "stroke-width": isText ? 3 : 1.5, "stroke-dasharray": isText || run !== undefined ? "none" : "4 3",
-        }),
+        frameAt(kind, x(box), y(box), BOX.width, BOX.height),
         makeSvg("text", {
           x: x(box) + 7, y: y(box) + 14, "font-family": "monospace", "font-weight": "bold",
-          "text-decoration": box.out ? "line-through" : "none",
-        }, visible(guesses.text[box.guess]).slice(0, 14)),
+          "text-decoration": kind.struck ? "line-through" : "none",
+        }, word.slice(0, 14)),
         makeSvg("text", { x: x(box) + 7, y: y(box) + 28, opacity: 0.8 },
-          [isText ? "" : `${Math.round(100 * guesses.confidence[box.guess])}%`,
+          [sure,
             run !== undefined ? `run ${placed.run[run]} slot ${placed.slot[run]}` : ""].filter(Boolean).join(" · ")),
       );
       svg.append(group);
