@@ -65,7 +65,7 @@ PATTERNS = """<defs>
 <pattern id="stripes" width="5" height="5" patternUnits="userSpaceOnUse">
 <rect width="5" height="5" fill="#e69f00"/><path d="M0 5L5 0" stroke="#fff"/></pattern>
 <pattern id="underline" y="18" width="8" height="22" patternUnits="userSpaceOnUse">
-<rect width="8" height="22" fill="#009e73"/><rect y="13" width="8" height="2" fill="#fff"/>
+<rect width="8" height="22" fill="#009e73"/><rect y="16" width="8" height="2" fill="#fff"/>
 </pattern>
 <pattern id="crosses" width="6" height="6" patternUnits="userSpaceOnUse">
 <rect width="6" height="6" fill="#fff"/><path d="M0 0L6 6M0 6L6 0" stroke="#d55e00"/></pattern>
@@ -307,9 +307,9 @@ def _paint(look: Look) -> str:
 
 
 def _swatch(look: Look) -> str:
-    size = 'xmlns="http://www.w3.org/2000/svg" width="18" height="12"'
+    size = 'xmlns="http://www.w3.org/2000/svg" width="18" height="12" viewBox="0 4 18 12"'
     return image(
-        f'<svg {size}>{PATTERNS}<rect x="1" y="1" width="16" height="10" {_paint(look)}/></svg>',
+        f'<svg {size}>{PATTERNS}<rect x="1" y="5" width="16" height="10" {_paint(look)}/></svg>',
         "",
     )
 
