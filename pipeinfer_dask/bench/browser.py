@@ -55,10 +55,18 @@ class Lab:
     def __init__(self, home: Path) -> None:
         self.notebooks = home / "notebooks"
         self.notebooks.mkdir(parents=True)
-        settings = home / "settings" / "@jupyterlab" / "apputils-extension"
-        settings.mkdir(parents=True)
-        quiet = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
-        (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+        settings = {
+            "apputils-extension/notification": {
+                "fetchNews": "false",
+                "checkForUpdates": False,
+                "doNotDisturbMode": True,
+            },
+            "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page
+        }
+        for name, values in settings.items():
+            path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(values))
         places = {
             "JUPYTER_CONFIG_DIR": "config",
             "JUPYTER_DATA_DIR": "data",

@@ -123,8 +123,8 @@ def run_dashboard_bench(pairs: int = PAIRS, cancels: int = CANCELS) -> dict[str,
             try:
                 with chromium() as browser:
                     tab = Tab(browser.new_page(viewport={"width": 1200, "height": 2000}), lab.url)
-                    slower = _pairs(lab, tab, pairs, in_process=in_process)
-                    waits = _cancels(lab, tab, cancels, in_process=in_process)
+                    slower = measure_pairs(lab, tab, pairs, in_process=in_process)
+                    waits = measure_cancels(lab, tab, cancels, in_process=in_process)
             finally:
                 lab.close()
         low, high = confidence(slower)
@@ -153,7 +153,8 @@ def confidence(values: Sequence[float]) -> tuple[float, float]:
     return ordered[rank], ordered[-1 - rank]
 
 
-def _pairs(lab: Lab, tab: Tab, pairs: int, *, in_process: bool) -> list[float]:
+def measure_pairs(lab: Lab, tab: Tab, pairs: int, *, in_process: bool) -> list[float]:
+    """Return for each pair how much longer the generation with the dashboard took, as a share."""
     opening = OPEN.format(stages=STAGES, in_process=in_process)
     _open(lab, tab, "pairs.ipynb", opening, "board", PLAY.format(pairs=pairs))
     tab.page.get_by_text("all pairs done").wait_for(timeout=1e3 * PATIENCE_S)
@@ -162,7 +163,8 @@ def _pairs(lab: Lab, tab: Tab, pairs: int, *, in_process: bool) -> list[float]:
     return [shown / hidden - 1 for shown, hidden in times]
 
 
-def _cancels(lab: Lab, tab: Tab, cancels: int, *, in_process: bool) -> list[float]:
+def measure_cancels(lab: Lab, tab: Tab, cancels: int, *, in_process: bool) -> list[float]:
+    """Return for each click on Cancel the seconds until no node worked any more."""
     opening = OPEN.format(stages=STAGES, in_process=in_process) + WATCH
     _open(lab, tab, "cancels.ipynb", opening, "board", AWAIT.format(cancels=cancels), wait=False)
     page = tab.page

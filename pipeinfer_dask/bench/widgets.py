@@ -16,16 +16,15 @@ from pipeinfer_dask.bench.browser import Lab, Tab, chromium, missing, notebook_o
 BARS = 3000
 STAGES = 15
 UPDATES = 100
-"""Of a tenth of a second each."""
 
-KERNEL = f"""
+KERNEL = """
 import gc, json, pickle, threading, time
 import pipeinfer_dask as pi
 from pipeinfer_dask.protocol.messages import RunDone
 from pipeinfer_dask.widgets import Timeline
 
-recorded = pi.simulate("adaptive", stages={STAGES}, acceptance=0.8, max_new_tokens=1500).trace
-assert sum(isinstance(what, RunDone) for _, what in recorded) * {STAGES} > {BARS + 20 * UPDATES}
+recorded = pi.simulate("adaptive", stages={stages}, acceptance=0.8, max_new_tokens=1500).trace
+assert sum(isinstance(what, RunDone) for _, what in recorded) * {stages} > {bars} + 20 * {updates}
 kept = [pickle.dumps(entry) for entry in recorded]  # a head's are new, and so are these
 
 gc.collect()
@@ -35,7 +34,7 @@ class Replay:
     '''A generation that starts with many bars, and then has a run more in each tenth.'''
 
     def __init__(self):
-        self.trace = pi.Trace({STAGES})
+        self.trace = pi.Trace({stages})
         self.over = False
 
     def done(self):
@@ -45,15 +44,15 @@ class Replay:
         while bars > 0:
             entry = pickle.loads(kept[len(self.trace)])
             self.trace.add(*entry)
-            bars -= {STAGES} * isinstance(entry[1], RunDone)
+            bars -= {stages} * isinstance(entry[1], RunDone)
 
     def play(self, clock=None):
-        self.grow({BARS})
+        self.grow({bars})
         time.sleep(1.0)
         Counted.messages = Counted.sent = 0  # the first bars are not updates
         thread_s = time.clock_gettime(clock) if clock is not None else 0.0
         started = time.process_time()
-        for _ in range({UPDATES}):
+        for _ in range({updates}):
             self.grow(1)
             time.sleep(0.1)
         self.cpu_s = time.process_time() - started
@@ -96,8 +95,13 @@ FRAMES = """seconds => new Promise(resolve => {
 })"""
 
 
-def run_widgets_bench() -> dict[str, Any]:
+def run_widgets_bench(updates: int = UPDATES) -> dict[str, Any]:
     """Measure a live timeline in JupyterLab and Chromium.
+
+    Parameters
+    ----------
+    updates : int
+        Of a tenth of a second each.
 
     Returns
     -------
@@ -118,22 +122,25 @@ def run_widgets_bench() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home:
         lab = Lab(Path(home))
         try:
-            (lab.notebooks / "bench.ipynb").write_text(notebook_of(KERNEL, PLAY))
             with chromium() as browser:
-                row = _measure(lab, Tab(browser.new_page(), lab.url))
+                row = measure(lab, Tab(browser.new_page(), lab.url), updates)
                 return {"suite": "widgets", "rows": [row]}
         finally:
             lab.close()
 
 
-def _measure(lab: Lab, tab: Tab) -> dict[str, Any]:
+def measure(lab: Lab, tab: Tab, updates: int) -> dict[str, Any]:
+    """Return the row of `run_widgets_bench`."""
     page = tab.page
+    kernel = KERNEL.format(stages=STAGES, bars=BARS, updates=updates)
+    (lab.notebooks / "bench.ipynb").write_text(notebook_of(kernel, PLAY))
+    seconds = 0.08 * updates
     tab.open(lab.address_of("bench.ipynb"))
-    idle = page.evaluate(FRAMES, 3)
+    idle = page.evaluate(FRAMES, min(3, seconds))
     tab.run_all()
     page.wait_for_function(f"() => document.querySelector('[data-bars]')?.dataset.bars >= {BARS}")
     before = int(page.locator("[data-updates]").get_attribute("data-updates") or 0)
-    fps = page.evaluate(FRAMES, 8)
+    fps = page.evaluate(FRAMES, seconds)
     after = int(page.locator("[data-updates]").get_attribute("data-updates") or 0)
     page.wait_for_selector("[data-complete=true]")
     figures = json.loads((lab.notebooks / "figures.json").read_text())
@@ -144,7 +151,7 @@ def _measure(lab: Lab, tab: Tab) -> dict[str, Any]:
         "bars": int(page.locator("[data-bars]").get_attribute("data-bars") or 0),
         "nodes": STAGES + 1,
         "updates": messages,
-        "updates_per_s": round((after - before) / 8, 1),
+        "updates_per_s": round((after - before) / seconds, 1),
         "update_cpu_ms": round(1e3 * figures["thread_s"] / messages, 3),
         "kernel_cpu_ms": round(1e3 * (figures["cpu_s"] - figures["alone_s"]) / messages, 3),
         "bytes": round(figures["sent"] / messages),

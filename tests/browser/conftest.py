@@ -36,15 +36,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(lab: Lab, browser: Any, request: pytest.FixtureRequest) -> Iterator[Opened]:
-    """Open a notebook with some cells, and run them all; nothing may go wrong in the page."""
+    """Open a notebook of some cells and run them all; nothing may go wrong in the page."""
     page = browser.new_page(viewport={"width": 1200, "height": 1600})
     tab = Tab(page, lab.url)
 
-    def open_notebook(*cells: str) -> Tab:
-        name = f"{request.node.name}.ipynb"
-        (lab.notebooks / name).write_text(notebook_of(*cells))
+    def open_notebook(*cells: str, notebook: str | None = None, wait: bool = True) -> Tab:
+        name = f"{request.node.name.translate({ord(c): '-' for c in '[]/'})}.ipynb"
+        (lab.notebooks / name).write_text(notebook or notebook_of(*cells))
         tab.open(lab.address_of(name))
-        tab.run_all()
+        tab.run_all(wait=wait)
         assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
         return tab
 

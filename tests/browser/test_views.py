@@ -6,6 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +32,13 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.models.demo_pair import demo_pair
 target, draft = demo_pair()
 engine = pi.Engine.from_pretrained(target, draft=draft, stages=2, in_process=True)
+"""
+AWAIT = """
+import asyncio
+while board.generation is None:
+    await asyncio.sleep(0.01)
+result = await board.generation
+print("awaited:", result.finish_reason)
 """
 EVIL = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
 
@@ -104,23 +114,18 @@ def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opene
     assert label is not None and "bars of 4 nodes" in label
 
 
-def test_a_dashboard_runs_and_cancels_a_generation(opened: Opened) -> None:
-    tab = opened(ENGINE, "board = engine.dashboard(max_new_tokens=400)\nboard")
+def test_a_dashboard_runs_and_cancels_a_generation_while_a_cell_awaits_it(opened: Opened) -> None:
+    tab = opened(ENGINE, "board = engine.dashboard(max_new_tokens=400)\nboard", AWAIT, wait=False)
     page = tab.page
     run, cancel = (page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel"))
     run.wait_for()
     assert cancel.is_disabled()
-    page.get_by_label("Knobs").fill("micro_batch=zero")
-    page.get_by_label("Knobs").blur()
-    run.click()
-    page.get_by_text("Not started: expected knobs as name=value").wait_for()
-    page.get_by_label("Knobs").fill("")
-    page.get_by_label("Knobs").blur()
     run.click()
     live = until(tab, "[data-bars]", "Number(data.bars) > 20")
     assert live["complete"] == "false"
     cancel.click()
     page.get_by_text(re.compile(r"stopped: \d+ tokens")).wait_for()
+    page.get_by_text("awaited: stopped", exact=True).wait_for()
     ended = until(tab, "[data-bars]", "data.complete === 'true'")
     tokens = int(ended["tokens"])
     assert 0 < tokens < 400
@@ -128,13 +133,17 @@ def test_a_dashboard_runs_and_cancels_a_generation(opened: Opened) -> None:
         until(tab, selector, f"data.complete === 'true' && data.tokens === '{tokens}'")
     until(tab, ".pipeinfer[data-boxes]", "data.complete === 'true'")
     assert run.is_enabled()
+    page.get_by_label("Knobs").fill("micro_batch=zero")
+    page.get_by_label("Knobs").blur()
+    run.click()
+    page.get_by_text("Not started: expected knobs as name=value").wait_for()
 
 
 def test_a_view_that_is_opened_later_has_all_rows(opened: Opened) -> None:
     tab = opened(
         ENGINE,
         "from pipeinfer_dask.widgets import Timeline\n"
-        "generation = engine.start('def main', max_new_tokens=300)\n"
+        "generation = engine.start('def main', max_new_tokens=150)\n"
         "timeline = Timeline(generation)\ntimeline",
         "next(iter(generation))\ntimeline",
     )
@@ -171,6 +180,85 @@ def test_a_stepper_shows_strategies_on_one_clock(opened: Opened) -> None:
     )
 
 
+def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Opened) -> None:
+    tab = opened(SIMULATED, "Stepper(simulation, tree=True)")
+    page = tab.page
+    until(tab, "[data-steps]", "Number(data.steps) > 100")
+    until(tab, "[data-boxes]", "data.complete === 'true'")
+
+    def moment() -> float:
+        return float(data(tab, "[data-steps]")["moment"])
+
+    page.get_by_role("button", name="To the start").focus()
+    reached = []
+    for _ in range(18):
+        reached.append(
+            page.evaluate(
+                "() => { const at = document.activeElement;"
+                " return at.ariaLabel ?? at.labels?.[0]?.textContent ?? at.textContent; }"
+            )
+        )
+        if reached[-1] == "A step ahead":
+            for _ in range(3):
+                page.keyboard.press("Enter")
+            stepped = moment()
+            assert stepped > 0
+        elif reached[-1] == "Moment":
+            page.keyboard.press("ArrowRight")
+            assert moment() > stepped
+            page.keyboard.press("ArrowLeft")
+            assert moment() == stepped
+            page.keyboard.press("End")
+            page.keyboard.press("Home")
+            assert moment() == 0
+        page.keyboard.press("Tab")
+    assert reached[:7] == [
+        *("To the start", "A step back", "Play or pause", "A step ahead", "To the end"),
+        *("Moment", "Speed"),
+    ]
+    assert reached[7].startswith("Timeline: ")
+    assert reached[8:14] == [
+        *("Zoom in", "Zoom out", "Earlier", "Later", "Show all", "Keep the newest in sight")
+    ]
+    assert reached[14:] == [
+        *("The same as a table", "Generated text"),
+        *(" show rejected guesses, struck through", "Draft tree"),
+    ]
+
+
+def test_a_tree_says_of_each_guess_what_it_is(opened: Opened) -> None:
+    tab = opened(SIMULATED, "DraftTree(simulation, moment=2.0)")
+    shown = until(tab, "[data-boxes]", "Number(data.boxes) > 3")
+    items = tab.page.get_by_role("listitem").filter(has=tab.page.locator("rect"))
+    said = [item.get_attribute("aria-label") for item in items.all()]
+    assert len(said) == int(shown["boxes"])
+    assert re.fullmatch(r"#\d+: text", said[0])
+    guess = (
+        r"#\d+: (a guess, the target is asked|only guessed|ruled out just now), \d+%, after #\d+"
+    )
+    assert sum(bool(re.fullmatch(guess, each)) for each in said) >= int(shown["open"])
+
+
+def test_a_notebook_saved_with_live_views_holds_pictures_of_them(
+    opened: Opened, lab: Lab, browser: Any
+) -> None:
+    tab = opened(
+        SIMULATED, "Timeline(simulation)", "Metrics(simulation)", "TokenStream(simulation)"
+    )
+    until(tab, "[data-bars]", "data.complete === 'true'")
+    tab.command("docmanager:save")
+    (saved,) = lab.notebooks.glob("test_a_notebook_saved*.ipynb")
+    outputs = [cell["outputs"] for cell in json.loads(saved.read_text())["cells"][1:]]
+    held = ["".join(output["data"]["text/html"]) for (output,) in outputs]
+    assert "data:image/svg+xml;base64," in held[0]
+    assert "<table>" in held[1] and "tokens a second" in held[1]
+    assert "guessed by the draft model" in held[2]
+    with exported(saved, browser) as page:
+        assert page.locator(".jp-OutputArea-output img:not([alt=''])").count() == 1
+        assert page.get_by_text("tokens a second").is_visible()
+        assert page.get_by_text("guessed by the draft model, and accepted").is_visible()
+
+
 def test_what_a_model_says_can_do_nothing_in_a_page(opened: Opened) -> None:
     tab = opened(
         SIMULATED,
@@ -202,21 +290,26 @@ def test_a_frozen_picture_is_in_the_saved_notebook_and_in_what_is_made_of_it(
     outputs = [cell["outputs"] for cell in json.loads(saved.read_text())["cells"][1:]]
     for (output,) in outputs:
         assert "data:image/svg+xml;base64," in "".join(output["data"]["text/html"])
-    page = saved.with_suffix(".html")
-    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--embed-images", str(saved)]
+    with exported(saved, browser) as page:
+        pictures = page.locator(".jp-OutputArea-output img:not([alt=''])")
+        assert pictures.count() == 3
+        for number in range(3):
+            box = pictures.nth(number).bounding_box()
+            assert box["width"] > 300 and box["height"] > 80
+
+
+@contextmanager
+def exported(notebook: Path, browser: Any) -> Iterator[Any]:
+    """Yield the page that nbconvert makes of a notebook, without scripts and without a network."""
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--embed-images", str(notebook)]
     subprocess.run(command, check=True, capture_output=True)
     context = browser.new_context(java_script_enabled=False)
     asked: list[str] = []
-    exported = context.new_page()
-    exported.on("request", lambda request: asked.append(request.url))
-    exported.route(re.compile("^https?:"), lambda route: route.abort())
-    exported.goto(page.as_uri())
-    pictures = exported.locator(".jp-OutputArea-output img:not([alt=''])")
-    assert pictures.count() == 3
-    for number in range(3):
-        box = pictures.nth(number).bounding_box()
-        assert box["width"] > 300 and box["height"] > 80
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.route(re.compile("^https?:"), lambda route: route.abort())
+    page.goto(notebook.with_suffix(".html").as_uri())
+    yield page
     context.close()
-    ours = [address for address in asked if not address.startswith(("file:", "data:"))]
     # What nbconvert's own page asks for, whatever is in it, are scripts: none runs here.
-    assert ours == []
+    assert [address for address in asked if not address.startswith(("file:", "data:"))] == []

@@ -1,0 +1,50 @@
+"""Each notebook of the repository in JupyterLab, as a student goes through it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeinfer_dask.bench.browser import Lab
+from tests.browser.conftest import Opened
+from tests.browser.test_views import data, until
+
+pytestmark = pytest.mark.browser
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+NONE = pytest.param(None, marks=pytest.mark.skip(reason="notebooks/ holds no notebook"))
+TIMELINE = "[data-bars]"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS or [NONE], ids=lambda path: path and path.stem)
+def test_a_notebook_runs_and_its_views_live(
+    path: Path, opened: Opened, lab: Lab, tmp_path: Path
+) -> None:
+    tab = opened(notebook=path.read_text())
+    page = tab.page
+    buttons = {name: page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel")}
+    if buttons["Run"].count():
+        buttons["Run"].first.click()
+        page.locator(f"{TIMELINE}[data-complete=false]").first.wait_for()
+        buttons["Cancel"].first.click()
+        page.get_by_text(re.compile(r"(stopped|finished): \d+ tokens")).first.wait_for()
+    if page.locator(TIMELINE).count():
+        before = until(tab, TIMELINE, "Number(data.bars) > 0 && data.complete === 'true'")
+        page.get_by_role("button", name="Zoom in").first.click()
+        until(tab, TIMELINE, f"data.to !== '{before['to']}'")
+        tab.command("apputils:change-theme", theme="JupyterLab Dark")
+        until(tab, TIMELINE, "data.theme === 'dark'")
+        assert data(tab, TIMELINE)["bars"] == before["bars"]
+        picture = page.locator(TIMELINE).first.screenshot(path=tmp_path / "timeline.png")
+        assert len(picture) > 3_000  # an empty canvas packs to less
+        tab.command("apputils:change-theme", theme="JupyterLab Light")
+    tab.command("docmanager:save")
+    (saved,) = lab.notebooks.glob(f"*{path.stem}*.ipynb")
+    cells = json.loads(saved.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert outputs and not [output for output in outputs if output["output_type"] == "error"]
+    tab.open(lab.address_of(saved.name))  # again, as it was saved
+    page.locator(".jp-OutputArea-output").first.wait_for()
+    assert page.locator(".jp-CodeCell").count() == sum(c["cell_type"] == "code" for c in cells)
