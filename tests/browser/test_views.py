@@ -118,7 +118,7 @@ def test_a_dashboard_runs_and_cancels_a_generation_while_a_cell_awaits_it(opened
     tab = opened(ENGINE, "board = engine.dashboard(max_new_tokens=400)\nboard", AWAIT, wait=False)
     page = tab.page
     run, cancel = (page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel"))
-    run.wait_for()
+    run.wait_for(timeout=240_000)  # the engine is being opened
     assert cancel.is_disabled()
     run.click()
     live = until(tab, "[data-bars]", "Number(data.bars) > 20")
