@@ -22,6 +22,7 @@ TIMELINE = "[data-bars]"
 def test_a_notebook_runs_and_its_views_live(
     path: Path, opened: Opened, lab: Lab, tmp_path: Path
 ) -> None:
+    pytest.importorskip("matplotlib", reason="notebooks draw: pip install '.[docs]'")
     tab = opened(notebook=path.read_text())
     page = tab.page
     buttons = {name: page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel")}
