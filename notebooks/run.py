@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PATIENCE_S = 120
+PATIENCE_S = 300
 """Most seconds for one cell."""
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """What kernels find in their environment: nothing is asked of the network."""
