@@ -1,0 +1,116 @@
+"""The teaching notebooks: they run as they are, and as they are saved they show pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LACKING = [
+    name
+    for name in ("ipykernel", "matplotlib", "nbclient", "nbconvert", "nbformat")
+    if find_spec(name) is None
+]
+pytestmark = pytest.mark.skipif(
+    bool(LACKING),
+    reason=f"{', '.join(LACKING)} not installed: pip install 'pipeinfer-dask[notebooks]'",
+)
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+MOST_BYTES = 1_500_000
+PICTURE = "data:image/svg+xml;base64,"
+PLACES = re.compile(r"/(home|tmp|root|Users|work|var)/\w|[A-Z]:\\\\|site-packages")
+"""Of one machine alone."""
+
+
+def saved(path: Path) -> list[dict[str, Any]]:
+    """Return the outputs of all cells as the file has them."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return [output for cell in cells for output in cell.get("outputs", [])]
+
+
+def texts(output: dict[str, Any]) -> str:
+    """Return all that an output says, without its pictures."""
+    said = [output.get("text", ""), *output.get("data", {}).values()]
+    whole = "".join("".join(part) if isinstance(part, list) else str(part) for part in said)
+    return re.sub(r"data:image/[^\"]*", "", whole)
+
+
+def test_there_are_five_lessons() -> None:
+    assert [name.split("_")[0] for name in NAMES] == ["01", "02", "03", "04", "05"]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_a_notebook_runs_from_a_clean_kernel_and_gives_what_is_saved(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from notebooks import run
+
+    monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
+    notebook = run.read(path)
+    kinds = [[output.output_type for output in cell.get("outputs", [])] for cell in notebook.cells]
+    run.execute(notebook)  # it raises what a cell raises
+    run.still(notebook)
+    now = [[output.output_type for output in cell.get("outputs", [])] for cell in notebook.cells]
+    # A cell that prints may do so in one piece or in several.
+    assert [set(kind) for kind in now] == [set(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_a_saved_notebook_is_small_has_run_to_its_end_and_says_nothing_of_a_machine(
+    path: Path,
+) -> None:
+    from notebooks import run
+
+    notebook = run.read(path)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < MOST_BYTES
+    assert "widgets" not in notebook.metadata
+    for output in saved(path):
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr"
+        assert run.WIDGET not in output.get("data", {})
+        assert not PLACES.search(texts(output)), texts(output)
+
+
+class Page(HTMLParser):
+    """The addresses that a page loads something from, and its pictures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.pictures: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag in ("audio", "embed", "iframe", "img", "script", "source", "video"):
+            self.loaded.append(values.get("src") or "")
+        elif tag in ("link", "image", "object"):
+            self.loaded.append(values.get("href") or values.get("data") or "")
+        if tag == "img" and values.get("alt"):
+            self.pictures.append(values.get("src") or "")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_what_nbconvert_makes_of_a_saved_notebook_shows_its_pictures_offline(path: Path) -> None:
+    from nbconvert import HTMLExporter
+
+    # Without the two scripts of nbconvert's own page, for formulas and for widgets' state.
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
+    page = Page(exporter.from_filename(str(path))[0])
+    frozen = sum("Timeline: each node" in texts(output) for output in saved(path))
+    assert frozen > 0
+    assert len(page.pictures) >= frozen
+    assert all(picture.startswith(PICTURE) for picture in page.pictures)
+    assert [address for address in page.loaded if address and not address.startswith("data:")] == []
