@@ -1,0 +1,113 @@
+"""Clusters of jobs that suit pinned stages: one worker a job, without a limit that kills it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import dask
+from dask.utils import parse_timedelta
+
+from pipeinfer_dask.hpc.queues import SYSTEMS
+
+if TYPE_CHECKING:
+    from dask_jobqueue import JobQueueCluster
+
+PRELOAD = "pipeinfer_dask.runtime.actors"
+"""What every worker needs, and takes seconds to import."""
+
+
+def job_cluster(
+    system: str,
+    *,
+    cores: int | None = None,
+    memory: str | None = None,
+    walltime: str | None = None,
+    interface: str | None = None,
+    local_directory: str | None = None,
+    death_timeout: str | float | None = None,
+    worker_extra_args: Sequence[str] = (),
+    **options: Any,
+) -> JobQueueCluster:
+    """Make a cluster of dask-jobqueue whose jobs suit the stages of a pipeline.
+
+    It submits nothing yet: `engine_from` does, as many jobs as it needs. ``job_script()``
+    shows what a job will be. What is not given comes from dask-jobqueue's own
+    configuration (``jobqueue.slurm`` and so on).
+
+    Parameters
+    ----------
+    system : {"slurm", "pbs", "sge", "lsf", "htcondor", "oar"}
+        The queueing system.
+    cores : int, optional
+        Cores of a job, which all work for its one stage.
+    memory : str, optional
+        Memory to ask the queue for, such as ``"64 GB"``: weights, caches, and 1 GB for Python.
+        The worker itself has no limit below that: a model can't be spilled to disk, and a
+        worker at its limit would be stopped.
+    walltime : str, optional
+        As the queueing system writes it. It ends the job, whatever the engine is doing.
+    interface : str, optional
+        The network to use, such as ``"ib0"``, for scheduler and workers.
+    local_directory : str, optional
+        Where workers keep their files: a disk of the node's own is best.
+    death_timeout : str or float, optional
+        A worker that finds no scheduler for so long gives its job back; by default
+        ``pipeinfer.hpc.death-timeout``.
+    worker_extra_args : sequence of str
+        More arguments for ``dask worker``.
+    **options
+        Whatever else the class takes, such as ``queue``, ``account``, ``security``,
+        ``job_extra_directives``, ``job_script_prologue`` or ``log_directory``.
+
+    Returns
+    -------
+    JobQueueCluster
+        For a ``with`` block, which cancels all jobs at its end.
+
+    Raises
+    ------
+    ImportError
+        If dask-jobqueue is not installed.
+    ValueError
+        If there is no such system, or the options do not fit.
+    """
+    if system not in SYSTEMS:
+        raise ValueError(f"expected a queueing system of {', '.join(SYSTEMS)}, got {system!r}")
+    for name in ("processes", "n_workers"):
+        if name in options:
+            raise ValueError(
+                f"expected no {name}, got {options[name]!r}: a job is one worker, and "
+                "engine_from submits as many as it needs"
+            )
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise ImportError(
+            "expected dask-jobqueue, which submits the jobs, found none: "
+            "pip install 'pipeinfer-dask[hpc]'"
+        ) from error
+    if death_timeout is None:
+        death_timeout = dask.config.get("pipeinfer.hpc.death-timeout")
+    if walltime is not None:  # HTCondor's has none
+        options["walltime"] = walltime
+    settings = f"jobqueue.{options.get('config_name') or system}.scheduler-options"
+    options["scheduler_options"] = {
+        "dashboard_address": ":0",  # the usual port is taken on many a login node
+        **(dask.config.get(settings, None) or {}),
+        **(options.get("scheduler_options") or {}),
+    }
+    kind = getattr(dask_jobqueue, SYSTEMS[system].cluster)
+    cluster: JobQueueCluster = kind(
+        cores=cores,
+        memory=memory,
+        processes=1,
+        interface=interface,
+        local_directory=local_directory,
+        death_timeout=int(parse_timedelta(death_timeout)),
+        # What computes is imported before the worker reports: where it can't be, the job fails
+        # at once. Of two limits the last one counts; dask-jobqueue has set one before.
+        worker_extra_args=["--preload", PRELOAD, "--memory-limit", "0", *worker_extra_args],
+        **options,
+    )
+    return cluster

@@ -1,0 +1,204 @@
+"""The jobs of a cluster: submitted, asked about, and replaced when they are lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+
+import psutil
+from distributed import Client
+
+from pipeinfer_dask.hpc.queues import SYSTEMS, JobState, states_of
+
+if TYPE_CHECKING:
+    from dask_jobqueue import JobQueueCluster
+
+logger = logging.getLogger(__name__)
+
+GLANCE_S = 1.0
+"""Lost workers are looked for so often."""
+
+
+class SubmitError(RuntimeError):
+    """The queue did not take a job. The text is the queue's own."""
+
+
+class Jobs:
+    """The jobs of a cluster of dask-jobqueue. All coroutines are for the cluster's loop.
+
+    Parameters
+    ----------
+    cluster : JobQueueCluster
+    """
+
+    def __init__(self, cluster: JobQueueCluster) -> None:
+        self._cluster: Any = cluster
+        self._system: str = type(self._cluster).job_cls.config_name
+        self._workers_per_job = len(self._cluster.new_spec.get("group", [""]))
+
+    @classmethod
+    def of(cls, cluster: Any) -> Self | None:
+        """Return the jobs of a cluster; None where it has none."""
+        jobqueue = sys.modules.get("dask_jobqueue")
+        if jobqueue is None or not isinstance(cluster, jobqueue.JobQueueCluster):
+            return None
+        return cls(cluster)
+
+    def walltime(self) -> float | None:
+        """Return how long each job may run, in seconds; None where nothing is set.
+
+        Raises
+        ------
+        ValueError
+            If that can't be read.
+        """
+        if self._system not in SYSTEMS:
+            return None
+        return SYSTEMS[self._system].walltime_of(self._cluster.job_script())
+
+    async def submit(self, workers: int) -> None:
+        """Have as many jobs in the queue as so many workers need. Those that ended don't count.
+
+        Raises
+        ------
+        SubmitError
+            If the queue does not take one.
+        """
+        specs = self._cluster.worker_spec
+        await self._correct()  # or one that is being submitted would count as ended
+        ended = [name for name, state in (await self._waiting()).items() if state.ended]
+        for name in ended:
+            specs.pop(name, None)
+        if ended:
+            await self._correct()
+        while len(specs) * self._workers_per_job < workers:
+            specs.update(self._cluster.new_worker_spec())
+        await self._correct()
+
+    async def waiting(self) -> list[JobState]:
+        """Return what the queue says of all jobs that have no worker."""
+        return list((await self._waiting()).values())
+
+    async def replace_lost(self, patience: float) -> None:
+        """Submit a job anew where one has lost its worker, until this is cancelled.
+
+        Parameters
+        ----------
+        patience : float, seconds
+            A worker may come back in its job, by its nanny, for so long. One whose job has
+            ended is replaced at once.
+        """
+        seen: set[str] = set()
+        since: dict[str, float] = {}
+        while True:
+            here = self._with_worker()
+            seen |= here
+            since = {name: since.get(name, time.monotonic()) for name in seen - here}
+            if since:
+                states = await self._waiting()
+                for name in since.keys() & states.keys():
+                    state = states[name]
+                    if state.ended or time.monotonic() - since[name] > patience:
+                        seen.discard(name)
+                        await self._replace(name, state)
+            await asyncio.sleep(GLANCE_S)
+
+    async def _replace(self, name: str, state: JobState) -> None:
+        specs = self._cluster.worker_spec
+        if name not in specs:
+            return  # another engine on this cluster has done it meanwhile
+        logger.warning("%s has lost its worker (%s): another job is submitted", name, state)
+        # The new one first, or it might get the name of the old one.
+        specs.update(self._cluster.new_worker_spec())
+        del specs[name]
+        try:
+            await self._correct()
+        except SubmitError as refused:
+            logger.warning("%s could not be replaced: %s", name, refused)
+
+    def _with_worker(self) -> set[str]:
+        """Return the names of all jobs that have a worker now."""
+        workers = {str(worker.name) for worker in self._cluster.scheduler.workers.values()}
+        if self._workers_per_job == 1:
+            return workers & set(self._cluster.worker_spec)
+        endings = self._cluster.new_spec["group"]
+        return {
+            name
+            for name in self._cluster.worker_spec
+            if any(f"{name}{ending}" in workers for ending in endings)
+        }
+
+    async def _waiting(self) -> dict[str, JobState]:
+        here = self._with_worker()
+        names = [name for name in self._cluster.worker_spec if name not in here]
+        numbers = {
+            name: str(job.job_id)
+            for name in names
+            if (job := self._cluster.workers.get(name)) is not None and job.job_id is not None
+        }
+        states = dict(
+            zip(numbers, await states_of(self._system, list(numbers.values())), strict=True)
+        )
+        gone = JobState("(none)", "not in the queue", ended=True)
+        return {name: states.get(name, gone) for name in names}
+
+    async def _correct(self) -> None:
+        """Have what is in the queue agree with what is wanted."""
+        try:
+            await self._cluster
+        except RuntimeError as refused:
+            # What the queue did not take is in no queue.
+            for name, job in list(self._cluster.workers.items()):
+                if job.job_id is None:
+                    self._cluster.worker_spec.pop(name, None)
+            with suppress(RuntimeError):
+                await self._cluster
+            raise SubmitError(_own_words(str(refused))) from refused
+
+
+def _own_words(refusal: str) -> str:
+    """Return what the queue itself wrote, of all that dask-jobqueue tells of a failed command."""
+    _, _, errors = refusal.partition("stderr:\n")
+    return " ".join((errors or refusal).split())
+
+
+def _age() -> float:
+    """Return how long this worker's job has been running, in seconds."""
+    # Its nanny, or the job's shell: a worker itself may have been started anew.
+    return time.time() - psutil.Process(os.getppid()).create_time()
+
+
+def check_runtime(walltime: float, least: float, ages: dict[str, float]) -> None:
+    """Check that no job ends too soon.
+
+    Parameters
+    ----------
+    walltime, least : float, seconds
+        How long each job may run, and what it must have left.
+    ages : dict of str to float
+        By worker, how long its job has been running; empty before any has begun.
+
+    Raises
+    ------
+    ValueError
+        If one does.
+    """
+    worker, age = max(ages.items(), key=lambda item: item[1], default=("", 0.0))
+    if walltime - age >= least:
+        return
+    ran = f" that has run for {age:.0f} s already ({worker})" if worker else ""
+    raise ValueError(
+        f"expected jobs with at least {least:.0f} s left to run, got a walltime of "
+        f"{walltime:.0f} s{ran}: ask for a longer walltime, or lower least_runtime"
+    )
+
+
+def ages_of(client: Client) -> dict[str, float]:
+    """Return how long the job of each worker has been running, in seconds."""
+    ages: dict[str, float] = client.run(_age)
+    return ages

@@ -1,0 +1,252 @@
+"""The way from a cluster to an engine: jobs submitted, workers waited for, nodes protected."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from contextlib import ExitStack, suppress
+from typing import Any
+from uuid import uuid4
+
+import dask
+from dask.utils import parse_timedelta
+from distributed import Client
+from distributed.deploy import Cluster
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.scheduler import Scheduler, WorkerState
+
+from pipeinfer_dask.drafting.ngram import NGRAM
+from pipeinfer_dask.engine import Engine
+from pipeinfer_dask.hpc import waiting
+from pipeinfer_dask.hpc.jobs import Jobs, SubmitError, ages_of, check_runtime
+from pipeinfer_dask.hpc.waiting import JobError, Progress
+from pipeinfer_dask.models.checkpoint import check_pair, open_checkpoint
+from pipeinfer_dask.models.layers import split_layers
+from pipeinfer_dask.runtime import loading
+from pipeinfer_dask.runtime.clusters import call_on, loop_of
+from pipeinfer_dask.runtime.loading import Loading
+from pipeinfer_dask.trace.picture import table_html
+
+
+class ClusterEngine(Engine):
+    """An engine that knows where its nodes are. Made by `engine_from`.
+
+    Attributes
+    ----------
+    nodes : dict of str to str
+        By node, such as ``stage 0 (layers 0 to 9)``, the machine and the worker that loaded it.
+    """
+
+    nodes: dict[str, str]
+    _kept: ExitStack
+
+    def close(self) -> None:
+        """Release every model, thread and link. Jobs stay: the cluster's end cancels them."""
+        super().close()
+        self._kept.close()
+
+    def _repr_html_(self) -> str:
+        return table_html([repr(self), ""], list(self.nodes.items()))
+
+
+def engine_from(
+    cluster: Cluster | Client,
+    target: str | os.PathLike[str],
+    draft: str | os.PathLike[str] | None = None,
+    *,
+    stages: int,
+    spares: int | None = None,
+    start_timeout: str | float | None = None,
+    least_runtime: str | float | None = None,
+    progress: Progress | bool | None = None,
+    **options: Any,
+) -> ClusterEngine:
+    """Open an engine on a cluster whose workers may not be there yet.
+
+    Jobs are submitted where the cluster is one of dask-jobqueue, and while the engine is open
+    a job that is lost is replaced. Of other clusters the workers are only waited for: of
+    dask-ssh, of dask-mpi, or of a scheduler that runs somewhere. A cluster that scales
+    itself leaves alone what holds a node of the engine.
+
+    Parameters
+    ----------
+    cluster : Cluster or Client
+        Such as one made by `job_cluster`. It is not closed with the engine.
+    target, draft : str or path
+        As for `Engine.from_pretrained`.
+    stages : int
+        Stages of the pipeline: each gets a worker, and so does a draft model.
+    spares : int, optional
+        Workers beyond these; by default ``pipeinfer.hpc.spares``.
+    start_timeout : str or float, optional
+        How long to wait for the workers, such as ``"2 hours"``; seconds where it is a number.
+        By default ``pipeinfer.hpc.start-timeout``.
+    least_runtime : str or float, optional
+        What each job must have left of its walltime when all have started; by default
+        ``pipeinfer.hpc.least-runtime``.
+    progress : callable or bool, optional
+        Told of each step as a `Waiting`, and then as a `Loading`. True shows bars, False
+        none; by default notebooks show them.
+    **options
+        Whatever else `Engine.from_pretrained` takes. With ``layer_split="auto"`` nodes that
+        differ get what each can hold and compute.
+
+    Returns
+    -------
+    ClusterEngine
+
+    Raises
+    ------
+    JobError
+        If the queue refuses a job, or a job ends before its worker came: a `RuntimeError`.
+    StartTimeoutError
+        If the workers do not come in time: a `TimeoutError`. Jobs stay in the queue.
+    ValueError
+        If the jobs' walltime is too short, or as `Engine.from_pretrained`: what can be checked
+        without workers is checked before a job is submitted.
+    """
+    _check_count("stages", stages, 1)
+    spares = dask.config.get("pipeinfer.hpc.spares") if spares is None else spares
+    _check_count("spares", spares, 0)
+    timeout = _seconds("start-timeout", start_timeout)
+    least = _seconds("least-runtime", least_runtime)
+    wanted = stages + spares + _check_models(target, draft, stages, options.get("layer_split"))
+    jobs = Jobs.of(cluster)
+    walltime = jobs.walltime() if jobs is not None else None
+    if walltime is not None:
+        check_runtime(walltime, least, {})
+    with ExitStack() as resources:
+        client = cluster
+        if isinstance(cluster, Cluster):
+            client = resources.enter_context(Client(cluster, set_as_default=False))
+        if not isinstance(client, Client) or client.asynchronous:
+            raise ValueError(
+                f"expected a cluster or a client made with asynchronous=False, got {cluster!r}"
+            )
+        with waiting.shown(progress) as told:
+            try:
+                call_on(loop_of(client), _workers(client, jobs, wanted, timeout, told))
+            except SubmitError as refused:
+                raise JobError(
+                    f"expected the queue to take a job, but it says: {refused}"
+                ) from None
+        if walltime is not None:
+            check_runtime(walltime, least, ages_of(client))
+        if jobs is not None:
+            _keep_jobs(client, jobs, resources)
+        _keep_nodes(client, spares, resources)
+        places: dict[str, str] = {}
+        with loading.shown(progress) as tell:
+
+            def note(step: Loading) -> None:
+                places[step.node] = step.where
+                if tell is not None:
+                    tell(step)
+
+            engine = ClusterEngine.from_pretrained(
+                target, draft, client=client, stages=stages, progress=note, **options
+            )
+        names = _names(client)
+        engine.nodes = {node: names.get(where, where) for node, where in sorted(places.items())}
+        engine._kept = resources.pop_all()
+    return engine
+
+
+def _names(client: Client) -> dict[str, str]:
+    """Return machine and name of each worker, by its address."""
+    machines: dict[str, str] = client.run(platform.node)
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {
+        address: f"{machine}, worker {workers[address]['name']}"
+        for address, machine in machines.items()
+        if address in workers
+    }
+
+
+def _check_count(name: str, given: Any, least: int) -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise ValueError(f"expected {name} to be a whole number from {least} on, got {given!r}")
+
+
+def _seconds(key: str, given: str | float | None) -> float:
+    value = dask.config.get(f"pipeinfer.hpc.{key}") if given is None else given
+    try:
+        return float(parse_timedelta(value))
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(
+            f"expected {key} as a time such as '10 minutes' or as seconds, got {value!r}"
+        ) from None
+
+
+def _check_models(
+    target: str | os.PathLike[str], draft: str | os.PathLike[str] | None, stages: int, split: Any
+) -> bool:
+    """Check what needs no workers, before anybody waits for them; say if the draft needs one."""
+    opened = open_checkpoint(os.fspath(target), elsewhere=True)
+    split_layers(opened.num_layers, stages, None if split == "auto" else split)
+    if draft is None or draft == NGRAM:
+        return False
+    check_pair(opened, open_checkpoint(os.fspath(draft), elsewhere=True))
+    return True
+
+
+async def _workers(
+    client: Client, jobs: Jobs | None, wanted: int, patience: float, told: Any
+) -> None:
+    if jobs is not None:
+        await jobs.submit(wanted)
+    await waiting.wait_for_workers(client, wanted, patience, jobs, told)
+
+
+def _keep_jobs(client: Client, jobs: Jobs, resources: ExitStack) -> None:
+    """Replace lost jobs until ``resources`` are closed."""
+    loop = loop_of(client)
+    patience = _seconds("replace-after", None)
+
+    async def begin() -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(jobs.replace_lost(patience))
+
+    keeping = call_on(loop, begin())
+
+    def end() -> None:
+        with suppress(RuntimeError):  # the loop may have ended, with the cluster
+            loop.call_soon_threadsafe(keeping.cancel)
+
+    resources.callback(end)
+
+
+class KeepNodes(SchedulerPlugin):
+    """Keeps clusters that scale themselves from taking workers that hold a node.
+
+    Parameters
+    ----------
+    spares : int
+        Further workers to leave.
+    """
+
+    def __init__(self, spares: int) -> None:
+        self.spares = spares
+
+    def valid_workers_downscaling(
+        self, scheduler: Scheduler, workers: list[WorkerState]
+    ) -> list[WorkerState]:
+        """Return those of the workers that may be taken."""
+        idle = [
+            worker
+            for worker in workers
+            # Looked up anew each time: a node may have moved to another worker.
+            if not any(str(task.key).startswith("pipeinfer-") for task in worker.actors)
+        ]
+        return idle[self.spares :]
+
+
+def _keep_nodes(client: Client, spares: int, resources: ExitStack) -> None:
+    name = f"pipeinfer-keep-nodes-{uuid4().hex}"
+    client.register_plugin(KeepNodes(spares), name=name)
+
+    def end() -> None:
+        if client.status == "running":
+            client.unregister_scheduler_plugin(name)
+
+    resources.callback(end)

@@ -1,0 +1,110 @@
+"""What is submitted: job scripts as text. And what Dask's configuration says beforehand."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import dask
+import pytest
+
+from pipeinfer_dask import hpc
+
+JOB: dict[str, Any] = {"cores": 8, "memory": "16 GiB", "interface": "lo"}
+DIRECTIVES = {
+    "slurm": ["#SBATCH --cpus-per-task=8", "#SBATCH --mem=16G", "#SBATCH -t 02:00:00"],
+    "pbs": ["#PBS -l select=1:ncpus=8:mem=16GB", "#PBS -l walltime=02:00:00"],
+    "sge": ["#$ -l h_rt=02:00:00"],
+    "lsf": ["#BSUB -n 8", "#BSUB -W 02:00:00"],
+    "oar": ["#OAR -l /nodes=1/core=8,walltime=02:00:00"],
+}
+
+
+@pytest.mark.parametrize("system", DIRECTIVES)
+def test_a_job_is_one_worker_with_all_its_cores_and_no_limit_that_kills_it(system: str) -> None:
+    asked = dict(JOB, walltime="02:00:00")
+    if system == "oar":
+        asked["memory_per_core_property_name"] = "not_applicable"
+    with hpc.job_cluster(system, **asked) as cluster:
+        script = cluster.job_script()
+        scheduler = cluster.scheduler_address
+    lines = script.splitlines()
+    assert set(DIRECTIVES[system]) <= set(lines)
+    command = lines[-1]
+    assert command.startswith(f"{sys.executable} -m distributed.cli.dask_worker {scheduler} ")
+    assert command.rpartition("--memory-limit ")[2].startswith("0")  # the last one counts
+    assert "--nthreads 8 " in command
+    assert "--nworkers" not in command
+    assert "--death-timeout 120 " in command
+    assert "--interface lo" in command
+    assert "--preload pipeinfer_dask.runtime.actors " in command
+
+
+def test_condors_jobs_have_no_walltime() -> None:
+    with hpc.job_cluster("htcondor", disk="1 GB", **JOB) as cluster:
+        script = cluster.job_script()
+    assert "--preload pipeinfer_dask.runtime.actors --memory-limit 0" in script
+
+
+def test_whatever_else_a_cluster_takes_is_passed_on() -> None:
+    with hpc.job_cluster(
+        "slurm",
+        queue="long",
+        account="physics",
+        death_timeout="1 minute",
+        local_directory="/scratch",
+        worker_extra_args=["--lifetime", "55m"],
+        job_extra_directives=["--exclusive"],
+        job_script_prologue=["module load python"],
+        **JOB,
+    ) as cluster:
+        script = cluster.job_script()
+    assert {"#SBATCH -p long", "#SBATCH -A physics", "#SBATCH --exclusive"} <= set(
+        script.splitlines()
+    )
+    assert "\nmodule load python\n" in script
+    assert "--death-timeout 60 --local-directory /scratch" in script
+    assert "--memory-limit 0 --lifetime 55m" in script
+
+
+def test_what_is_not_given_is_read_from_the_configurations_of_dask_jobqueue_and_ours() -> None:
+    with (
+        dask.config.set(
+            {
+                "jobqueue.slurm.queue": "long",
+                "jobqueue.slurm.cores": 4,
+                "jobqueue.slurm.memory": "8 GB",
+                "pipeinfer.hpc.death-timeout": "3 minutes",
+            }
+        ),
+        hpc.job_cluster("slurm", interface="lo") as cluster,
+    ):
+        script = cluster.job_script()
+    assert "#SBATCH -p long" in script
+    assert "--nthreads 4 " in script
+    assert "--death-timeout 180 " in script
+
+
+def test_defaults_stand_in_dasks_configuration_and_the_environment_overrides_them() -> None:
+    assert dask.config.get("pipeinfer.hpc.start-timeout") == "10 minutes"
+    given = dask.config.collect(paths=[], env={"DASK_PIPEINFER__HPC__START_TIMEOUT": "2 hours"})
+    assert dask.config.get("pipeinfer.hpc.start-timeout", config=given) == "2 hours"
+
+
+def test_an_unknown_queueing_system_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^expected a queueing system of slurm, pbs, sge, lsf, oar, htcondor, got"
+    ):
+        hpc.job_cluster("cron")
+
+
+@pytest.mark.parametrize("name", ["processes", "n_workers"])
+def test_jobs_of_several_workers_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^expected no {name}, got 2: a job is one worker"):
+        hpc.job_cluster("slurm", **JOB | {name: 2})
+
+
+def test_without_dask_jobqueue_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(ImportError, match=r"pip install 'pipeinfer-dask\[hpc\]'$"):
+        hpc.job_cluster("slurm", **JOB)

@@ -1,0 +1,115 @@
+"""Engines on clusters that are not dask-jobqueue's: waited for, named and protected."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster, Scheduler
+
+import pipeinfer_dask as pi
+from pipeinfer_dask import hpc
+from pipeinfer_dask.engine import Loading
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(
+        n_workers=5,
+        threads_per_worker=1,
+        processes=False,
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:
+        yield cluster
+
+
+def removable(client: Client) -> set[str]:
+    """Return the workers that a cluster that scales itself would take."""
+
+    def all_that_may_go(dask_scheduler: Scheduler) -> list[str]:
+        return dask_scheduler.workers_to_close(n=len(dask_scheduler.workers))
+
+    return set(client.run_on_scheduler(all_that_may_go))
+
+
+def test_an_engine_knows_its_nodes_and_keeps_them_and_its_spares_until_it_is_closed(
+    cluster: LocalCluster,
+) -> None:
+    target, draft = pi.demo_pair()
+    steps: list[Any] = []
+    with Client(cluster, set_as_default=False) as observer:
+        workers = set(observer.scheduler_info(n_workers=-1)["workers"])
+        with hpc.engine_from(
+            cluster, target, draft, stages=2, spares=1, progress=steps.append
+        ) as engine:
+            text = engine.generate("def main", max_new_tokens=16).text
+            assert sorted(engine.nodes) == [
+                "drafter (draft)",
+                "stage 0 (layers 0 to 2)",
+                "stage 1 (layers 3 to 5)",
+            ]
+            assert len(set(engine.nodes.values())) == 3
+            assert all(", worker " in place for place in engine.nodes.values())
+            assert engine.nodes["drafter (draft)"] in engine._repr_html_()
+            kept = workers - removable(observer)
+            assert len(kept) == 4
+            used = {step.where for step in steps if isinstance(step, Loading)}
+            assert len(used) == 3 and used < kept
+        assert removable(observer) == workers
+    waited = [step for step in steps if isinstance(step, hpc.Waiting)]
+    assert (waited[-1].workers, waited[-1].wanted) == (5, 4)
+    with pi.Engine.from_pretrained(target, draft, in_process=True) as plain:
+        assert plain.generate("def main", max_new_tokens=16, strategy="iterative").text == text
+
+
+def test_workers_that_do_not_come_are_told_and_a_client_is_left_open(
+    cluster: LocalCluster,
+) -> None:
+    target, _ = pi.demo_pair()
+    with Client(cluster, set_as_default=False) as client:
+        with pytest.raises(
+            hpc.StartTimeoutError,
+            match=r"^expected 6 workers within 0.2 s, got 5: start more workers, or allow more",
+        ):
+            hpc.engine_from(client, target, "ngram", stages=6, start_timeout="200ms")
+        assert client.status == "running"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"stages": 0}, "expected stages to be a whole number from 1 on, got 0"),
+        ({"stages": True}, "expected stages to be a whole number from 1 on, got True"),
+        ({"spares": -1}, "expected spares to be a whole number from 0 on, got -1"),
+        ({"start_timeout": "soon"}, "expected start-timeout as a time such as '10 minutes'"),
+        ({"stages": 7}, "7 stages"),
+        ({"layer_split": [1, 1]}, "one weight for each of the 6 stages, not"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_any_worker_is_waited_for(
+    cluster: LocalCluster, asked: dict[str, Any], expected: str
+) -> None:
+    target, _ = pi.demo_pair()
+    with pytest.raises(ValueError, match=expected):
+        hpc.engine_from(cluster, target, **{"stages": 6, "spares": 9} | asked)
+
+
+def test_models_are_looked_at_before_any_worker_is_waited_for(cluster: LocalCluster) -> None:
+    with pytest.raises(FileNotFoundError):
+        hpc.engine_from(cluster, "./nowhere", stages=1, spares=9)
+
+
+def test_what_is_no_cluster_is_refused() -> None:
+    async def asynchronous() -> None:
+        async with Client(processes=False, asynchronous=True, dashboard_address=None) as client:
+            with pytest.raises(ValueError, match=r"asynchronous=False, got <Client"):
+                hpc.engine_from(client, pi.demo_pair()[0], stages=1)
+
+    asyncio.run(asynchronous())
+    with pytest.raises(ValueError, match=r"^expected a cluster or a client made with .*got 'tcp:"):
+        hpc.engine_from("tcp://a:1", pi.demo_pair()[0], stages=1)  # type: ignore[arg-type]

@@ -1,0 +1,117 @@
+"""Engines through a real Slurm: jobs that run, that wait, that fail and that are lost."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeinfer_dask as pi
+from pipeinfer_dask import hpc
+from pipeinfer_dask.hpc.clusters import PRELOAD
+from tests.hpc.slurm import Slurm, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.cluster, pytest.mark.timeout(300)]
+
+PROMPT = "def main"
+NEW_TOKENS = 64
+
+
+def job_cluster(folder: Path, **options: Any) -> Any:
+    asked: dict[str, Any] = {"cores": 1, "memory": "1 GB", "walltime": "60", "interface": "lo"}
+    return hpc.job_cluster("slurm", log_directory=str(folder), **asked | options)
+
+
+@pytest.fixture(scope="module")
+def plain() -> str:
+    """Return what the target says by itself."""
+    with pi.Engine.from_pretrained(pi.demo_pair()[0], in_process=True) as engine:
+        return engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text
+
+
+def test_the_example_generates_through_jobs_what_plain_decoding_gives(
+    slurm: Slurm, plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "slurm.py"))["main"]
+    asked = ["--interface", "lo", "--memory", "1 GB", "--new-tokens", str(NEW_TOKENS)]
+    main([*asked, "--log-directory", str(tmp_path), PROMPT])
+    printed = capsys.readouterr()
+    assert printed.out == plain + "\n"
+    assert "stage 1 (layers 3 to 5): " in printed.err
+    assert ", worker SLURMCluster-" in printed.err
+    until(lambda: not slurm.say("squeue", "--noheader"), "jobs that end with their cluster")
+
+
+def test_a_job_that_waits_is_told_in_the_queues_own_words_and_stays_in_the_queue(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    steps: list[Any] = []
+    with job_cluster(tmp_path, walltime="180") as cluster:
+        with pytest.raises(
+            hpc.StartTimeoutError,
+            match=r"^expected 1 workers within 3 s, got 0; of the others the queue says: "
+            r"job \d+: PENDING \((PartitionTimeLimit|PartitionConfig)\)\. Ask for less, or allow",
+        ):
+            hpc.engine_from(
+                cluster, pi.demo_pair()[0], stages=1, start_timeout=3, progress=steps.append
+            )
+        assert slurm.say("squeue", "--noheader", "--format=%T").split() == ["PENDING"]
+        assert str(steps[-1]).startswith("0 of 1 workers; jobs: 1 PENDING (Partition")
+    until(lambda: not slurm.say("squeue", "--noheader"), "jobs that end with their cluster")
+
+
+def test_a_job_that_fails_is_told_with_its_last_words(slurm: Slurm, tmp_path: Path) -> None:
+    with (
+        job_cluster(tmp_path, python="/nowhere/python") as cluster,
+        pytest.raises(
+            hpc.JobError,
+            match=r"(?s)^expected a worker of each job, but job \d+: FAILED \(NonZeroExitCode\), "
+            r"exit code 127, before its worker came\. Its log ends with:\n.*/nowhere/python: ",
+        ),
+    ):
+        hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, start_timeout=60)
+
+
+def test_nodes_without_this_package_are_told_by_what_python_says(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    hidden = f"export PYTHONPATH={tmp_path}"
+    (tmp_path / PRELOAD.split(".")[0]).mkdir()
+    with (
+        job_cluster(tmp_path, job_script_prologue=[hidden]) as cluster,
+        pytest.raises(
+            hpc.JobError, match=rf"(?s)Its log ends with:\n.*'{PRELOAD.rpartition('.')[0]}'"
+        ),
+    ):
+        hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, start_timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"queue": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"memory": "900 GB"}, "Memory specification can not be satisfied"),
+    ],
+)
+def test_a_job_that_the_queue_refuses_is_told_in_its_words(
+    slurm: Slurm, tmp_path: Path, asked: dict[str, Any], words: str
+) -> None:
+    with job_cluster(tmp_path, **asked) as cluster:
+        with pytest.raises(hpc.JobError, match=rf"^expected the queue to take a job, .*{words}"):
+            hpc.engine_from(cluster, pi.demo_pair()[0], stages=2)
+        assert not cluster.worker_spec  # so that another try submits anew
+
+
+def test_too_short_a_walltime_is_refused_before_anything_is_submitted(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    with (
+        job_cluster(tmp_path, walltime="5") as cluster,
+        pytest.raises(
+            ValueError, match=r"at least 600 s left to run, got a walltime of 300 s: ask"
+        ),
+    ):
+        hpc.engine_from(cluster, pi.demo_pair()[0], stages=1)
+    assert not slurm.say("squeue", "--noheader")
