@@ -38,7 +38,8 @@ class Jobs:
 
     def __init__(self, cluster: JobQueueCluster) -> None:
         self._cluster: Any = cluster
-        self._system: str = type(self._cluster).job_cls.config_name
+        assert cluster.job_cls is not None
+        self._system: str = cluster.job_cls.config_name
         self._workers_per_job = len(self._cluster.new_spec.get("group", [""]))
 
     @classmethod

@@ -20,7 +20,8 @@ FOLDERS = ("/usr/sbin", "/usr/local/sbin")
 """Where daemons are that are not on everybody's path."""
 NODES = ("one", "two")
 CORES = 4
-START_S = 30.0
+PATIENCE_S = 120.0
+"""How long anything may take here, on a machine that does much else."""
 
 CONFIGURATION = """\
 ClusterName=pipeinfer
@@ -94,7 +95,7 @@ class Slurm:
         """Run one of Slurm's commands, and return its answer."""
         environment = os.environ | {"SLURM_CONF": str(self.configuration)}
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True, timeout=START_S
+            command, env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE_S
         ).stdout
 
     def _start(self) -> None:
@@ -155,7 +156,7 @@ class Slurm:
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:
-                daemon.wait(START_S)
+                daemon.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
@@ -164,9 +165,9 @@ class Slurm:
 
 def until(condition: Callable[[], bool], what: str) -> None:
     """Wait for another process; nothing tells of what it does."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, f"expected {what} within {START_S:g} s"
+        assert time.monotonic() < deadline, f"expected {what} within {PATIENCE_S:g} s"
         time.sleep(0.05)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
-from pipeinfer_dask.hpc.clusters import PRELOAD
 from tests.hpc.slurm import Slurm, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -44,6 +44,27 @@ def test_the_example_generates_through_jobs_what_plain_decoding_gives(
     until(lambda: not slurm.say("squeue", "--noheader"), "jobs that end with their cluster")
 
 
+def test_a_job_that_is_lost_is_replaced_while_the_engine_goes_on(
+    slurm: Slurm, plain: str, tmp_path: Path
+) -> None:
+    with (
+        job_cluster(tmp_path) as cluster,
+        Client(cluster, set_as_default=False) as observer,
+        hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, spares=1) as engine,
+    ):
+        (used,) = (place.rpartition(" ")[2] for place in engine.nodes.values())
+        (spare,) = set(cluster.worker_spec) - {used}
+        slurm.say("scancel", str(cluster.workers[spare].job_id))
+
+        def replaced() -> bool:
+            workers = observer.scheduler_info(n_workers=-1)["workers"].values()
+            names = {worker["name"] for worker in workers}
+            return used in names and spare not in names and len(names) == 2
+
+        until(replaced, "another worker in place of the one that was lost")
+        assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text == plain
+
+
 def test_a_job_that_waits_is_told_in_the_queues_own_words_and_stays_in_the_queue(
     slurm: Slurm, tmp_path: Path
 ) -> None:
@@ -69,20 +90,6 @@ def test_a_job_that_fails_is_told_with_its_last_words(slurm: Slurm, tmp_path: Pa
             hpc.JobError,
             match=r"(?s)^expected a worker of each job, but job \d+: FAILED \(NonZeroExitCode\), "
             r"exit code 127, before its worker came\. Its log ends with:\n.*/nowhere/python: ",
-        ),
-    ):
-        hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, start_timeout=60)
-
-
-def test_nodes_without_this_package_are_told_by_what_python_says(
-    slurm: Slurm, tmp_path: Path
-) -> None:
-    hidden = f"export PYTHONPATH={tmp_path}"
-    (tmp_path / PRELOAD.split(".")[0]).mkdir()
-    with (
-        job_cluster(tmp_path, job_script_prologue=[hidden]) as cluster,
-        pytest.raises(
-            hpc.JobError, match=rf"(?s)Its log ends with:\n.*'{PRELOAD.rpartition('.')[0]}'"
         ),
     ):
         hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, start_timeout=60)
