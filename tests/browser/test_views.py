@@ -230,7 +230,7 @@ def test_a_tree_says_of_each_guess_what_it_is(opened: Opened) -> None:
     tab = opened(SIMULATED, "DraftTree(simulation, moment=2.0)")
     shown = until(tab, "[data-boxes]", "Number(data.boxes) > 3")
     items = tab.page.get_by_role("listitem").filter(has=tab.page.locator("rect"))
-    said = [item.get_attribute("aria-label") for item in items.all()]
+    said = [item.get_attribute("aria-label") or "" for item in items.all()]
     assert len(said) == int(shown["boxes"])
     assert re.fullmatch(r"#\d+: text", said[0])
     guess = (

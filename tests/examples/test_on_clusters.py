@@ -108,7 +108,9 @@ def test_the_example_of_unlike_nodes_shares_out_all_layers(
 ) -> None:
     with local_cluster(n_workers=2, protocol="tcp://") as cluster:
         example("heterogeneous_nodes.py")([cluster.scheduler_address])
-    first, second, text = capsys.readouterr().out.split("\n", 2)
+    *nodes, text = capsys.readouterr().out.split("\n", 3)
+    drafter, first, second = sorted(nodes)
+    assert drafter == "drafter (ngram): a thread of this process"
     assert first.startswith("stage 0 (layers 0 to ")
     assert " to 5): " in second and second.startswith("stage 1 ")
     assert text == plain + "\n"
