@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pipeinfer_dask
 from docs.tables import fill, table
@@ -52,31 +53,55 @@ def code(names: Iterable[str]) -> str:
 # --- the machine ------------------------------------------------------------------
 
 
+class Function(NamedTuple):
+    """A function of the core, and its class; "" where it stands alone."""
+
+    owner: str
+    name: str
+    node: ast.FunctionDef
+
+
 class Calls:
     """Which commands each function of the core may lead to, by the names that it calls."""
 
     def __init__(self) -> None:
         self.commands = {kind.__name__ for kind in messages.Command.__args__}
-        self.functions: dict[str, list[ast.FunctionDef]] = {}
+        self.functions: dict[str, list[Function]] = {}
         for path in sorted((PACKAGE / "core").glob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef):
-                    self.functions.setdefault(node.name, []).append(node)
+                if isinstance(node, (ast.ClassDef, ast.Module)):
+                    owner = node.name if isinstance(node, ast.ClassDef) else ""
+                    for part in node.body:
+                        if isinstance(part, ast.FunctionDef):
+                            known = self.functions.setdefault(part.name, [])
+                            known.append(Function(owner, part.name, part))
 
-    def reached(self, nodes: Iterable[ast.AST], seen: set[str] | None = None) -> set[str]:
-        """Return the commands that are made in these nodes, or in what they call."""
+    def called(self, call: ast.Call, owner: str) -> tuple[str, list[Function]]:
+        """Return the name that is called, and the functions that it may be."""
+        if not isinstance(call.func, ast.Attribute):
+            name = getattr(call.func, "id", "")
+            return name, [known for known in self.functions.get(name, ()) if not known.owner]
+        name = call.func.attr
+        methods = [known for known in self.functions.get(name, ()) if known.owner]
+        own = ast.unparse(call.func.value) == "self"
+        return name, [known for known in methods if not own or known.owner == owner]
+
+    def reached(
+        self, nodes: Iterable[ast.AST], owner: str, seen: set[tuple[str, str]] | None = None
+    ) -> set[str]:
+        """Return the commands that are made in these nodes of a class, or in what they call."""
         seen = set() if seen is None else seen
         found = set()
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
             if not isinstance(node, ast.Call):
                 continue
-            called = node.func
-            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            name, functions = self.called(node, owner)
             if name in self.commands:
                 found.add(name)
-            elif name in self.functions and name not in seen:
-                seen.add(name)
-                found |= self.reached(self.functions[name], seen)
+            for function in functions:
+                if (function.owner, name) not in seen:
+                    seen.add((function.owner, name))
+                    found |= self.reached([function.node], function.owner, seen)
         return found
 
     def in_order(self, names: set[str]) -> list[str]:
@@ -120,7 +145,7 @@ def does(body: Sequence[ast.stmt], calls: Calls) -> tuple[str, str]:
             target = ast.unparse(node.func)
             if target.startswith("self."):
                 own[target.removeprefix("self.")] = None
-    return code(own), code(calls.in_order(calls.reached(body)))
+    return code(own), code(calls.in_order(calls.reached(body, Machine.__name__)))
 
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-"}
