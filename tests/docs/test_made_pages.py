@@ -1,14 +1,43 @@
 """Tables and pictures that programs make are as the programs make them now."""
 
+import re
+
 import pytest
 
 from docs import make_architecture, make_concepts
+from pipeinfer_dask.policies import STRATEGIES
+from pipeinfer_dask.protocol.messages import Command
+from pipeinfer_dask.simulation import simulate
 from tests.repository.test_layers import LAYERS
 
 
 def test_tables_of_the_architecture_are_those_of_the_code() -> None:
     page = make_architecture.PAGE.read_text(encoding="utf-8")
     assert make_architecture.filled(page) == page, "run python -m docs.make_architecture"
+
+
+def commands_by_event() -> dict[str, set[str]]:
+    """Return what the page says: the commands that each event may lead to."""
+    page = make_architecture.PAGE.read_text(encoding="utf-8")
+    table = page.partition("<!-- table: machine -->")[2].partition("<!-- end -->")[0]
+    said: dict[str, set[str]] = {}
+    for line in table.strip().splitlines()[2:]:
+        events, _, _, commands = line.strip("| ").split(" | ")
+        for event in re.findall(r"`(\w+)`|(after each)", events):
+            said.setdefault("".join(event), set()).update(re.findall(r"`(\w+)`", commands))
+    return said
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_machine_does_what_its_table_says_and_nothing_else(strategy: str) -> None:
+    said = commands_by_event()
+    event = ""
+    for _, what in simulate(strategy, stages=4, acceptance=0.6, max_new_tokens=40).trace:
+        name = type(what).__name__
+        if isinstance(what, Command):
+            assert name in said[event] | said["after each"], f"{event} led to {name}"
+        else:
+            event = name
 
 
 def test_packages_stand_in_the_order_in_which_imports_may_run() -> None:

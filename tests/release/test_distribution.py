@@ -18,7 +18,7 @@ pytest.importorskip("build", reason="needs '.[dev]'")
 pytest.importorskip("hatch_vcs", reason="needs '.[dev]'")
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHIPPED = {  # beside the package itself
     *(".gitignore", "PKG-INFO", "README.md", "LICENSE", "pyproject.toml"),
