@@ -300,6 +300,7 @@ class Generation:
         self._status = "running"
 
     def recover(self) -> None:
+        """Note that a lost node is being replaced; the text goes on from where it is."""
         self._status = "recovering"
 
     def record(self, time: float, what: Event | Command) -> None:
