@@ -95,6 +95,7 @@ def engine_from(
     Returns
     -------
     ClusterEngine
+        An `Engine`; closing it lets go of the workers, and leaves the cluster as it is.
 
     Raises
     ------
