@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from distributed import Client
 
@@ -25,31 +23,25 @@ from pipeinfer_dask.models.checkpoint import (
 from pipeinfer_dask.models.devices import Dtype
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
-from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.runtime.admission import Admission
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.gpus import Devices
-from pipeinfer_dask.runtime.head import Head
+from pipeinfer_dask.runtime.head import MAX_CONCURRENT, Head
 from pipeinfer_dask.runtime.loading import Loading, Progress, shown
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
-from pipeinfer_dask.runtime.measuring import measure_costs
-from pipeinfer_dask.runtime.opening import check_asked, check_recovery, open_on
+from pipeinfer_dask.runtime.opening import check_asked, check_count, check_recovery, open_on
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.runtime.placement import default_stages, place, without_spares
 from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.recovery import Recovery
-from pipeinfer_dask.runtime.settings import split
-from pipeinfer_dask.runtime.text import TokenTexts, text_of
-from pipeinfer_dask.simulation import Costs
-from pipeinfer_dask.trace import Trace
+from pipeinfer_dask.runtime.serving import EngineClosedError, Serving
 from pipeinfer_dask.trace.picture import table_html
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 __all__ = [
     "Engine",
@@ -65,11 +57,7 @@ DEFAULT_STAGES = 3
 """Stages of an engine that brings its own workers."""
 
 
-class EngineClosedError(RuntimeError):
-    """The engine has been closed, or its pipeline is lost."""
-
-
-class Engine:
+class Engine(Serving):
     """A target model cut into stages, a draft model beside it, and the head that drives them.
 
     Made by `from_pretrained`. Use it in a ``with`` block, or call `close`: both release
@@ -82,25 +70,6 @@ class Engine:
     layer_ranges : list of range
         The layers of each stage.
     """
-
-    def __init__(
-        self,
-        admission: Admission,
-        draft: Checkpoint | Literal["ngram"] | None,
-        layer_ranges: list[range],
-        head: Head,
-        resources: ExitStack,
-    ) -> None:
-        self.target = admission.target
-        self.draft = draft
-        self.layer_ranges = layer_ranges
-        self._admission = admission
-        self._texts = TokenTexts(admission.tokenizer)
-        self._head = head
-        self._resources = resources
-        self._requests = itertools.count()
-        self._lock = Lock()
-        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -122,6 +91,7 @@ class Engine:
         recovery_timeout: float = 300.0,
         node_timeout: float = 15.0,
         in_process: bool = False,
+        max_concurrent: int | None = None,
         progress: Progress | bool | None = None,
         self_test: bool = True,
     ) -> Self:
@@ -175,6 +145,10 @@ class Engine:
             lost.
         in_process : bool
             No cluster at all: stages and drafter are threads of this process.
+        max_concurrent : int, optional
+            Most generations that share the pipeline at once, and most KV caches that each stage
+            holds, those of conversations included. By default 4; where there are GPUs 1, since
+            there each cache takes its memory from the first.
         progress : callable or bool, optional
             Told of each step of loading as a `Loading`: which node has read how many bytes, and
             which stands. True shows a bar, False none; by default notebooks show one.
@@ -197,6 +171,7 @@ class Engine:
         asked = (target,) if draft is None else (target, draft)
         check_asked(asked, client, in_process, stages, layer_split, weights, progress)
         check_recovery(spares, max_recoveries, recovery_timeout, node_timeout)
+        check_count("max_concurrent", max_concurrent)
         places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
         # A cluster's own machines may have their own copies; without one, all is here.
         elsewhere = client is not None
@@ -222,7 +197,9 @@ class Engine:
             if len(places.names) > 1:
                 stages = len(places.names)
         places.for_stages(stages)
-        models = Models(opened, opened_draft, weights, places)
+        if max_concurrent is None:
+            max_concurrent = 1 if places.on_gpu else MAX_CONCURRENT
+        models = Models(opened, opened_draft, weights, places, max_concurrent)
         ranges = models.split(stages, layer_split)
         placement = None
         if workers is not None:
@@ -276,163 +253,16 @@ class Engine:
             resources.enter_context(short_collections())
 
             async def start_head() -> Head:
-                return Head(pipeline, asyncio.get_running_loop())
+                return Head(pipeline, asyncio.get_running_loop(), max_concurrent)
 
             head = call_on(loop, start_head())
             return cls(admission, opened_draft, ranges, head, resources.pop_all())
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The target's tokenizer, which the draft shares."""
-        return self._admission.tokenizer
-
-    @property
-    def stages(self) -> int:
-        """Stages of the pipeline."""
-        return len(self.layer_ranges)
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int | None = None,
-        strategy: str | Policy | None = None,
-        **options: Any,
-    ) -> Result:
-        """Generate, and wait for the result. Parameters and errors as those of `start`."""
-        generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **options)
-        return generation.result()
-
-    def start(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int | None = None,
-        strategy: str | Policy | None = None,
-        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
-        seed: int | None = None,
-        logprobs: int = 0,
-        **options: Any,
-    ) -> Generation:
-        """Start to generate, and return at once. Generations are served one after another.
-
-        Parameters
-        ----------
-        prompt : str or sequence of int
-            Text, or token ids.
-        max_new_tokens : int, optional
-            By default that of ``generation_config``, and 64 if it says nothing.
-        strategy : str or Policy, optional
-            ``"iterative"``, ``"speculative"``, ``"pipeinfer"`` or ``"adaptive"``; by default
-            ``"adaptive"``, or ``"iterative"`` for an engine without a draft.
-        generation_config : GenerationConfig or dict, optional
-            Of transformers. What it asks for and can't be had is refused by name.
-        seed : int, optional
-            For sampling: it and the settings alone decide on the text. By default a random one,
-            which the result names.
-        logprobs : int
-            Report log-probabilities of each token, and of so many best ones at its place: the
-            log-softmax of the target's raw logits.
-        **options
-            Fields of `GenerationConfig`, with its meaning, which win over those of
-            ``generation_config``: ``temperature``, ``top_p``, ``stop_strings``, ... And the
-            strategy's own knobs, such as ``micro_batch``; see `pipeinfer_dask.policies`.
-
-        Raises
-        ------
-        ValueError
-            If the prompt is empty or holds an unknown token, prompt and new tokens are longer
-            than the model's context, or a setting or a knob is not to be had.
-        EngineClosedError
-            If the engine is closed, or its pipeline is lost.
-
-        Notes
-        -----
-        The text is greedy unless sampling is asked for: by ``do_sample=True``, or by any of
-        ``temperature`` (0 is greedy), ``top_k``, ``top_p``, ``top_h``, ``min_p``, ``typical_p``,
-        ``epsilon_cutoff``, ``eta_cutoff``. As in ``generate``, what is not given is taken from the
-        checkpoint's generation_config.json, but for ``do_sample`` and the lengths: its temperature
-        is that of texts that are sampled. Otherwise ``top_k`` is off by default, and not 50.
-        """
-        if self._head.lost is not None and not self._closed:
-            raise EngineClosedError(f"the pipeline is lost ({self._head.lost}): open another one")
-        settings, knobs = split(options)
-        policy = self._admission.policy(strategy, knobs)
-        with self._lock:  # requests reach the head in the order of their numbers
-            request = self._admission.request(
-                next(self._requests),
-                prompt,
-                max_new_tokens,
-                generation_config=generation_config,
-                seed=seed,
-                logprobs=logprobs,
-                **settings,
-            )
-            stream, stops = text_of(request, self.tokenizer)
-            trace, cancel = Trace(self.stages, texts=self._texts), self._head.cancel
-            generation = Generation(request, policy, stream, trace, cancel=cancel, stops=stops)
-            try:
-                if self._closed:
-                    raise RuntimeError
-                self._head.start(generation)
-            except RuntimeError:
-                raise EngineClosedError("this engine is closed: open another one") from None
-        return generation
-
-    def measure_costs(self) -> Costs:
-        """Measure what each part of this pipeline costs, for ``simulate(costs=...)``.
-
-        Some runs of 1 to 8 tokens go through the pipeline, one at a time; generations that
-        are started meanwhile wait. Stages on one machine share its cores: each is measured
-        while the others idle, so a simulation with these costs is of machines of their own.
-
-        Returns
-        -------
-        Costs
-            Seconds of 1 to 8 tokens on each stage and on the draft model (0 where there is
-            none), and of a hop.
-
-        Raises
-        ------
-        EngineClosedError
-            If the engine is closed, or its pipeline is lost.
-        PipelineBusyError
-            If a generation runs or waits: a `RuntimeError`.
-        """
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("this engine is closed: open another one")
-            if (lost := self._head.lost) is not None:
-                raise EngineClosedError(f"the pipeline is lost ({lost}): open another one")
-            request = next(self._requests)
-        drafter = self.draft is not None
-        return call_on(self._head.loop, measure_costs(self._head, request, drafter=drafter))
 
     def dashboard(self, **options: Any) -> VBox:
         """Return controls and live views for a notebook. Options as those of `pi.dashboard`."""
         import pipeinfer_dask  # by its public name: the views lie above this layer
 
         return pipeinfer_dask.dashboard(self, **options)
-
-    def close(self) -> None:
-        """Release every model, thread and link. Running generations fail; can be called twice."""
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if closed:
-            return
-        with suppress(RuntimeError):  # a loop that has ended has failed all generations
-            self._head.loop.call_soon_threadsafe(
-                self._head.end, EngineClosedError("the engine was closed meanwhile")
-            )
-        self._resources.close()
-
-    def __enter__(self) -> Self:
-        if self._closed:
-            raise EngineClosedError("this engine is closed: open another one")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _repr_html_(self) -> str:
         ranges = [f"layers {layers.start} to {layers.stop - 1}" for layers in self.layer_ranges]

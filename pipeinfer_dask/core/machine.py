@@ -28,7 +28,7 @@ from pipeinfer_dask.core.drafts import Draft, ProtocolError
 from pipeinfer_dask.core.ending import Ending
 from pipeinfer_dask.core.flight import Flight
 from pipeinfer_dask.core.runs import RunFuture
-from pipeinfer_dask.core.tree import Node, Tree, batch_of
+from pipeinfer_dask.core.tree import Held, Node, Tree, batch_of
 from pipeinfer_dask.protocol.messages import (
     AWAY,
     Begin,
@@ -78,6 +78,8 @@ class Machine:
         counted.
     stops : callable, optional
         Told of each committed token: whether the text ends with it; see `Ending`.
+    held : sequence of Held
+        What the request's cache holds already; see `Tree`.
 
     Attributes
     ----------
@@ -104,12 +106,13 @@ class Machine:
         generation: int = 0,
         draft_generation: int = 0,
         stops: Callable[[int], bool] | None = None,
+        held: Sequence[Held] = (),
     ) -> None:
         self.request = request
         self.policy = policy
         self.generation = generation
         self.draft_generation = draft_generation
-        self.tree = Tree(request.prompt, request.capacity)
+        self.tree = Tree(request.prompt, request.capacity, held)
         self.generated = 0
         self.finished: str | None = None
         self.stale = 0
@@ -256,8 +259,9 @@ class Machine:
             self._read()
 
     def _read(self) -> None:
-        """Have the pipeline read all of the text that there is."""
-        text, chunk = list(self.tree.committed())[::-1], self.request.prefill_chunk
+        """Have the pipeline read all of the text that it does not hold."""
+        text = [node for node in self.tree.committed() if node.run is None][::-1]
+        chunk = self.request.prefill_chunk
         self._prefill.extend(text[i : i + chunk] for i in range(0, len(text), chunk))
 
     def _run_done(self, event: RunDone) -> None:

@@ -37,10 +37,12 @@ class Sharing:
     ----------
     stale : int
         Events of requests that are not here (any more).
+    current : int
+        The request whose machine was asked last: the one to blame should it raise.
     """
 
     def __init__(self) -> None:
-        self.stale = 0
+        self.stale = self.current = 0
         self._machines: dict[int, Machine] = {}
         self._turns = 0
         # When each request had its last turn, counted in turns.
@@ -66,8 +68,11 @@ class Sharing:
             del self._last_run[request], self._last_draft[request]
             self._count()
 
-    def handle(self, event: Event, now: float = 0.0) -> list[Command]:
-        """Take an event; return what is to be done, in order, of whichever requests.
+    def handle(self, event: Event, now: float = 0.0) -> Iterator[Command]:
+        """Take an event; yield what is to be done, in order, of whichever requests.
+
+        Whoever drives this carries out each command before it asks for the next one: should a
+        machine fail, what others have said is done all the same.
 
         Parameters
         ----------
@@ -86,33 +91,39 @@ class Sharing:
             concerned = [self._machines[event.request]]
         else:
             self.stale += 1
-            return []
+            return
         several = len(self._machines) > 1
-        commands: list[Command] = []
         for machine in concerned:
             # First they hear, and then all plan, in the order that results.
             machine.may_run = machine.may_draft = not several
-            commands.extend(machine.handle(event, now))
-        self._note(commands)
-        if several and self._machines:
-            commands.extend(self._plan(now))
-        return commands
+            yield from self._handle(machine, event, now)
+        if several:
+            yield from self.plan(now)
 
-    def _plan(self, now: float) -> Iterator[Command]:
+    def plan(self, now: float) -> Iterator[Command]:
         """Give turns, one run or draft at a time, until nobody wants one."""
         declined: set[int] = set()
         while (machine := self._next(declined)) is not None:
-            request = machine.request.id
+            request, turns = machine.request.id, self._turns
             machine.may_run = _may_run(machine, self._deepest)
             machine.may_draft = self._drafter_is_free
-            commands = machine.handle(Woken(request), now)
+            yield from self._handle(machine, Woken(request), now)
             machine.may_run = machine.may_draft = machine.sharers == 1
-            declined.add(request)
-            if any(isinstance(command, StartRun | StartDraft) for command in commands):
-                # What it has started may be another's chance, or keep it from one.
-                declined = {request}
-            self._note(commands)
-            yield from commands
+            # What it has started may be another's chance, or keep it from one.
+            declined = {request} if self._turns > turns else declined | {request}
+
+    def _handle(self, machine: Machine, event: Event, now: float) -> Iterator[Command]:
+        self.current = machine.request.id
+        for command in machine.handle(event, now):
+            if isinstance(command, StartRun):
+                self._turns += 1
+                self._last_run[command.request] = self._turns
+            elif isinstance(command, StartDraft):
+                self._turns += 1
+                self._last_draft[command.request] = self._turns
+            yield command
+            if isinstance(command, Finish):
+                self.leave(command.request)
 
     def _next(self, declined: set[int]) -> Machine | None:
         """Return whose turn it is among those that have not declined; None if there is none."""
@@ -142,17 +153,6 @@ class Sharing:
     @property
     def _drafter_is_free(self) -> bool:
         return not any(machine.drafting for machine in self._machines.values())
-
-    def _note(self, commands: list[Command]) -> None:
-        for command in commands:
-            if isinstance(command, StartRun):
-                self._turns += 1
-                self._last_run[command.request] = self._turns
-            elif isinstance(command, StartDraft):
-                self._turns += 1
-                self._last_draft[command.request] = self._turns
-            elif isinstance(command, Finish):
-                self.leave(command.request)
 
     def _count(self) -> None:
         for machine in self._machines.values():

@@ -10,11 +10,27 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from pipeinfer_dask.protocol.messages import NO_PARENT, NO_SLOT, Batch, Origin
 from pipeinfer_dask.protocol.sampling import Logprobs
+
+BEFORE = -1
+"""The run of a token that was evaluated before the request began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A token that the caches still hold when a text is gone on with.
+
+    ``drafted`` is as of a `Node`.
+    """
+
+    token: int
+    slot: int
+    drafted: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -79,12 +95,15 @@ def batch_of(nodes: Sequence[Node]) -> Batch:
 
 
 class Slots:
-    """Gives out slot numbers below ``capacity``, the lowest free one first."""
+    """Gives out slot numbers below ``capacity``, the lowest free one first.
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._returned: list[int] = []
-        self._fresh = 0
+    Those in ``taken`` are in use from the first; there may be higher ones among them.
+    """
+
+    def __init__(self, capacity: int, taken: Collection[int] = ()) -> None:
+        self._fresh = max(taken, default=-1) + 1
+        self._returned = sorted(set(range(self._fresh)).difference(taken))
+        self.capacity = max(capacity, self._fresh)
 
     @property
     def free(self) -> int:
@@ -122,14 +141,24 @@ class Tree:
         At least one token id.
     capacity : int
         Slots in all: for the prompt, all new tokens and the speculation at any one time.
+    held : sequence of Held
+        A text from its first token on, as far as the caches hold it. What the prompt begins with
+        of it need not be evaluated again, and the slots of the rest are free.
     """
 
-    def __init__(self, prompt: Sequence[int], capacity: int) -> None:
-        self.slots = Slots(capacity)
+    def __init__(self, prompt: Sequence[int], capacity: int, held: Sequence[Held] = ()) -> None:
+        # What comes after the prompt is told by a run of its last token.
+        pairs = zip(prompt[:-1], held, strict=False)
+        kept = [one for _, one in takewhile(lambda pair: pair[0] == pair[1].token, pairs)]
+        self.slots = Slots(capacity, [one.slot for one in kept])
         self.prompt: list[Node] = []
         parent: Node | None = None
         for position, token in enumerate(prompt):
-            node = Node(token, position, self.slots.take(), parent)
+            if position < len(kept):
+                node = Node(token, position, kept[position].slot, parent, run=BEFORE)
+                node.drafted = kept[position].drafted
+            else:
+                node = Node(token, position, self.slots.take(), parent)
             if parent is not None:
                 parent.children.append(node)
             self.prompt.append(node)
@@ -195,6 +224,11 @@ class Tree:
             if one.slot != NO_SLOT:
                 self.slots.give_back(one.slot)
         return pruned
+
+    def held(self) -> list[Held]:
+        """Return the text as far as the caches hold it for sure: all but the root."""
+        text = list(self.committed())[:0:-1]
+        return [Held(node.token, node.slot, node.drafted) for node in text]
 
     def committed(self) -> Iterator[Node]:
         """Yield the text's nodes, from the root back to the prompt's first token."""

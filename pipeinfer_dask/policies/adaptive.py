@@ -276,7 +276,8 @@ class Adaptive(Policy):
         """Return the run that follows a draft: the root, and what is worth its place."""
         if not machine.idle or machine.drafting or self._draft_comes_first(machine):
             return []
-        if not self._trial.speculate or not machine.fresh:
+        known = self._turns.plain > 0  # what speculation is compared with
+        if not known or not self._trial.speculate or not machine.fresh:
             return [machine.root]
         least = machine.root.reach + log_chance(self._turns.least_to_run)
         worthy = (node for node in machine.fresh if node.reach >= least)

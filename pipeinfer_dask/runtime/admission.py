@@ -84,6 +84,7 @@ class Admission:
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         seed: int | None = None,
         logprobs: int = 0,
+        cache: int | None = None,
         **settings: Any,
     ) -> Request:
         """Return the request of this number; the rest is what `Engine.start` takes.
@@ -118,6 +119,7 @@ class Admission:
             shares_cores=self.shares_cores,
             sampling=self._sampling(asked, self.stated[0], len(tokens), seed, logprobs),
             stop_strings=texts("stop_strings", (self.stated[0] | asked).get("stop_strings", ())),
+            cache=cache,
         )
 
     def _end_tokens(self, asked: Mapping[str, Any]) -> frozenset[int]:

@@ -20,6 +20,7 @@ from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import Command, Commit, Event, Origin
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.protocol.sampling import Logprobs
+from pipeinfer_dask.runtime.conversation import Conversation
 from pipeinfer_dask.trace import Metrics, Trace
 from pipeinfer_dask.trace.picture import result_html
 
@@ -134,6 +135,8 @@ class Generation:
     ----------
     request : Request
     policy : Policy
+    conversation : Conversation or None
+        That it goes on with.
     trace : Trace
         Grows as the generation goes on, and may be read meanwhile.
     """
@@ -147,8 +150,10 @@ class Generation:
         *,
         cancel: Callable[[Generation], None],
         stops: Callable[[int], bool] | None = None,
+        conversation: Conversation | None = None,
     ) -> None:
         self.request = request
+        self.conversation = conversation
         self.policy = policy
         self.stops = stops
         self.trace = trace
@@ -156,6 +161,7 @@ class Generation:
         self._cancel = cancel
         self._changed = Condition()
         self._status: Status = "queued"
+        self._position: int | None = None
         self._pieces: list[Piece] = []
         self._tokens: list[int] = []
         self._origins: list[Origin] = []
@@ -177,6 +183,11 @@ class Generation:
         Stopped is what the caller has cancelled.
         """
         return self._status
+
+    @property
+    def position(self) -> int | None:
+        """Its place in the queue: 1 for the next one to begin. None where it does not wait."""
+        return self._position
 
     @property
     def text(self) -> str:
@@ -295,13 +306,17 @@ class Generation:
 
     # --- for the head -----------------------------------------------------------------
 
+    def wait_in_line(self, position: int) -> None:
+        """Note that so many come before it, itself included."""
+        self._position = position
+
     def begin(self) -> None:
         """Note that the head has turned to it."""
-        self._status = "running"
+        self._position, self._status = None, "running"
 
     def recover(self) -> None:
         """Note that a lost node is being replaced; the text goes on from where it is."""
-        self._status = "recovering"
+        self._position, self._status = None, "recovering"
 
     def record(self, time: float, what: Event | Command) -> None:
         """Note what happened. Who follows the trace finds a commit's text there before it."""
@@ -327,6 +342,7 @@ class Generation:
             if (rest := self._stream.flush()) and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
                 self.trace.pieces[-1] += rest
+            self._position = None
             self._status = "stopped" if reason == "stopped" else "finished"
             sampling = self.request.sampling
             self._future.set_result(
@@ -346,7 +362,7 @@ class Generation:
     def fail(self, error: BaseException) -> None:
         """Let whoever waits have the text so far, as a `GenerationInterrupted`."""
         with self._changed:
-            self._status = "failed"
+            self._position, self._status = None, "failed"
             interrupted = GenerationInterrupted(str(error), self.text, self.token_ids)
             interrupted.__cause__ = error
             self._future.set_exception(interrupted)

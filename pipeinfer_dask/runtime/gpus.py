@@ -34,6 +34,11 @@ class Devices:
     dtype: Dtype | None = None
     cuda_graphs: bool = False
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether any node is on a GPU."""
+        return {*self.names, self.draft} != {CPU}
+
     @classmethod
     def of(
         cls,

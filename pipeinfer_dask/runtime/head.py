@@ -1,7 +1,7 @@
-"""The head: drives the machine over a pipeline, one request at a time.
+"""The head: drives the machines of all requests that run over one pipeline.
 
-It lives on one event loop and decides nothing. Events come in, the machine
-answers with commands, the pipeline carries them out.
+It lives on one event loop and decides nothing. Events come in, the machines answer with
+commands, the pipeline carries them out.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.sharing import Sharing
 from pipeinfer_dask.protocol.messages import (
     AWAY,
     Begin,
+    Command,
     Commit,
     Event,
     Finish,
     PipelineEvent,
-    Release,
     StageLost,
     Stop,
     WakeAt,
     Woken,
 )
+from pipeinfer_dask.runtime.conversation import Caches, Conversation
 from pipeinfer_dask.runtime.generation import Generation
 from pipeinfer_dask.runtime.pipeline import Pipeline
+
+MAX_CONCURRENT = 4
+"""Generations that share a pipeline, unless somebody says otherwise."""
 
 
 class PipelineBusyError(RuntimeError):
@@ -35,24 +40,32 @@ class PipelineBusyError(RuntimeError):
 
 
 class Head:
-    """Serves generations in the order in which they were started.
+    """Serves generations, some at once and the others in the order in which they were started.
 
     Parameters
     ----------
     pipeline : Pipeline
     loop : asyncio.AbstractEventLoop
-        All methods but `start` and `cancel` are called on it.
+        All methods but `start`, `cancel` and `forget` are called on it.
+    max_concurrent : int
+        Most generations that run at once, and most KV caches that each stage holds.
     """
 
-    def __init__(self, pipeline: Pipeline, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        loop: asyncio.AbstractEventLoop,
+        max_concurrent: int = MAX_CONCURRENT,
+    ) -> None:
         self.pipeline = pipeline
         self.loop = loop
+        self.max_concurrent = max_concurrent
         self.lost: Exception | None = None
-        self.stale = 0
+        self.sharing = Sharing()
         self._queue: deque[Generation] = deque()
-        self._current: Generation | None = None
-        self._machine: Machine | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+        self._running: dict[int, Generation] = {}
+        self._alarms: dict[int, asyncio.TimerHandle] = {}
+        self._caches = Caches(max_concurrent, pipeline.send)
         self._borrower: Callable[[Exception], None] | None = None
         self._guard = loop.create_task(self._outlive())
         pipeline.listen(self._report, self._lost)
@@ -68,6 +81,11 @@ class Head:
         # A loop that is closed has failed all generations: there is nothing to stop.
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._stop, generation)
+
+    def forget(self, conversation: Conversation) -> None:
+        """Give a conversation's KV cache to others, at once or when its generation is over."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._caches.close, conversation)
 
     # --- on the loop ----------------------------------------------------------------
 
@@ -98,7 +116,7 @@ class Head:
         """
         if self.lost is not None:
             raise self.lost
-        if self._current is not None or self._queue or self._borrower is not None:
+        if self._running or self._queue or self._borrower is not None:
             raise PipelineBusyError(
                 "expected an idle pipeline, got a busy one: wait for what runs, or cancel it"
             )
@@ -113,6 +131,8 @@ class Head:
             elif not isinstance(event, PipelineEvent):
                 report(event)
 
+        # On a GPU there may be no memory for one cache more.
+        self._caches.make_room(self.max_concurrent - 1)
         self._borrower = lost
         self.pipeline.listen(hear, self._lost)
         try:
@@ -120,7 +140,7 @@ class Head:
         finally:
             self._borrower = None
             self.pipeline.listen(self._report, self._lost)
-            self._next()
+            self._admit()
 
     async def _outlive(self) -> None:
         """Fail what is left when the loop ends, as a client's does that is closed."""
@@ -134,27 +154,41 @@ class Head:
             generation.fail(self.lost)
             return
         self._queue.append(generation)
-        self._next()
+        self._admit()
 
     def _stop(self, generation: Generation) -> None:
-        if generation is self._current:
+        if generation.request.id in self._running:
             self._report(Stop(generation.request.id))
         elif generation in self._queue:
             self._queue.remove(generation)
             generation.finish("stopped")
+            self._admit()
 
-    def _next(self) -> None:
-        if self._current is None and self._queue and self._borrower is None:
-            self._current = generation = self._queue.popleft()
-            self._machine = Machine(
-                generation.request,
+    def _admit(self) -> None:
+        """Let those at the front of the queue begin while there is room."""
+        while self._queue and len(self._running) < self.max_concurrent and self._borrower is None:
+            generation = self._queue.popleft()
+            request = generation.request
+            self._running[request.id] = generation
+            held = self._caches.take(
+                generation.conversation,
+                running=len(self._running) - 1,
+                generation=self.pipeline.generation,
+                draft_generation=self.pipeline.draft_generation,
+            )
+            machine = Machine(
+                request,
                 generation.policy,
                 generation=self.pipeline.generation,
                 draft_generation=self.pipeline.draft_generation,
                 stops=generation.stops,
+                held=held,
             )
+            self.sharing.join(machine)
             self._show_status(generation)
-            self._report(Begin(generation.request.id))
+            self._report(Begin(request.id))
+        for place, generation in enumerate(self._queue, 1):
+            generation.wait_in_line(place)
 
     def _show_status(self, generation: Generation) -> None:
         if self.pipeline.generation == AWAY:
@@ -163,54 +197,67 @@ class Head:
             generation.begin()
 
     def _report(self, event: Event) -> None:
-        machine, generation = self._machine, self._current
-        if machine is None or generation is None:
-            self.stale += not isinstance(event, PipelineEvent)
-            return
-        if isinstance(event, PipelineEvent):
-            self._show_status(generation)
+        now = time.monotonic()
+        for request, generation in self._running.items():
+            if isinstance(event, PipelineEvent) or event.request == request:
+                if isinstance(event, PipelineEvent):
+                    self._show_status(generation)
+                generation.record(now, event)
+        over = len(self._running)
+        self._carry_out(self.sharing.handle(event, now), now)
+        if len(self._running) < over:
+            self._admit()
+
+    def _carry_out(self, commands: Iterator[Command], now: float) -> None:
         try:
-            now = time.monotonic()
-            generation.record(now, event)
-            for command in machine.handle(event, now):
+            for command in commands:
+                generation = self._running[command.request]
                 generation.record(now, command)
                 match command:
                     case Commit():
                         pass  # the generation has taken it
                     case Finish():
-                        self._current = self._machine = None
-                        self._silence()
-                        request = generation.request
-                        over = Release(request.id, machine.generation, request.cache_id)
-                        self.pipeline.send(over)
-                        generation.finish(command.reason)
-                        self._next()
+                        self._finish(generation, command)
                     case WakeAt():
                         self._wake_at(command)
                     case _:
                         self.pipeline.send(command)
         except Exception as error:  # a bug, but the caller must not wait for ever
-            self._current = self._machine = None
-            generation.fail(error)
-            self._next()
+            request = self.sharing.current
+            self.sharing.leave(request)
+            self._silence(request)
+            failed = self._running.pop(request)
+            self._caches.drop(failed.request)
+            failed.fail(error)
+            self._carry_out(self.sharing.plan(now), now)
 
-    def _silence(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
+    def _finish(self, generation: Generation, command: Finish) -> None:
+        del self._running[command.request]
+        self._silence(command.request)
+        machine = self.sharing.machines[command.request]
+        self._caches.give_back(machine, generation.conversation)
+        generation.finish(command.reason)
+
+    def _silence(self, request: int) -> None:
+        if (alarm := self._alarms.pop(request, None)) is not None:
+            alarm.cancel()
 
     def _wake_at(self, command: WakeAt) -> None:
-        """Set the one alarm; a loop's clock is the monotonic one, as ours is."""
-        self._silence()
-        self._alarm = self.loop.call_at(command.time, self._report, Woken(command.request))
+        """Set a request's one alarm; a loop's clock is the monotonic one, as ours is."""
+        self._silence(command.request)
+        self._alarms[command.request] = self.loop.call_at(
+            command.time, self._report, Woken(command.request)
+        )
 
     def _lost(self, error: Exception) -> None:
         if self.lost is not None:
             return
         self.lost = error
-        self._silence()
-        failed = [self._current] if self._current is not None else []
-        failed.extend(self._queue)
-        self._current = self._machine = None
+        failed = [*self._running.values(), *self._queue]
+        for request in list(self._running):
+            self.sharing.leave(request)
+            self._silence(request)
+        self._running.clear()
         self._queue.clear()
         for generation in failed:
             generation.fail(error)

@@ -98,3 +98,11 @@ def open_on(
     resources.callback(close)
     call_on(loop, note())
     return pipelines[0]
+
+
+def check_count(name: str, count: object) -> None:
+    """Raise a ValueError unless this is a whole number of at least 1, or nothing."""
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")

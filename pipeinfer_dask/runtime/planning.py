@@ -46,12 +46,15 @@ class Models:
     weights : {"auto", "fp16", "fp32"}
         How matrices are held on CPUs.
     devices : Devices
+    caches : int
+        KV caches of each node. On a CPU they take memory as they are used.
     """
 
     target: Checkpoint
     draft: Draft
     weights: Weights
     devices: Devices
+    caches: int = 1
 
     def check_here(self, ranges: Sequence[range], *, in_process: bool) -> None:
         """Check that this machine can hold all of it.
@@ -214,7 +217,8 @@ class Models:
         self, node: str, model: Checkpoint, layers: range, worker: str, device: str
     ) -> Holding:
         width = self._width(model, device)
-        cached = 0 if device == CPU else self._capacity * width.matrices * cache_width(model.config)
+        numbers = self.caches * self._capacity * cache_width(model.config)
+        cached = 0 if device == CPU else numbers * width.matrices
         return Holding(
             node=node,
             worker=worker,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeinfer_dask.protocol.messages import (
-    NO_PARENT,
     NO_SLOT,
     Batch,
     Begin,
@@ -232,8 +231,10 @@ class History:
 
     # --- the tree -----------------------------------------------------------------
 
-    def _new(self, time: float, token: int, parent: Guess | None, confidence: float) -> Guess:
-        position = 0 if parent is None else parent.position + 1
+    def _new(
+        self, time: float, token: int, parent: Guess | None, confidence: float, position: int = 0
+    ) -> Guess:
+        position = position if parent is None else parent.position + 1
         guess = Guess(len(self.guesses), token, position, parent, confidence, time)
         self.guesses.append(guess)
         if parent is not None:
@@ -250,11 +251,12 @@ class History:
         for token, position, slot, parent_slot in rows:
             held = self._at.get(slot)
             if held is None or held.ruled_out or (held.token, held.position) != (token, position):
-                parent = None if parent_slot == NO_PARENT else self._at[parent_slot]
+                # Unknown at the beginning of a text, and where the caches held what is before.
+                parent = self._at.get(parent_slot)
                 siblings = [] if parent is None else parent.children
                 held = next(
                     (c for c in siblings if c.token == token and not c.ruled_out), None
-                ) or self._new(time, token, parent, 1.0)
+                ) or self._new(time, token, parent, 1.0, position)
                 self._hold(held, slot)
             yield held
 

@@ -40,6 +40,9 @@ class Metrics:
     tokens_per_s : float or None
         Generated tokens by the seconds from the start to the last of them (wall time).
     generated_tokens : int
+    prefilled_tokens : int
+        Tokens that were read before the first one came: the prompt, less what a conversation's
+        cache held of it. What is read again after a loss counts, too.
     drafted_tokens : int
         Tokens that the draft model proposed and that the target was asked about, or confirmed
         before it was asked.
@@ -75,6 +78,7 @@ class Metrics:
     itl_p95_s: float | None
     tokens_per_s: float | None
     generated_tokens: int
+    prefilled_tokens: int
     drafted_tokens: int
     accepted_tokens: int
     acceptance_rate: float | None
@@ -145,6 +149,7 @@ class Tally:
         self.busy = [0.0] * stages
         self.drafting = 0.0
         self._begun = False
+        self._prefilled = 0
         self._times: list[float] = []
         self._runs = self._losses = 0
         self._reasons: dict[int, CancelReason] = {}
@@ -182,6 +187,7 @@ class Tally:
     def _started(self, run: StartRun) -> None:
         self._runs += 1
         if run.kind is Kind.PREFILL:
+            self._prefilled += len(run.batch)
             self._root = max(self._root, *run.batch.positions)
         batch = zip(run.batch.positions, run.batch.tokens, strict=True)
         proposed = [entry for entry in batch if entry[0] > self._root]
@@ -239,6 +245,7 @@ class Tally:
             itl_p95_s=_percentile_95(self._times),
             tokens_per_s=generated / took if took > 0 else None,
             generated_tokens=generated,
+            prefilled_tokens=self._prefilled,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
             acceptance_rate=self.accepted / self.drafted if self.drafted else None,

@@ -57,7 +57,10 @@ class Asked:
 class SharedWorld:
     """Stages and one drafter for any number of requests; every queue moves only when told to."""
 
-    def __init__(self, stages: int = 2, quality: float = 0.7) -> None:
+    def __init__(
+        self, stages: int = 2, quality: float = 0.7, *, shares_cores: bool = False
+    ) -> None:
+        self.shares_cores = shares_cores
         self.sharing = Sharing()
         self.asked: dict[int, Asked] = {}
         self.quality = quality
@@ -80,7 +83,14 @@ class SharedWorld:
         """Add a request."""
         number = len(self.asked)
         capacity = len(prompt) + max_new_tokens + spare
-        request = Request(number, prompt, max_new_tokens, capacity, prefill_chunk=2)
+        request = Request(
+            number,
+            prompt,
+            max_new_tokens,
+            capacity,
+            prefill_chunk=2,
+            shares_cores=self.shares_cores,
+        )
         machine = Machine(
             request,
             policy,

@@ -37,10 +37,11 @@ PROMPTS = [(1, 2, 3), (4,), (5, 6), (0, 0, 0, 0, 0), (2, 1), (3, 3, 1)]
     lengths=st.lists(st.integers(1, 14), min_size=6, max_size=6),
     late=st.lists(st.integers(0, 60), min_size=6, max_size=6),
     stopped=st.none() | st.tuples(st.integers(0, 5), st.integers(0, 80)),
+    shares_cores=st.booleans(),
     losses=st.lists(st.tuples(st.integers(0, 80), st.booleans()), max_size=3),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_each_text_is_the_targets_own_whoever_comes_and_goes_when(
     names: list[str],
     stages: int,
@@ -49,10 +50,12 @@ def test_each_text_is_the_targets_own_whoever_comes_and_goes_when(
     lengths: list[int],
     late: list[int],
     stopped: tuple[int, int] | None,
+    shares_cores: bool,
     losses: list[tuple[int, bool]],
     seed: int,
 ) -> None:
-    world, order = SharedWorld(stages, quality), random.Random(seed)
+    world = SharedWorld(stages, quality, shares_cores=shares_cores)
+    order = random.Random(seed)
     coming = sorted(zip(late, names, lengths, PROMPTS, strict=False))
     for step in range(100_000):
         while coming and coming[0][0] <= step:
@@ -117,8 +120,8 @@ def test_one_run_waits_at_most_whoevers_it_is() -> None:
 def test_nobody_speculates_deeper_while_another_has_nothing_in_the_pipeline() -> None:
     sharing = Sharing()
     sharing.join(machine(0, PipeInfer(micro_batch=1, cutoff=0.0)))
-    sharing.handle(Begin(0))
-    sharing.handle(RunTaken(0, 0, 0))
+    assert started(sharing, Begin(0)) == [(0, 0)]
+    assert started(sharing, RunTaken(0, 0, 0)) == []
     spans = (Span(0, 1, 1),) * 4
     assert started(sharing, RunDone(0, 0, 0, (7,), spans)) == [(0, 1)]
     drafted = Drafted(0, 0, 0, (Proposal(5, 2, 3, 0.9),), (0, 1, 2))
@@ -133,7 +136,7 @@ def test_whoever_leaves_makes_room_at_once() -> None:
     sharing = Sharing()
     for number in range(2):
         sharing.join(machine(number, Iterative()))
-        sharing.handle(Begin(number))
+        list(sharing.handle(Begin(number)))
     assert sharing.machines[1].runs == {}
     sharing.leave(0)
     sharing.leave(0)  # it is gone
@@ -145,7 +148,7 @@ def test_a_stopped_request_gives_its_turn_to_the_next() -> None:
     sharing = Sharing()
     for number in range(2):
         sharing.join(machine(number, Iterative()))
-        sharing.handle(Begin(number))
+        list(sharing.handle(Begin(number)))
     commands = sharing.handle(Stop(0))
     assert (1, 0) in [(c.request, c.run) for c in commands if isinstance(c, StartRun)]
 

@@ -251,7 +251,17 @@ def test_a_cancelled_generation_ends_with_the_text_so_far(
     assert engine.generate(PROMPT, max_new_tokens=200).token_ids == pair.greedy
 
 
-def test_a_queued_generation_can_be_cancelled(engine: pi.Engine, pair: Pair) -> None:
+@pytest.fixture
+def serial(pair: Pair) -> Iterator[pi.Engine]:
+    """An engine for one at a time."""
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, stages=2, in_process=True, max_concurrent=1
+    ) as engine:
+        yield engine
+
+
+def test_a_queued_generation_can_be_cancelled(serial: pi.Engine, pair: Pair) -> None:
+    engine = serial
     running = engine.start(PROMPT, max_new_tokens=LONG)
     next(iter(running))
     queued = engine.start(PROMPT, max_new_tokens=200)
@@ -259,6 +269,7 @@ def test_a_queued_generation_can_be_cancelled(engine: pi.Engine, pair: Pair) -> 
     assert queued.status == "queued"
     queued.cancel()
     assert queued.result().token_ids == []
+    assert (queued.position, running.position) == (None, None)
     assert queued.result().finish_reason == "stopped"
     assert list(queued) == []
     assert not running.done()
@@ -266,7 +277,8 @@ def test_a_queued_generation_can_be_cancelled(engine: pi.Engine, pair: Pair) -> 
     assert third.result().token_ids == pair.greedy
 
 
-def test_generations_are_served_in_the_order_of_their_start(engine: pi.Engine, pair: Pair) -> None:
+def test_generations_are_served_in_the_order_of_their_start(serial: pi.Engine, pair: Pair) -> None:
+    engine = serial
     first = engine.start(PROMPT, max_new_tokens=200)
     second = engine.start(PROMPT, max_new_tokens=200, strategy="speculative")
     next(iter(second))

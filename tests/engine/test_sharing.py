@@ -1,0 +1,142 @@
+"""Several generations on one engine: each text is what it is alone, whatever the others do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from distributed import Client
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.engine import GenerationInterrupted
+from pipeinfer_dask.policies import Adaptive
+from pipeinfer_dask.protocol.messages import RunDone, StartRun
+from tests.engine.pairs import PROMPT, Pair, greedy_tokens
+
+LONG = 480
+"""New tokens that no test waits for."""
+PROMPTS = [PROMPT, list(b"for index in range"), list(b"x = [1, 2"), list(b"import os, sys")]
+
+
+@pytest.fixture(scope="module")
+def engine(pair: Pair) -> Iterator[pi.Engine]:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, in_process=True) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def texts(pair: Pair) -> list[list[int]]:
+    return [greedy_tokens(pair.target, prompt, 60) for prompt in PROMPTS]
+
+
+def check(engine: pi.Engine, texts: list[list[int]], **options: Any) -> list[pi.Generation]:
+    """Generate all at once and compare."""
+    running = [engine.start(prompt, max_new_tokens=60, **options) for prompt in PROMPTS]
+    assert [run.result(120).token_ids for run in running] == texts
+    return running
+
+
+@pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer", "adaptive"])
+def test_texts_that_are_generated_at_once_are_those_of_each_alone(
+    engine: pi.Engine, texts: list[list[int]], strategy: str
+) -> None:
+    running = check(engine, texts, strategy=strategy)
+    # All were in the pipeline together, and each trace is of its own runs.
+    began = [run.trace.records[0][0] for run in running]
+    ended = [run.trace.records[-1][0] for run in running]
+    assert max(began) < min(ended)
+    for run in running:
+        started = {what.run for _, what in run.trace.records if isinstance(what, StartRun)}
+        done = {what.run for _, what in run.trace.records if isinstance(what, RunDone)}
+        assert started == done
+        assert run.result().metrics.generated_tokens == 60
+
+
+def test_strategies_and_settings_may_differ(engine: pi.Engine, texts: list[list[int]]) -> None:
+    sampled = engine.generate(PROMPTS[0], max_new_tokens=40, temperature=0.9, seed=5).token_ids
+    greedy = engine.start(PROMPTS[1], max_new_tokens=60, strategy="pipeinfer")
+    again = engine.start(PROMPTS[0], max_new_tokens=40, temperature=0.9, seed=5)
+    plain = engine.start(PROMPTS[2], max_new_tokens=60, strategy="iterative")
+    assert again.result(120).token_ids == sampled
+    assert greedy.result(120).token_ids == texts[1]
+    assert plain.result(120).token_ids == texts[2]
+
+
+def test_whoever_is_cancelled_does_not_disturb_the_others(
+    engine: pi.Engine, texts: list[list[int]]
+) -> None:
+    others = [engine.start(prompt, max_new_tokens=60) for prompt in PROMPTS[1:]]
+    cancelled = engine.start(PROMPT, max_new_tokens=LONG)
+    next(iter(cancelled))
+    cancelled.cancel()
+    assert cancelled.result(120).finish_reason == "stopped"
+    assert [run.result(120).token_ids for run in others] == texts[1:]
+
+
+def test_those_that_wait_know_their_place(pair: Pair) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, stages=2, in_process=True, max_concurrent=2
+    ) as engine:
+        first, second = (engine.start(PROMPT, max_new_tokens=LONG) for _ in range(2))
+        third, fourth = (engine.start(PROMPT, max_new_tokens=20) for _ in range(2))
+        next(iter(first))
+        next(iter(second))
+        assert (first.status, second.status) == ("running", "running")
+        assert (third.status, third.position) == ("queued", 1)
+        assert (fourth.status, fourth.position) == ("queued", 2)
+        third.cancel()
+        third.result(120)
+        first.cancel()
+        assert fourth.result(120).token_ids == pair.greedy[:20]
+        assert fourth.position is None
+        second.cancel()
+
+
+def test_a_policy_that_fails_fails_its_own_generation_alone(
+    engine: pi.Engine, texts: list[list[int]]
+) -> None:
+    class Failing(Adaptive):
+        def choose_run(self, machine: Machine) -> Any:
+            if machine.generated > 20:
+                raise ZeroDivisionError("a policy's own mistake")
+            return super().choose_run(machine)
+
+    others = [engine.start(prompt, max_new_tokens=60) for prompt in PROMPTS[1:]]
+    failing = engine.start(PROMPT, max_new_tokens=60, strategy=Failing())
+    with pytest.raises(GenerationInterrupted, match="a policy's own mistake"):
+        failing.result(120)
+    assert [run.result(120).token_ids for run in others] == texts[1:]
+    check(engine, texts)
+
+
+@pytest.mark.parametrize("many", [0, -1, 1.5, True, "4"])
+def test_a_number_of_generations_that_is_none_is_refused(pair: Pair, many: Any) -> None:
+    with pytest.raises(ValueError, match="expected max_concurrent as a whole number"):
+        pi.Engine.from_pretrained(pair.target, in_process=True, max_concurrent=many)
+
+
+def test_caches_are_no_more_than_generations_that_ran_at_once(pair: Pair) -> None:
+    """Stages give what one text is done with to the next."""
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, stages=2, in_process=True, max_concurrent=3
+    ) as engine:
+        threads = [t for t in threading.enumerate() if t.name.startswith("pipeinfer-stage")]
+        running = [engine.start(PROMPT, max_new_tokens=30) for _ in range(9)]
+        for run in running:
+            assert run.result(120).token_ids == pair.greedy[:30]
+        assert len(threads) >= 2
+
+
+@pytest.mark.cluster
+def test_generations_share_workers(tcp_client: Client, pair: Pair, texts: list[list[int]]) -> None:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, client=tcp_client, stages=4) as engine:
+        check(engine, texts)
+        many = [engine.start(PROMPT, max_new_tokens=40) for _ in range(7)]
+        many[5].cancel()
+        for run in many:
+            result = run.result(120)
+            assert result.token_ids == pair.greedy[: len(result.token_ids)]
+            assert run is many[5] or len(result.token_ids) == 40
