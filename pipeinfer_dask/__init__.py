@@ -5,7 +5,7 @@ the package, or one of its pure parts, loads neither torch nor Dask.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Costs",
@@ -48,6 +48,13 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(_HOMES[name]), name)
         return value
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Give a notebook the cell magic ``%%pipeinfer``: called by ``%load_ext pipeinfer_dask``."""
+    from pipeinfer_dask.widgets.magic import PipeInferMagics
+
+    shell.register_magics(PipeInferMagics)
 
 
 def __dir__() -> list[str]:

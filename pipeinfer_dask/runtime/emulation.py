@@ -15,10 +15,11 @@ from distributed import Client
 
 from pipeinfer_dask.policies import Policy, policy_of
 from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, Result
-from pipeinfer_dask.runtime.head import Head
+from pipeinfer_dask.runtime.head import MAX_CONCURRENT, Head
 from pipeinfer_dask.runtime.lags import (
     Distance,
     DistantSpec,
@@ -96,6 +97,7 @@ class Emulation:
         client: Client | None = None,
         in_process: bool = False,
         distance: Distance | None = None,
+        max_concurrent: int = MAX_CONCURRENT,
     ) -> Self:
         """Start the nodes.
 
@@ -112,6 +114,8 @@ class Emulation:
             No cluster at all: nodes are threads of this process.
         distance : Distance, optional
             What every hop is to add to the real one: an emulated network, too.
+        max_concurrent : int
+            Most generations at once.
 
         Raises
         ------
@@ -159,7 +163,7 @@ class Emulation:
             resources.enter_context(short_collections())
 
             async def start_head() -> Head:
-                return Head(opened_pipeline, asyncio.get_running_loop())
+                return Head(opened_pipeline, asyncio.get_running_loop(), max_concurrent)
 
             head = call_on(loop, start_head())
             return cls(costs, acceptance, seed, distance, head, resources.pop_all())
@@ -191,13 +195,9 @@ class Emulation:
         GenerationInterrupted
             If the pipeline was lost.
         """
-        policy = policy_of(strategy, knobs)
-        prompt = SyntheticPair(self.acceptance, self.seed).text(prompt_tokens)
-        capacity = prompt_tokens + max_new_tokens + SLOTS
-        request = Request(next(self._requests), prompt, max_new_tokens, capacity)
-        trace = Trace(self._head.pipeline.stages)
-        generation = Generation(request, policy, _Numbers(), trace, cancel=self._head.cancel)
-        self._head.start(generation)
+        generation = self.start(
+            strategy, max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens, **knobs
+        )
         try:
             result = generation.result(timeout)
         except (KeyboardInterrupt, TimeoutError):
@@ -205,10 +205,49 @@ class Emulation:
             raise
         return EmulatedResult(**{f.name: getattr(result, f.name) for f in fields(result)})
 
-    def text(self, max_new_tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> list[int]:
-        """Return what `generate` must give, whatever the strategy."""
-        whole = SyntheticPair(self.acceptance, self.seed).text(prompt_tokens + max_new_tokens)
-        return list(whole[prompt_tokens:])
+    def start(
+        self,
+        strategy: str | Policy = "adaptive",
+        *,
+        max_new_tokens: int = 200,
+        prompt_tokens: int = PROMPT_TOKENS,
+        seed: int | None = None,
+        **knobs: Any,
+    ) -> Generation:
+        """Start to generate, and return at once.
+
+        Parameters
+        ----------
+        strategy, max_new_tokens, prompt_tokens, **knobs
+            As for `generate`.
+        seed : int, optional
+            Of another text than the emulation's own.
+
+        Raises
+        ------
+        ValueError
+            If strategy and knobs are not to be had.
+        """
+        policy = policy_of(strategy, knobs)
+        whole = SyntheticPair(self.acceptance, self.seed if seed is None else seed)
+        request = Request(
+            next(self._requests),
+            whole.text(prompt_tokens),
+            max_new_tokens,
+            capacity=prompt_tokens + max_new_tokens + SLOTS,
+            sampling=None if seed is None else Sampling(seed=seed),
+        )
+        trace = Trace(self._head.pipeline.stages)
+        generation = Generation(request, policy, _Numbers(), trace, cancel=self._head.cancel)
+        self._head.start(generation)
+        return generation
+
+    def text(
+        self, max_new_tokens: int, prompt_tokens: int = PROMPT_TOKENS, seed: int | None = None
+    ) -> list[int]:
+        """Return what `generate` or `start` must give, whatever the strategy."""
+        pair = SyntheticPair(self.acceptance, self.seed if seed is None else seed)
+        return list(pair.text(prompt_tokens + max_new_tokens)[prompt_tokens:])
 
     def measure_costs(self) -> Costs:
         """Measure the emulated nodes and the real links as `Engine.measure_costs` does."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeinfer_dask.bench.load import run_load_bench
 from pipeinfer_dask.bench.network import run_network_bench
 from pipeinfer_dask.bench.paced import run_paced_bench
 from pipeinfer_dask.policies import STRATEGIES
@@ -44,3 +45,15 @@ def test_bench_network_has_a_row_for_each_network() -> None:
     assert thin["bandwidth_mbit"] == 400
     for row in report["rows"]:
         check(row)
+
+
+def test_bench_load_has_a_row_for_each_number_of_requests() -> None:
+    report = run_load_bench((1, 3), stages=2, stage_ms=5, tokens=12)
+    assert json.loads(json.dumps(report)) == report
+    assert report["suite"] == "load"
+    one, three = report["rows"]
+    assert (one["requests"], one["speedup"], one["spread"]) == (1, 1, 1)
+    assert three["requests"] == 3 and three["spread"] >= 1
+    assert three["speedup"] == pytest.approx(three["tokens_per_s"] / one["tokens_per_s"])
+    assert three["slowest_tokens_per_s"] <= three["fastest_tokens_per_s"]
+    assert three["simulated"] > 0 and three["itl_p95_s"] >= 0 and three["emulated"]

@@ -1,0 +1,73 @@
+"""``%%pipeinfer``: a cell whose text is a prompt. Loaded by ``%load_ext pipeinfer_dask``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, cell_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+
+from pipeinfer_dask.engine import Engine, Generation
+from pipeinfer_dask.runtime.chat import Chat
+
+
+@magics_class
+class PipeInferMagics(Magics):
+    """The cell magic."""
+
+    @magic_arguments()
+    @argument(
+        "engine",
+        nargs="?",
+        help="Name of the engine or chat. May be left out where there is only one engine.",
+    )
+    @argument("--strategy", "-s", help="As for Engine.start.")
+    @argument("--max-new-tokens", "-n", type=int, help="As for Engine.start.")
+    @argument("--out", "-o", metavar="NAME", help="Keep the result under this name.")
+    @cell_magic
+    def pipeinfer(self, line: str, cell: str) -> None:
+        """Generate from the cell's text, and show what comes as it comes."""
+        asked = parse_argstring(self.pipeinfer, line)
+        who = self._named(asked.engine) if asked.engine else self._only_engine()
+        if asked.out is not None and not asked.out.isidentifier():
+            raise UsageError(f"expected a name behind --out, got {asked.out!r}")
+        try:
+            generation: Generation = who.start(
+                cell.removesuffix("\n"),
+                max_new_tokens=asked.max_new_tokens,
+                strategy=asked.strategy,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(str(error)) from None
+        for piece in generation:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        if asked.out is not None:
+            self._names[asked.out] = generation.result()
+
+    @property
+    def _names(self) -> dict[str, Any]:
+        assert self.shell is not None, "a magic belongs to a shell"
+        names: dict[str, Any] = self.shell.user_ns
+        return names
+
+    def _named(self, name: str) -> Engine | Chat:
+        found: Any = self._names.get(name)
+        if not isinstance(found, Engine | Chat):
+            what = "nothing" if found is None else type(found).__name__
+            raise UsageError(
+                f"expected {name} to be an engine or a chat, got {what}: make it first"
+            )
+        return found
+
+    def _only_engine(self) -> Engine:
+        # An underscore begins what the shell itself keeps of a cell's last value.
+        names = {n: e for n, e in self._names.items() if isinstance(e, Engine) and n[0] != "_"}
+        engines = list({id(engine): engine for engine in names.values()}.values())
+        if len(engines) != 1:
+            which = ", ".join(names) or "none"
+            raise UsageError(f"expected one engine, got {which}: name it behind %%pipeinfer")
+        return engines[0]

@@ -1,0 +1,82 @@
+"""The cell magic, in a real IPython shell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+import pipeinfer_dask as pi
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[pi.Engine]:
+    target, draft = pi.demo_pair()
+    with pi.Engine.from_pretrained(target, draft, stages=2, in_process=True) as engine:
+        yield engine
+
+
+@pytest.fixture
+def shell(engine: pi.Engine) -> Iterator[Any]:
+    shell = InteractiveShell()
+    assert run(shell, "%load_ext pipeinfer_dask") == ""
+    shell.user_ns["engine"] = engine
+    yield shell
+    shell.run_line_magic("reset", "-f")
+
+
+def run(shell: Any, cell: str) -> str:
+    """Run a cell, and return what it shows."""
+    with capture_output() as shown:
+        shell.run_cell(cell)
+    assert isinstance(shown.stdout, str)
+    return shown.stdout + shown.stderr
+
+
+def test_a_cell_is_a_prompt(shell: Any, engine: pi.Engine) -> None:
+    text = engine.generate("def main", max_new_tokens=12).text
+    assert run(shell, "%%pipeinfer -n 12\ndef main\n") == text + "\n"
+    assert run(shell, "%%pipeinfer engine -n 12 -s iterative\ndef main") == text + "\n"
+
+
+def test_the_result_is_kept_where_it_is_asked_for(shell: Any) -> None:
+    run(shell, "%%pipeinfer -n 5 --strategy speculative --out said\ndef main")
+    said = shell.user_ns["said"]
+    assert isinstance(said, pi.Result)
+    assert (said.strategy, len(said.token_ids)) == ("speculative", 5)
+
+
+def test_a_chat_goes_on_from_cell_to_cell(shell: Any, engine: pi.Engine) -> None:
+    with engine.chat(template="plain") as chat, engine.chat(template="plain") as other:
+        shell.user_ns["chat"] = chat
+        shown = [run(shell, f"%%pipeinfer chat -n 6\n{text}") for text in ("def main", "if x")]
+        said = [other.send(text, max_new_tokens=6).text for text in ("def main", "if x")]
+        assert shown == [text + "\n" for text in said]
+        assert len(chat.messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("%%pipeinfer nobody\nx", "expected nobody to be an engine or a chat, got nothing"),
+        ("%%pipeinfer number\nx", "expected number to be an engine or a chat, got int"),
+        ("%%pipeinfer -s foolish\nx", "foolish"),
+        ("%%pipeinfer -n 0\nx", "max_new_tokens"),
+        ("%%pipeinfer -n many\nx", "argument --max-new-tokens/-n: invalid int value"),
+        ("%%pipeinfer -o 1st\nx", "expected a name behind --out, got '1st'"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(shell: Any, cell: str, reason: str) -> None:
+    shell.user_ns["number"] = 3
+    shown = run(shell, cell)
+    assert reason in shown and "Traceback" not in shown
+
+
+def test_one_of_several_engines_has_to_be_named(shell: Any, engine: pi.Engine) -> None:
+    shell.user_ns["same"] = engine  # the same one under two names is one
+    assert run(shell, "%%pipeinfer -n 3\ndef") != ""
+    del shell.user_ns["same"], shell.user_ns["engine"]
+    assert "expected one engine, got none" in run(shell, "%%pipeinfer -n 3\ndef")
