@@ -24,6 +24,7 @@ from pipeinfer_dask.models.devices import Dtype
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.runtime.admission import Admission
+from pipeinfer_dask.runtime.chat import Chat
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ipywidgets import VBox
 
 __all__ = [
+    "Chat",
     "Engine",
     "EngineClosedError",
     "Generation",
