@@ -19,7 +19,7 @@ import numpy as np
 from distributed import Client, LocalCluster
 
 from pipeinfer_dask.bench.floor import Floor
-from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, Intake, StageOutput
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch, Event, Kind, RunDone, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.compute import RunPass
@@ -27,6 +27,7 @@ from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 
 HIDDEN_SIZE = 2048
 """8 KiB a token: a payload is a run of one token or more through a model of this width."""
+INTAKE = Intake(tokens=1 << 16, width=HIDDEN_SIZE)
 
 
 class PassingStage:
@@ -54,6 +55,7 @@ class PassingSpec:
     """Makes a `PassingStage`."""
 
     name: str = "passes on"
+    intake: Intake = INTAKE
 
     def load(self, count: CountBytes) -> PassingStage:
         """Return the stage."""
@@ -102,12 +104,18 @@ async def _run(stages: tuple[int, ...], payloads: tuple[int, ...], runs: int) ->
         rows = []
         for count in stages:
             floor = await Floor.open(count)
-            pipeline = await DaskPipeline.open(client, [PassingSpec()] * count, workers[:count])
+            pipeline = await Ring.open(client, [PassingSpec()] * count, workers[:count])
             chain = Chain(pipeline)
             rows.extend([await _measure(chain, floor, count, size, runs) for size in payloads])
             await pipeline.close()
             await floor.close()
     return {"suite": "hop", "rows": rows}
+
+
+class Ring(DaskPipeline):
+    """A pipeline whose last stage hands on what it gets, too."""
+
+    output_intake = INTAKE
 
 
 class Chain:

@@ -11,7 +11,7 @@ from pipeinfer_dask.models.devices import CPU, Dtype
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.sources import Source
-from pipeinfer_dask.models.stage import CountBytes
+from pipeinfer_dask.models.stage import CountBytes, Intake
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class ShardSpec:
         Slots of the KV cache.
     threads : int
         Threads that share one of torch's operations.
+    width : int
+        The model's hidden_size.
     name : str
         What messages call it.
     weights : {"auto", "fp16", "fp32"}
@@ -51,6 +53,7 @@ class ShardSpec:
     last: int
     capacity: int
     threads: int
+    width: int
     name: str
     weights: Weights = "auto"
     target_vocab_size: int | None = None
@@ -58,6 +61,11 @@ class ShardSpec:
     device: str = CPU
     dtype: Dtype = "float32"
     static: bool = False
+
+    @property
+    def intake(self) -> Intake | None:
+        """What hidden states it takes, on all but the first stage."""
+        return Intake(self.capacity, self.width) if self.first else None
 
     def load(self, count: CountBytes) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""

@@ -24,6 +24,22 @@ CountBytes = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Intake:
+    """What hidden states a stage takes: those of at most so many tokens, of one width.
+
+    Attributes
+    ----------
+    tokens : int
+        Most tokens of one run.
+    width : int
+        The model's hidden_size.
+    """
+
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class StageOutput:
     """What one stage made of one run.
 

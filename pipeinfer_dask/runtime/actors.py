@@ -12,9 +12,9 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from distributed import Worker, get_worker
 from distributed.comm import Comm, CommClosedError
 from distributed.utils import offload
 
-from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Intake, Stage
 from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
@@ -34,7 +34,7 @@ from pipeinfer_dask.protocol.messages import (
     StartRun,
 )
 from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
-from pipeinfer_dask.runtime.links import Link, LinkError, Session, accept, dial
+from pipeinfer_dask.runtime.links import Counts, Link, LinkError, Session, accept, dial
 from pipeinfer_dask.runtime.wire import (
     AwaitLoaded,
     BytesRead,
@@ -76,6 +76,11 @@ class StageSpec(Protocol):
         """A short name for people to read, such as the range of layers."""
         ...
 
+    @property
+    def intake(self) -> Intake | None:
+        """What hidden states it takes; None for the first stage."""
+        ...
+
     def load(self, count: CountBytes) -> Stage:
         """Make the stage. Called once, in the thread that will compute.
 
@@ -106,18 +111,24 @@ class Node(Generic[ThreadT]):
     session : Session
     name : str
         The node's name in its session, such as ``stage-0``.
+    intake : Intake, optional
+        What hidden states its runs bring.
     """
 
     thread: ThreadT
 
-    def __init__(self, worker: Worker, session: Session, name: str) -> None:
+    def __init__(
+        self, worker: Worker, session: Session, name: str, intake: Intake | None = None
+    ) -> None:
         self.identity = session.node(name)
         self._worker = worker
         self._session = session
+        self._intakes = {INPUT: intake}
+        self._shown: set[str] = set()
         self._loop: asyncio.AbstractEventLoop = worker.loop.asyncio_loop  # type: ignore[attr-defined]
         self._control: Link | None = None
         self._links: list[Link] = []
-        self._dropped = 0
+        self._counts = Counts()  # of links that are gone, and of peers that got none
         self._stopped = False
         self._read: BytesRead | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -135,20 +146,22 @@ class Node(Generic[ThreadT]):
         self._post(self._end)
 
     def stats(self) -> dict[str, int]:
-        """Return how many links are open, and how many stale messages they dropped."""
-        return {
-            "links": sum(not link.closed for link in self._links),
-            "dropped": self._dropped + sum(link.dropped for link in self._links),
-        }
+        """Return how many links are open, and what came that was not acted upon."""
+        came = sum((link.counts for link in self._links), self._counts)
+        return {"links": sum(not link.closed for link in self._links), **asdict(came)}
 
-    async def accept(self, comm: Comm, role: str, nonce: str, proof: bytes) -> None:
+    async def accept(self, comm: Comm, hello: Mapping[str, Any]) -> None:
         """Keep a connection that a peer has opened until it closes: the worker's handler."""
         link = None
         try:
-            link = await accept(comm, self.identity, role, nonce, proof, self._session)
-            if link is not None and not self._stopped:
+            link = await accept(
+                comm, self.identity, hello, self._session, self._shown, self._intakes
+            )
+            if link is None:
+                self._counts.refused += 1
+            elif not self._stopped:
                 self._links.append(link)
-                await self._serve(role, link)
+                await self._serve(hello["role"], link)
         except CommClosedError:
             pass  # The peer left while it was being answered.
         finally:
@@ -230,9 +243,9 @@ def _handler(node: Node[Any]) -> Callable[..., Coroutine[Any, Any, None]]:
     """Return a worker's handler that does not keep the node: distributed remembers handlers."""
     alive = weakref.ref(node)
 
-    async def accept(comm: Comm, role: str, nonce: str, proof: bytes) -> None:
+    async def accept(comm: Comm, **hello: Any) -> None:
         if (node := alive()) is not None:
-            await node.accept(comm, role, nonce, proof)
+            await node.accept(comm, hello)
         else:
             comm.abort()
 
@@ -243,7 +256,7 @@ class StageNode(Node[StageThread]):
     """One stage: runs come in over one link, and leave over another."""
 
     def __init__(self, worker: Worker, session: Session, name: str, spec: StageSpec) -> None:
-        super().__init__(worker, session, name)
+        super().__init__(worker, session, name, spec.intake)
         self._next: Link | None = None
         self._dialling: asyncio.Task[None] | None = None
         self.thread = StageThread(
@@ -296,7 +309,7 @@ class StageNode(Node[StageThread]):
         self._next = None
         for link in [link for link in self._links if link is not self._control]:
             self._links.remove(link)
-            self._dropped += link.dropped
+            self._counts += link.counts
             link.abort()
         self.thread.renew(generation, lambda: self._post(self._tell, Renewed(generation)))
 
@@ -386,5 +399,5 @@ class NodeActor:
         self._node.open()
 
     def stats(self) -> dict[str, int]:
-        """Return how many links are open, and how many stale messages they dropped."""
+        """Return how many links are open, and what came that was not acted upon."""
         return self._node.stats()

@@ -3,14 +3,14 @@
 A comm reads a message in three steps through as many futures, and turns its wish to
 read off and on again in between. That is nothing for a scheduler and most of a hop
 for a pipeline. So, once a plain tcp connection stands and both ends have shown who they
-are, its socket is taken over: a message is then one read, parsed where it arrives. Other
-transports (tls, inproc) stay with the comm.
+are, its socket is taken over: a message is then one read, parsed where it arrives. A tls
+connection is read and written below the comm, which would unpickle what it is told to.
+What is left, inproc and ws, stays with the comm.
 """
 
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
@@ -20,14 +20,13 @@ from threading import Lock
 from types import coroutine
 from typing import Any, Protocol
 
-import numpy as np
 from distributed.comm import Comm, CommClosedError
 from distributed.comm.tcp import TCP, TLS
 from distributed.protocol import Serialized
+from tornado.iostream import StreamClosedError
 
+from pipeinfer_dask.runtime.framing import CHUNK, PREFIX, Inflow, Open, pack, room, unpack
 from pipeinfer_dask.runtime.wire import Buffer, WireError
-
-Take = Callable[[Sequence[Buffer]], None]
 
 
 class Carrier(Protocol):
@@ -46,8 +45,8 @@ class Carrier(Protocol):
         """As `write`, but for one other thread, which then must be the only one that sends."""
         ...
 
-    async def run(self, take: Take) -> None:
-        """Hand each message to ``take`` until the end; what that raises is the end, too."""
+    async def run(self, open: Open) -> None:
+        """Open each message until the end. Nothing is read before."""
         ...
 
     def abort(self) -> None:
@@ -59,6 +58,8 @@ async def carry(comm: Comm) -> Carrier:
     """Return the fastest carrier over a connection on which nothing is under way."""
     if isinstance(comm, TCP) and not isinstance(comm, TLS):
         return await SocketCarrier.take_over(comm)
+    if isinstance(comm, TLS):
+        return StreamCarrier(comm)
     return CommCarrier(comm)
 
 
@@ -101,7 +102,7 @@ class CommCarrier:
         with suppress(RuntimeError):  # The loop has ended, and the comm with it.
             self._loop.call_soon_threadsafe(self.write, frames)
 
-    async def run(self, take: Take) -> None:
+    async def run(self, open: Open) -> None:
         """See `Carrier`."""
         while True:
             try:
@@ -110,7 +111,11 @@ class CommCarrier:
                 return
             if not isinstance(packed, Serialized):
                 raise WireError(f"expected a message, got {type(packed).__name__}")
-            take(packed.frames)
+            if not 1 <= len(packed.frames) <= 2:
+                raise WireError(f"expected 1 or 2 frames, got {len(packed.frames)}")
+            header, *rest = packed.frames
+            payload = rest[0] if rest else None
+            open(header, 0 if payload is None else memoryview(payload).nbytes)(payload)
 
     def abort(self) -> None:
         """See `Carrier`."""
@@ -149,6 +154,59 @@ def _resume(running: Coroutine[Any, Any, None], suspended: Any) -> Generator[Any
             return
 
 
+class StreamCarrier:
+    """Carries messages over the stream of a tls comm: lengths, header, payload.
+
+    Tornado encrypts and buffers; distributed's own protocol has no part in it.
+    """
+
+    PIECE = 1 << 24
+    """TLS takes so many bytes at a time."""
+
+    def __init__(self, comm: TCP) -> None:
+        if comm.stream is None:
+            raise CommClosedError(f"{comm!r} closed while it was being opened")
+        self._comm = comm
+        self._stream = comm.stream
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def closed(self) -> bool:
+        """See `Carrier`."""
+        return bool(self._stream.closed())
+
+    def write(self, frames: Sequence[Buffer]) -> None:
+        """See `Carrier`."""
+        head, size = pack(frames)
+        payload = memoryview(frames[1]).cast("B") if size else memoryview(b"")
+        with suppress(StreamClosedError):  # Whoever reads hears of it.
+            self._stream.write(head + payload[: self.PIECE])
+            for start in range(self.PIECE, size, self.PIECE):
+                self._stream.write(payload[start : start + self.PIECE])
+
+    def write_from_thread(self, frames: Sequence[Buffer]) -> None:
+        """See `Carrier`."""
+        with suppress(RuntimeError):  # The loop has ended, and the stream with it.
+            self._loop.call_soon_threadsafe(self.write, frames)
+
+    async def run(self, open: Open) -> None:
+        """See `Carrier`."""
+        try:
+            while True:
+                length, size = unpack(await self._stream.read_bytes(PREFIX.size))
+                deliver = open(await self._stream.read_bytes(length), size)
+                payload = room(size) if size else None
+                if payload is not None:
+                    await self._stream.read_into(payload)  # type: ignore[arg-type]
+                deliver(payload)
+        except StreamClosedError:
+            return
+
+    def abort(self) -> None:
+        """See `Carrier`."""
+        self._comm.abort()
+
+
 class SocketCarrier(asyncio.BufferedProtocol):
     """Carries messages over the socket of a tcp comm: lengths, header, payload.
 
@@ -158,14 +216,6 @@ class SocketCarrier(asyncio.BufferedProtocol):
     A thread that has a message sends it itself, and wakes the loop only for what the
     kernel does not take at once.
     """
-
-    PREFIX = struct.Struct("<IQ")
-    """Bytes of the header, and of the payload behind it."""
-    CHUNK = 1 << 17
-    """A message up to this size is sent and read in one piece."""
-    MOST_HEADER = 1 << 26
-    MOST_PAYLOAD = 1 << 33
-    """Sizes beyond these are nonsense, and must not make us allocate."""
 
     def __init__(self, comm: TCP, connection: socket) -> None:
         self._comm = comm
@@ -177,13 +227,7 @@ class SocketCarrier(asyncio.BufferedProtocol):
         self._sending = Lock()
         self._open = True
         self._handed_over = 0
-        self._take: Take | None = None
-        self._early: list[list[Buffer]] = []
-        self._buffer = memoryview(bytearray(self.CHUNK))
-        self._filled = 0
-        self._header = b""
-        self._payload: memoryview | None = None
-        self._missing = 0
+        self._inflow: Inflow
 
     @classmethod
     async def take_over(cls, comm: TCP) -> SocketCarrier:
@@ -231,12 +275,10 @@ class SocketCarrier(asyncio.BufferedProtocol):
                     self._handed_over += 1
                     self._loop.call_soon_threadsafe(self._write_rest, memoryview(piece)[sent:])
 
-    async def run(self, take: Take) -> None:
+    async def run(self, open: Open) -> None:
         """See `Carrier`."""
-        self._take = take
-        for frames in self._early:
-            take(frames)
-        self._early.clear()
+        self._inflow = Inflow(open)
+        self._transport.resume_reading()
         await self._over
 
     def abort(self) -> None:
@@ -246,11 +288,10 @@ class SocketCarrier(asyncio.BufferedProtocol):
 
     def _pieces(self, frames: Sequence[Buffer]) -> tuple[Buffer, ...]:
         """Return what to send: in one piece where copying it costs less than a system call."""
-        size = len(frames[1]) if len(frames) > 1 else 0
-        prefix = self.PREFIX.pack(len(frames[0]), size)
-        if size < self.CHUNK:
-            return (b"".join((prefix, *frames)),)
-        return prefix + frames[0], frames[1]
+        head, size = pack(frames)
+        if size < CHUNK:
+            return (b"".join((head, *frames[1:])),)
+        return head, frames[1]
 
     def _write_rest(self, piece: memoryview) -> None:
         if not self._transport.is_closing():
@@ -263,6 +304,8 @@ class SocketCarrier(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        # Nobody says yet what may come.
+        transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         with self._sending:
@@ -272,68 +315,13 @@ class SocketCarrier(asyncio.BufferedProtocol):
             self._over.set_result(None)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self._payload is not None:
-            return self._payload[-self._missing :]
-        return self._buffer[self._filled :]
+        return self._inflow.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         try:
-            if self._payload is None:
-                self._filled += nbytes
-                self._parse()
-                return
-            self._missing -= nbytes
-            if not self._missing:
-                payload, self._payload = self._payload, None
-                self._emit([self._header, payload])
+            self._inflow.filled(nbytes)
         except Exception as error:
             # Left to asyncio this would be logged and lost.
             if not self._over.done():
                 self._over.set_exception(error)
             self._transport.abort()
-
-    def _parse(self) -> None:
-        """Take apart what is in the buffer, and leave what is not whole yet at its front."""
-        start = 0
-        while self._payload is None and self._filled - start >= self.PREFIX.size:
-            length, size = self.PREFIX.unpack_from(self._buffer, start)
-            if length > self.MOST_HEADER or size > self.MOST_PAYLOAD:
-                raise WireError(
-                    f"expected a message, got one of {length} and {size} bytes: "
-                    "the two ends do not speak the same protocol"
-                )
-            end = start + self.PREFIX.size + length
-            if end > self._filled:
-                self._reserve(self.PREFIX.size + length)
-                break
-            header = bytes(self._buffer[start + self.PREFIX.size : end])
-            start = end
-            if not size:
-                self._emit([header])
-                continue
-            # An array's own memory: aligned, writable, and free of other messages.
-            payload = np.empty(size, np.uint8).data
-            there = min(size, self._filled - start)
-            payload[:there] = self._buffer[start : start + there]
-            start += there
-            if there == size:
-                self._emit([header, payload])
-            else:
-                self._header, self._payload, self._missing = header, payload, size - there
-        if start:
-            rest = self._filled - start
-            if rest:
-                self._buffer[:rest] = bytes(self._buffer[start : self._filled])
-            self._filled = rest
-
-    def _reserve(self, size: int) -> None:
-        if size > len(self._buffer):
-            larger = memoryview(bytearray(size))
-            larger[: self._filled] = self._buffer[: self._filled]
-            self._buffer = larger
-
-    def _emit(self, frames: list[Buffer]) -> None:
-        if self._take is None:
-            self._early.append(frames)
-        else:
-            self._take(frames)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from distributed import Client
 
+from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
@@ -65,6 +66,8 @@ class DaskPipeline:
 
     stage_node: ClassVar[type[StageNode]] = StageNode
     """What holds a stage on its worker."""
+    output_intake: ClassVar[Intake | None] = None
+    """What hidden states the last stage may send: none, it picks tokens."""
 
     def __init__(
         self,
@@ -246,7 +249,7 @@ class DaskPipeline:
             self._links[0].send(job)
 
     async def stats(self) -> list[dict[str, int]]:
-        """Return the open links and the dropped stale messages of each node."""
+        """Return each node's open links, and what came over them that was not acted upon."""
         return await self._assembly.nodes.stats()
 
     async def close(self) -> None:
@@ -274,7 +277,8 @@ class DaskPipeline:
         ):
             peer = seat.peer
             assert peer is not None
-            link = await nodes.dial(peer.address, peer.node, role, session)
+            intake = self.output_intake if role == OUTPUT else None
+            link = await nodes.dial(peer.address, peer.node, role, session, intake)
             self._links.append(link)
             self._keep(self._receive(link, seat, peer, role, handle))
 

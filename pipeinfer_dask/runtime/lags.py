@@ -20,7 +20,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from distributed import Worker
 
-from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
+from pipeinfer_dask.models.stage import CountBytes, DraftModel, Intake, Stage
 from pipeinfer_dask.protocol.messages import Event
 from pipeinfer_dask.runtime.actors import StageNode, StageSpec
 from pipeinfer_dask.runtime.compute import RunPass
@@ -179,6 +179,11 @@ class DistantSpec:
     def name(self) -> str:
         """A short name for people to read."""
         return f"{self.stage.name}, at a distance"
+
+    @property
+    def intake(self) -> Intake | None:
+        """What the stage takes."""
+        return self.stage.intake
 
     def load(self, count: CountBytes) -> Stage:
         """Make the stage."""

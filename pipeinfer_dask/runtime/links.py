@@ -11,15 +11,20 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import operator
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 from distributed.comm import Comm, CommClosedError, connect
 
+from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.runtime.carriers import Carrier, carry
-from pipeinfer_dask.runtime.wire import Buffer, Envelope, Message, WireError, decode, encode
+from pipeinfer_dask.runtime.framing import Deliver
+from pipeinfer_dask.runtime.reading import Header, read_header
+from pipeinfer_dask.runtime.wire import Buffer, Envelope, Message, WireError, encode
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +57,40 @@ class Session:
         """Return what only one who knows the secret can say about these words."""
         return hmac.digest(self.secret, "\n".join(words).encode(), "sha256")
 
-    def proven(self, proof: object, *words: str) -> bool:
+    def proven(self, proof: object, *words: object) -> bool:
         """Return whether a peer's proof about these words is right, in constant time."""
-        return isinstance(proof, bytes) and hmac.compare_digest(self.prove(*words), proof)
+        if not isinstance(proof, bytes):
+            return False
+        said = [word for word in words if isinstance(word, str)]
+        return len(said) == len(words) and hmac.compare_digest(self.prove(*said), proof)
+
+
+@dataclass
+class Counts:
+    """What came over a link, or to a node, and was not acted upon.
+
+    Attributes
+    ----------
+    stale : int
+        Messages of another generation. They are dropped.
+    doubled : int
+        Messages that had come already. They are dropped.
+    gaps : int
+        Messages before which others are missing. The link ends.
+    malformed : int
+        What is no message, or one that may not come here. The link ends.
+    refused : int
+        Peers that did not prove that they belong to the session.
+    """
+
+    stale: int = 0
+    doubled: int = 0
+    gaps: int = 0
+    malformed: int = 0
+    refused: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(operator.add, astuple(self), astuple(other)))
 
 
 class Link:
@@ -70,18 +106,22 @@ class Link:
         The other end's address, for error texts.
     generation : int
         Messages of another generation are dropped and counted.
+    intake : Intake, optional
+        What hidden states may come; by default none.
 
     Attributes
     ----------
-    dropped : int
-        Messages that came for another generation.
+    counts : Counts
     """
 
-    def __init__(self, carrier: Carrier, peer: str, generation: int) -> None:
-        self.dropped = 0
+    def __init__(
+        self, carrier: Carrier, peer: str, generation: int, intake: Intake | None = None
+    ) -> None:
+        self.counts = Counts()
         self._carrier = carrier
         self._peer = peer
         self._generation = generation
+        self._intake = intake
         self._sent = 0
         self._received = 0
 
@@ -109,27 +149,21 @@ class Link:
         Raises
         ------
         LinkError
-            A message was missing or doubled, or ``handle`` failed.
+            A message was missing, or ``handle`` failed.
         WireError
-            Something came that is no message.
+            Something came that is no message, or may not come here.
         """
 
-        def take(frames: Sequence[Buffer]) -> None:
-            envelope = decode(frames)
-            if envelope.generation != self._generation:
-                self.dropped += 1
-                return
-            if envelope.sequence != self._received:
-                raise LinkError(
-                    f"expected message {self._received} from {self._peer}, got "
-                    f"{envelope.sequence}: the link has lost or doubled messages"
-                )
-            self._received += 1
-            handle(envelope.message)
+        def open(frame: Buffer, nbytes: int) -> Deliver:
+            header = read_header(frame, nbytes, self._intake)
+            return partial(self._take, header, handle)
 
         try:
-            await self._carrier.run(take)
-        except (LinkError, WireError):
+            await self._carrier.run(open)
+        except WireError:
+            self.counts.malformed += 1
+            raise
+        except LinkError:
             raise
         except Exception as error:
             # Whoever receives reports how the link ended: nothing may end it unsaid.
@@ -140,6 +174,23 @@ class Link:
     def abort(self) -> None:
         """Close the link at once. Can be called twice."""
         self._carrier.abort()
+
+    def _take(
+        self, header: Header, handle: Callable[[Message], None], payload: Buffer | None
+    ) -> None:
+        if header.generation != self._generation:
+            self.counts.stale += 1
+        elif header.sequence < self._received:
+            self.counts.doubled += 1
+        elif header.sequence > self._received:
+            self.counts.gaps += 1
+            raise LinkError(
+                f"expected message {self._received} from {self._peer}, got {header.sequence}: "
+                "the link has lost messages"
+            )
+        else:
+            self._received += 1
+            handle(header.complete(payload))
 
     def _pack(self, message: Message) -> list[Buffer]:
         frames = encode(Envelope(self._generation, self._sent, message))
@@ -154,6 +205,7 @@ async def dial(
     session: Session,
     *,
     connection_args: Mapping[str, Any],
+    intake: Intake | None = None,
 ) -> Link:
     """Open a link to a node.
 
@@ -168,6 +220,8 @@ async def dial(
     session : Session
     connection_args : mapping
         What the cluster's security asks of one who connects.
+    intake : Intake, optional
+        What hidden states may come back; by default none.
 
     Raises
     ------
@@ -192,7 +246,7 @@ async def dial(
         answer = await asyncio.wait_for(comm.read(), DIAL_TIMEOUT_S)
         if not session.proven(answer, "accept", node, role, nonce):
             raise LinkError(f"{node} at {address} does not know the secret of this session")
-        return Link(await carry(comm), address, session.generation)
+        return Link(await carry(comm), address, session.generation, intake)
     except BaseException as error:
         comm.abort()
         if isinstance(error, CommClosedError | TimeoutError):
@@ -208,16 +262,40 @@ async def dial(
 
 
 async def accept(
-    comm: Comm, node: str, role: str, nonce: str, proof: bytes, session: Session
+    comm: Comm,
+    node: str,
+    hello: Mapping[str, Any],
+    session: Session,
+    shown: set[str],
+    intakes: Mapping[str, Intake | None],
 ) -> Link | None:
     """Answer one who dials a node; None, with a warning in the log, if it proves nothing.
+
+    Parameters
+    ----------
+    comm : Comm
+    node : str
+    hello : mapping
+        What the peer says: ``role``, ``nonce``, ``proof``.
+    session : Session
+    shown : set of str
+        Nonces of the proofs that the node has been shown: each is good once.
+    intakes : mapping
+        What hidden states a link of each role may bring.
 
     The answer is the last that is sent before both ends turn the connection into a link.
     Who accepts must not be the first to send on it: the dialler may not have done so yet.
     """
-    if not session.proven(proof, "dial", node, role, nonce):
-        logger.warning("refused a link to %s from %s: wrong secret", node, comm.peer_address)
-        comm.abort()
-        return None
-    await comm.write(session.prove("accept", node, role, nonce))
-    return Link(await carry(comm), comm.peer_address, session.generation)
+    role, nonce = hello.get("role", ""), hello.get("nonce", "")
+    if not session.proven(hello.get("proof"), "dial", node, role, nonce):
+        why = "wrong secret"
+    elif nonce in shown:
+        why = "this proof has been shown before"
+    else:
+        shown.add(nonce)
+        await comm.write(session.prove("accept", node, role, nonce))
+        carrier = await carry(comm)
+        return Link(carrier, comm.peer_address, session.generation, intakes.get(role))
+    logger.warning("refused a link to %s from %s: %s", node, comm.peer_address, why)
+    comm.abort()
+    return None

@@ -12,6 +12,7 @@ from distributed import Client
 from distributed import Future as DaskFuture
 from distributed.comm import Comm, connect
 
+from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.runtime.actors import (
     CONTROL,
     DrafterNode,
@@ -100,9 +101,12 @@ class Nodes:
         self._watching: set[asyncio.Task[None]] = set()
         self._dropping: set[asyncio.Task[None]] = set()
 
-    async def dial(self, worker: str, node: str, role: str, session: Session) -> Link:
+    async def dial(
+        self, worker: str, node: str, role: str, session: Session, intake: Intake | None = None
+    ) -> Link:
         """Open a link to a node. Raises a `LinkError` if that can't be done."""
-        return await dial(worker, node, role, session, connection_args=self._client.connection_args)
+        arguments = self._client.connection_args
+        return await dial(worker, node, role, session, connection_args=arguments, intake=intake)
 
     async def make(self, seat: Seat, session: Session, progress: Progress | None = None) -> None:
         """Make a seat's node on its worker, and wait until its model stands.

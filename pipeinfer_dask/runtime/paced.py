@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, Intake, StageOutput
 from pipeinfer_dask.protocol.messages import Batch
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.simulation.costs import Costs, Curve
 from pipeinfer_dask.simulation.truth import SyntheticPair, Texts
 
 _PR_SET_TIMERSLACK = 29
+
+MOST_TOKENS = 1 << 16
+"""Of an emulated run: there is no cache that could be full."""
 
 
 def wake_on_time() -> None:
@@ -156,6 +159,11 @@ class PacedStageSpec:
     width: int
     text: tuple[float, int] | None = None
     name: str = "emulated"
+
+    @property
+    def intake(self) -> Intake:
+        """What a stage before this one sends."""
+        return Intake(MOST_TOKENS, self.width)
 
     def load(self, count: CountBytes) -> PacedStage:
         """Make the stage, in the thread that will wait for it."""

@@ -162,6 +162,7 @@ class Models:
                 last=layers.stop,
                 capacity=self._capacity,
                 threads=threads,
+                width=model.config.hidden_size,
                 name=name,
                 weights=self.weights,
                 sharers=sharers,

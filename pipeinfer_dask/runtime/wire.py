@@ -1,16 +1,15 @@
-"""The bytes of every message between the client and the stages: `encode` and `decode`.
+"""The messages between the client and the stages, and their bytes: `encode`.
 
 A message is two frames at most: a msgpack header, which holds everything but hidden
 states, and the hidden states themselves, which are never copied here. Nothing is
 pickled: a header holds numbers and text, in the order of the fields of the few types
-listed below, and the hidden states' dtype and shape stand in the header and are held
-against the bytes that came. Every hop encodes and decodes, so that the run, which is
-most of the traffic, is packed flat by hand.
+listed below. Every hop encodes and decodes, so that the run, which is most of the
+traffic, is packed flat by hand. What comes is read by `pipeinfer_dask.runtime.reading`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from pipeinfer_dask.models.stage import HiddenStates
 from pipeinfer_dask.protocol.messages import (
     Batch,
     CancelDraft,
@@ -181,7 +179,7 @@ def _plain_run_pass(job: RunPass) -> Plain:
     return (*run, batch, job.tokens, spans, job.skipped, job.left_out, sampling, logprobs)
 
 
-def _run_pass(plain: Plain, hidden: HiddenStates | None = None) -> RunPass:
+def _run_pass(plain: Plain) -> RunPass:
     request, generation, run, kind, picks, cache, batch, *passing = plain
     tokens, spans, skipped, left_out, sampling, logprobs = passing
     start = StartRun(
@@ -189,7 +187,7 @@ def _run_pass(plain: Plain, hidden: HiddenStates | None = None) -> RunPass:
     )
     return RunPass(
         start,
-        hidden,
+        None,
         tokens,
         tuple(Span(*span) for span in spans),
         skipped,
@@ -261,7 +259,7 @@ def _flat(kind: type[Message]) -> tuple[type, Callable[[Any], Plain], Callable[[
 
 
 # Both ends run the same version. A message's code is its place here: append only.
-_CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], ...] = (
+CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], ...] = (
     (RunPass, _plain_run_pass, _run_pass),
     (CancelRuns, _fields(CancelRuns), _cancel_runs),
     (StartDraft, _plain_draft, _draft),
@@ -269,8 +267,7 @@ _CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], 
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
     *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded, Release, Renew, Renewed)),
 )
-_RUN_PASS = 0
-_ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(_CODECS)}
+_ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(CODECS)}
 
 
 def encode(envelope: Envelope) -> list[Buffer]:
@@ -301,58 +298,3 @@ def encode(envelope: Envelope) -> list[Buffer]:
     code, plain = _ENCODERS[type(message)]
     header = (envelope.generation, envelope.sequence, code, plain(message), layout)
     return [msgpack.Packer(buf_size=1024).pack(header), *payload]
-
-
-def decode(frames: Sequence[Buffer]) -> Envelope:
-    """Turn frames back into the message.
-
-    Parameters
-    ----------
-    frames : sequence of buffers
-        As `encode` made them. The hidden states are a view of the second one.
-
-    Returns
-    -------
-    Envelope
-
-    Raises
-    ------
-    WireError
-        The frames are no message, or the hidden states do not have the size that the
-        header gives.
-    """
-    if not 1 <= len(frames) <= 2:
-        raise WireError(f"expected 1 or 2 frames, got {len(frames)}")
-    try:
-        generation, sequence, code, plain, layout = msgpack.unpackb(frames[0], use_list=False)
-        if min(generation, sequence, code) < 0:
-            raise WireError(f"expected no negative numbers, got {generation}, {sequence}, {code}")
-        if layout is not None:
-            if code != _RUN_PASS:
-                raise WireError(f"expected hidden states with a run, got them with code {code}")
-            message: Message = _run_pass(plain, _hidden(layout, frames))
-        else:
-            message = _CODECS[code][2](plain)
-    except WireError:
-        raise
-    except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
-        raise WireError(f"expected a message, got {len(frames[0])} bytes: {error}") from None
-    if layout is None and len(frames) > 1:
-        raise WireError(f"expected no payload, got {memoryview(frames[1]).nbytes} bytes")
-    return Envelope(generation, sequence, message)
-
-
-def _hidden(layout: object, frames: Sequence[Buffer]) -> HiddenStates:
-    match layout:
-        case ("<f2" | "<f4" | "<f8" as dtype, (int(rows), int(width))) if min(rows, width) >= 0:
-            expected = rows * width * int(dtype[-1])
-        case _:
-            raise WireError(f"expected a floating dtype and [n, hidden_size], got {layout!r}")
-    found = memoryview(frames[1]).nbytes if len(frames) > 1 else 0
-    if found != expected:
-        raise WireError(
-            f"expected {expected} bytes of hidden states {dtype} [{rows}, {width}], got {found}: "
-            "the message was cut, or its header is wrong"
-        )
-    hidden: HiddenStates = np.frombuffer(frames[1] if expected else b"", dtype)
-    return hidden.reshape(rows, width)

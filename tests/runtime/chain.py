@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
+from pipeinfer_dask.models.stage import CountBytes, HiddenStates, Intake, StageOutput
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch, Kind, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
 
@@ -17,6 +17,9 @@ SLOW = 1_000_000
 """A run that begins with this token takes a stage until it is cancelled."""
 BROKEN = 2_000_000
 """A run that begins with this token breaks the stage."""
+
+INTAKE = Intake(tokens=1000, width=64)
+"""What a `CountingStage` takes."""
 
 READ_BYTES = 3
 """What a `CountingStage` pretends to have read."""
@@ -69,6 +72,7 @@ class CountingSpec:
 
     name: str
     last: bool = False
+    intake: Intake = INTAKE
 
     def load(self, count: CountBytes) -> CountingStage:
         for nbytes in range(READ_BYTES + 1):
@@ -81,6 +85,7 @@ class MissingSpec:
     """Is not there to be loaded."""
 
     name: str = "missing"
+    intake: Intake = INTAKE
 
     def load(self, count: CountBytes) -> CountingStage:
         raise FileNotFoundError("no model here")
@@ -91,6 +96,7 @@ class DyingSpec:
     """Takes its process along while it loads."""
 
     name: str = "dying"
+    intake: Intake = INTAKE
 
     def load(self, count: CountBytes) -> CountingStage:
         import os
@@ -105,6 +111,7 @@ class StoppingSpec:
     """Stops its process while it loads."""
 
     name: str = "stopping"
+    intake: Intake = INTAKE
 
     def load(self, count: CountBytes) -> CountingStage:
         import os
@@ -120,6 +127,7 @@ class WaitingSpec:
 
     path: str
     name: str = "waiting"
+    intake: Intake = INTAKE
 
     def load(self, count: CountBytes) -> CountingStage:
         pause = threading.Event()

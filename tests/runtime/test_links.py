@@ -12,27 +12,34 @@ from distributed import Security
 from distributed.comm import Comm
 from distributed.core import Server
 
+from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.links import Link, LinkError, Session, accept, dial
+from pipeinfer_dask.runtime.framing import PREFIX
+from pipeinfer_dask.runtime.links import Counts, Link, LinkError, Session, accept, dial
 from pipeinfer_dask.runtime.wire import Message, Ping, Pong, WireError
 from tests.runtime.chain import run_of
 
 SESSION = Session.new()
 NODE = SESSION.node("stage-0")
 TRANSPORTS = ["tcp", "tls", "inproc", "ws"]
+INTAKE = Intake(tokens=2000, width=1024)
 
 
 @asynccontextmanager
 async def linked(
-    transport: str = "tcp", *, ours: Session = SESSION, theirs: Session = SESSION
+    transport: str = "tcp",
+    *,
+    ours: Session = SESSION,
+    theirs: Session = SESSION,
+    intake: Intake | None = INTAKE,
 ) -> AsyncIterator[tuple[Link, Link]]:
     """Two ends of one link: the one that dialled, and the one on a server."""
     security = Security.temporary() if transport == "tls" else Security()
     accepted: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
     closing = asyncio.Event()
 
-    async def handler(comm: Comm, role: str, nonce: str, proof: bytes) -> None:
-        link = await accept(comm, NODE, role, nonce, proof, theirs)
+    async def handler(comm: Comm, **hello: Any) -> None:
+        link = await accept(comm, NODE, hello, theirs, set(), {"input": intake})
         if link is not None:
             accepted.set_result(link)
             await closing.wait()
@@ -66,23 +73,24 @@ class Inbox:
         self.reading = asyncio.create_task(link.receive(self.messages.put_nowait))
 
 
-def payload_of(size: int, number: int) -> RunPass:
-    hidden = np.full((1, size // 4), number, np.float32)
-    return RunPass(run_of(number, 1), hidden)
+def payload_of(tokens: int, number: int) -> RunPass:
+    """Return a run of so many tokens, with 4 KiB of hidden states for each."""
+    hidden = np.full((tokens, INTAKE.width), number, np.float32)
+    return RunPass(run_of(number, *[1] * tokens), hidden)
 
 
 async def arrive_in_order(inbox: Inbox, sizes: list[int]) -> None:
-    for number, size in enumerate(sizes):
+    for number, tokens in enumerate(sizes):
         message = await inbox.messages.get()
         assert isinstance(message, RunPass)
         assert message.run.run == number
         assert message.hidden is not None
-        assert message.hidden.shape == (1, size // 4)
+        assert message.hidden.shape == (tokens, INTAKE.width)
         assert message.hidden.flags.aligned
         assert (message.hidden == number).all()
 
 
-MIXED = [4, 40_000, 131_072, 8, 5_000_000, 4, 100_000, 16] * 4
+MIXED = [1, 10, 32, 2, 1250, 1, 25, 4] * 4
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -90,8 +98,8 @@ def test_messages_of_all_sizes_arrive_in_order(transport: str) -> None:
     async def main() -> None:
         async with linked(transport) as (near, far):
             inbox, outbox = Inbox(far), Inbox(near)
-            for number, size in enumerate(MIXED):
-                near.send(payload_of(size, number))
+            for number, tokens in enumerate(MIXED):
+                near.send(payload_of(tokens, number))
             far.send(Pong(1, 0.5, 0.0))
             await arrive_in_order(inbox, MIXED)
             assert await outbox.messages.get() == Pong(1, 0.5, 0.0)
@@ -105,8 +113,8 @@ def test_a_thread_may_send(transport: str) -> None:
         async with linked(transport) as (near, far):
 
             def send() -> None:
-                for number, size in enumerate(MIXED):
-                    near.send_from_thread(payload_of(size, number))
+                for number, tokens in enumerate(MIXED):
+                    near.send_from_thread(payload_of(tokens, number))
 
             inbox, _ = Inbox(far), Inbox(near)
             thread = Thread(target=send)
@@ -122,8 +130,8 @@ def test_hidden_states_arrive_in_memory_that_may_be_written(transport: str) -> N
     async def main() -> None:
         async with linked(transport) as (near, far):
             inbox = Inbox(far)
-            for number, size in enumerate((8_192, 1_000_000)):
-                near.send(payload_of(size, number))
+            for number, tokens in enumerate((2, 250)):
+                near.send(payload_of(tokens, number))
                 message = await inbox.messages.get()
                 assert isinstance(message, RunPass)
                 assert message.hidden is not None
@@ -193,7 +201,7 @@ def test_messages_of_another_generation_are_dropped_and_counted() -> None:
             near.send(Ping(2))
             near.abort()
             await inbox.reading
-            assert far.dropped == 2
+            assert far.counts == Counts(stale=2)
             assert inbox.messages.empty()
 
     asyncio.run(main())
@@ -218,7 +226,7 @@ def write_raw(near: Link, *frames: bytes) -> None:
 
 def announce_too_much(near: Link) -> None:
     carrier: Any = near._carrier
-    carrier._transport.write(carrier.PREFIX.pack(1, 1 << 62))
+    carrier._transport.write(PREFIX.pack(1, 1 << 62) + b"\0")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.protocol.messages import (
     Batch,
     CancelDraft,
@@ -26,6 +27,7 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 from pipeinfer_dask.runtime.compute import RunPass
+from pipeinfer_dask.runtime.reading import decode
 from pipeinfer_dask.runtime.wire import (
     Close,
     Dialled,
@@ -36,16 +38,19 @@ from pipeinfer_dask.runtime.wire import (
     Ping,
     Pong,
     WireError,
-    decode,
     encode,
 )
+
+INTAKE = Intake(tokens=100, width=5)
 
 counts = st.integers(0, 2**40)
 sizes = st.integers(0, 2**31 - 1)
 numbers = st.tuples() | st.lists(counts, max_size=5).map(tuple)
 seconds = st.floats(allow_nan=False)
 spans = st.builds(Span, seconds, seconds, counts)
-batches = st.builds(Batch, numbers, numbers, numbers, st.lists(st.integers(-1, 99)).map(tuple))
+batches = st.lists(st.tuples(counts, counts, counts, st.integers(-1, 99)), min_size=1).map(
+    lambda rows: Batch(*zip(*rows, strict=True))
+)
 samplings = st.builds(
     Sampling,
     seed=st.none() | st.integers(0, 2**63 - 1),
@@ -62,23 +67,28 @@ samplings = st.builds(
 logprobs = st.builds(Logprobs, seconds, st.lists(st.tuples(counts, seconds), max_size=3).map(tuple))
 runs = st.builds(
     StartRun,
-    *(counts, counts, counts, st.sampled_from(Kind), batches, counts, st.none() | samplings),
+    *(counts, counts, counts, st.sampled_from(Kind), batches, st.just(1), st.none() | samplings),
     counts,
 )
-hidden = arrays.arrays(
-    st.sampled_from([np.float16, np.float32, np.float64]),
-    st.tuples(st.integers(0, 4), st.integers(0, 5)),
-)
-passes = st.builds(
-    RunPass,
-    runs,
-    st.none() | hidden,
-    st.none() | numbers,
-    st.lists(spans, max_size=3).map(tuple),
-    st.booleans(),
-    numbers,
-    st.lists(st.none() | logprobs, max_size=3).map(tuple),
-)
+
+
+@st.composite
+def run_passes(draw: st.DrawFn) -> RunPass:
+    run = draw(runs)
+    places = st.sets(st.integers(0, len(run.batch) - 1), max_size=len(run.batch) - 1)
+    left_out = tuple(sorted(draw(places)))
+    shape = (len(run.batch) - len(left_out), INTAKE.width)
+    return RunPass(
+        run,
+        draw(st.none() | arrays.arrays(st.sampled_from([np.float16, np.float32]), shape)),
+        draw(st.none() | numbers),
+        draw(st.lists(spans, max_size=3).map(tuple)),
+        draw(st.booleans()),
+        left_out,
+        draw(st.lists(st.none() | logprobs, max_size=3).map(tuple)),
+    )
+
+
 proposals = st.builds(Proposal, counts, counts, st.integers(-1, 2**40), st.floats(0, 1))
 plans = st.builds(DraftPlan, counts, st.floats(0, 1), st.floats(0, 1), counts, st.none() | counts)
 trees = st.builds(
@@ -90,15 +100,18 @@ trees = st.builds(
     st.floats(0, 1),
     st.lists(st.floats(0, 1), max_size=4).map(tuple),
     st.lists(st.floats(0, 1), max_size=4).map(tuple),
+    st.floats(0, 1),
     st.none() | counts,
 )
 messages = st.one_of(
-    passes,
-    st.builds(Prune, counts, counts, numbers, st.lists(numbers, max_size=3).map(tuple)),
+    run_passes(),
+    st.lists(st.tuples(counts, numbers), max_size=3).map(
+        lambda pruned: Prune(1, 2, tuple(run for run, _ in pruned), tuple(p for _, p in pruned))
+    ),
     st.builds(CancelRuns, counts, counts, numbers, st.sampled_from(CancelReason)),
     st.builds(
         StartDraft,
-        *(counts, counts, counts, batches, counts, numbers, plans | trees),
+        *(counts, counts, counts, batches, st.just(1), numbers, plans | trees),
         st.none() | samplings,
         counts,
     ),
@@ -128,7 +141,7 @@ messages = st.one_of(
 def test_every_message_comes_back_as_it_was(
     generation: int, sequence: int, message: RunPass | Ping
 ) -> None:
-    envelope = decode(encode(Envelope(generation, sequence, message)))
+    envelope = decode(encode(Envelope(generation, sequence, message)), INTAKE)
 
     assert (envelope.generation, envelope.sequence) == (generation, sequence)
     came = envelope.message
@@ -148,7 +161,10 @@ def test_every_message_comes_back_as_it_was(
 @given(st.lists(st.binary(max_size=64), max_size=3))
 def test_bytes_that_are_no_message_are_refused(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
-        decode(frames)
+        decode(frames, INTAKE)
+
+
+WIDE = Intake(tokens=2, width=8)
 
 
 def run_pass(hidden: np.ndarray) -> RunPass:
@@ -158,7 +174,7 @@ def run_pass(hidden: np.ndarray) -> RunPass:
 
 def test_hidden_states_are_not_copied() -> None:
     sent = np.ones((2, 8), np.float32)
-    came = decode(encode(Envelope(0, 0, run_pass(sent)))).message
+    came = decode(encode(Envelope(0, 0, run_pass(sent))), WIDE).message
     assert isinstance(came, RunPass)
     assert came.hidden is not None
     assert np.shares_memory(came.hidden, sent)
@@ -167,23 +183,23 @@ def test_hidden_states_are_not_copied() -> None:
 def test_hidden_states_of_another_size_than_the_header_says_are_refused() -> None:
     header, payload = encode(Envelope(0, 0, run_pass(np.ones((2, 8), np.float32))))
     with pytest.raises(WireError, match=r"expected 64 bytes of hidden states <f4 \[2, 8\], got 60"):
-        decode([header, payload[:-4]])
+        decode([header, payload[:-4]], WIDE)
     with pytest.raises(WireError, match="got 0"):
-        decode([header])
+        decode([header], WIDE)
 
 
 def test_a_payload_that_no_header_announces_is_refused() -> None:
     (header,) = encode(Envelope(0, 0, Ping(1)))
     with pytest.raises(WireError, match="expected no payload, got 3 bytes"):
-        decode([header, b"abc"])
+        decode([header, b"abc"], WIDE)
 
 
 def test_hidden_states_of_objects_are_refused() -> None:
     header, payload = encode(Envelope(0, 0, run_pass(np.ones((2, 8), np.float32))))
     *rest, layout = msgpack.unpackb(header, use_list=False)
     forged = msgpack.packb((*rest, ("|O", layout[1])))
-    with pytest.raises(WireError, match="expected a floating dtype"):
-        decode([forged, payload])
+    with pytest.raises(WireError, match="expected hidden states as <f4 or <f2"):
+        decode([forged, payload], WIDE)
 
 
 def test_settings_out_of_range_are_no_message() -> None:
@@ -191,7 +207,7 @@ def test_settings_out_of_range_are_no_message() -> None:
     (header,) = encode(Envelope(0, 0, RunPass(run)))
     forged = header.replace(msgpack.packb(2.0), msgpack.packb(-2.0))  # type: ignore[union-attr]
     with pytest.raises(WireError, match=r"expected temperature from 1e-6 to 1e6, got -2\.0"):
-        decode([forged])
+        decode([forged], WIDE)
 
 
 def test_what_is_no_number_is_not_sent() -> None:
