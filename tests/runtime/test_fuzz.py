@@ -1,0 +1,217 @@
+"""Whatever comes over a link: no crash, no hang, no memory beyond the bound.
+
+Hypothesis always; with atheris (`pip install atheris`), which is led by coverage, in a process
+of its own, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from distributed import LocalCluster, Worker
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeinfer_dask.runtime.actors import CONTROL, INPUT, StageNode
+from pipeinfer_dask.runtime.compute import RunPass
+from pipeinfer_dask.runtime.framing import CHUNK, Inflow, pack
+from pipeinfer_dask.runtime.links import Link, Session, dial
+from pipeinfer_dask.runtime.reading import decode, read_header
+from pipeinfer_dask.runtime.wire import Envelope, Failed, Message, Ping, Pong, WireError, encode
+from tests.runtime.chain import CountingSpec, run_of
+from tests.runtime.test_wire import INTAKE, messages
+
+MOST = INTAKE.tokens * INTAKE.width * 4
+"""Bytes of the largest hidden states that the stage takes."""
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=20,
+)
+"""What msgpack can say."""
+
+
+@st.composite
+def almost(draw: st.DrawFn) -> list[bytes]:
+    """A message of ours, some bytes of it changed, or some parts of its header."""
+    message = draw(messages)
+    frames = [
+        bytes(frame)
+        for frame in encode(Envelope(draw(st.integers(0, 1)), draw(st.integers(0, 2)), message))
+    ]
+    if draw(st.booleans()):
+        fields = msgpack.unpackb(frames[0], use_list=True)
+        fields[draw(st.integers(0, 4))] = draw(plain)
+        frames[0] = msgpack.packb(fields)
+    changed = bytearray(frames[0])
+    for _ in range(draw(st.integers(0, 3))):
+        changed[draw(st.integers(0, len(changed) - 1))] = draw(st.integers(0, 255))
+    return [bytes(changed), *frames[1:]]
+
+
+anything = almost() | st.lists(st.binary(max_size=64), min_size=1, max_size=2)
+
+
+@settings(max_examples=400)
+@given(anything | plain.map(lambda value: [msgpack.packb(value)]))
+def test_the_decoder_gives_a_message_or_refuses(frames: list[bytes]) -> None:
+    try:
+        envelope = decode(frames, INTAKE)
+    except WireError:
+        return
+    # What was let in can be said again, and means the same.
+    again = decode(encode(envelope), INTAKE)
+    assert repr(again) == repr(envelope)
+
+
+def heard(stream: bytes, pieces: Sequence[int]) -> tuple[list[Message], bool]:
+    """Return what a link hears of a stream that comes in pieces, and whether to the end."""
+    found: list[Message] = []
+
+    def open_message(frame: Any, nbytes: int) -> Any:
+        header = read_header(frame, nbytes, INTAKE)
+        return lambda payload: found.append(header.complete(payload))
+
+    inflow = Inflow(open_message)
+    sizes = iter(pieces)
+    while stream:
+        buffer = inflow.buffer()
+        part = stream[: min(len(buffer), next(sizes, len(stream)))]
+        buffer[: len(part)] = part
+        try:
+            inflow.filled(len(part))
+        except WireError:
+            return found, False
+        assert inflow.nbytes <= CHUNK + MOST
+        stream = stream[len(part) :]
+    return found, True
+
+
+def streamed(frames: list[bytes]) -> bytes:
+    return pack(frames)[0] + b"".join(frames[1:])
+
+
+@settings(max_examples=400)
+@given(
+    st.lists(almost().map(streamed) | st.binary(max_size=200), max_size=4).map(b"".join),
+    st.lists(st.integers(1, 300), max_size=20),
+)
+def test_a_stream_means_the_same_in_whatever_pieces_it_comes(
+    stream: bytes, pieces: list[int]
+) -> None:
+    assert repr(heard(stream, pieces)) == repr(heard(stream, []))
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def worker(runner: asyncio.Runner) -> Iterator[Worker]:
+    async def start() -> LocalCluster:
+        cluster: LocalCluster = await LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp",
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+            asynchronous=True,
+        )
+        return cluster
+
+    async def stop() -> None:
+        await cluster.close()  # type: ignore[misc]
+
+    cluster = runner.run(start())
+    yield next(iter(cluster.workers.values()))
+    runner.run(stop())
+
+
+@pytest.mark.cluster
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([CONTROL, INPUT]), st.lists(almost() | anything, min_size=1, max_size=4))
+def test_a_node_outlives_nonsense_or_ends_its_link(
+    runner: asyncio.Runner, worker: Worker, role: str, sent: list[list[bytes]]
+) -> None:
+    """After whatever came over one link the node answers over another, or has closed with it."""
+
+    async def main() -> None:
+        session = Session.new()
+        node = StageNode(
+            worker, session, "stage-1", CountingSpec("fuzzed", last=True, intake=INTAKE)
+        )
+        node.open()
+        links: list[Link] = []
+
+        async def open_link(role: str) -> Link:
+            link = await dial(worker.address, node.identity, role, session, connection_args={})
+            links.append(link)
+            return link
+
+        try:
+            async with asyncio.timeout(20):
+                control = await open_link(CONTROL)
+                attacked = control if role == CONTROL else await open_link(role)
+                for frames in sent:
+                    attacked._carrier.write(frames)
+                if role == CONTROL:
+                    await ended_or_answers(node, control, number=len(sent))
+                else:
+                    await ended_or_answers(node, control, number=0)
+            stats = node.stats()
+            assert stats["malformed"] + stats["gaps"] <= 1
+        finally:
+            node.stop()
+            await node._end()
+            for link in links:
+                link.abort()
+        assert not node.thread._thread.is_alive()
+
+    runner.run(main())
+
+
+async def ended_or_answers(node: StageNode, control: Link, number: int) -> None:
+    answered = asyncio.get_running_loop().create_future()
+
+    def hear(message: Message) -> None:
+        if isinstance(message, Pong) and message.number == -1 and not answered.done():
+            answered.set_result(None)
+
+    reading = asyncio.create_task(control.receive(hear))
+    for sequence in range(number + 1):  # it may have taken any number of what was sent
+        control._carrier.write(encode(Envelope(0, sequence, Ping(-1))))
+    await asyncio.wait([reading, answered], return_when=asyncio.FIRST_COMPLETED)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed")
+def test_decoder_and_parser_stand_what_a_fuzzer_led_by_coverage_makes_up(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    seeds: list[Message] = [RunPass(run_of(0, 1, 2)), Ping(1), Failed("why")]
+    for number, message in enumerate(seeds):
+        (frame,) = encode(Envelope(0, 0, message))
+        (corpus / f"decoded-{number}").write_bytes(b"\0" + frame)
+        (corpus / f"streamed-{number}").write_bytes(streamed([bytes(frame)]))
+    target = Path(__file__).with_name("atheris_target.py")
+    limits = ["-runs=50000", "-seed=1", "-timeout=5", "-rss_limit_mb=2048"]
+    ran = subprocess.run(
+        [sys.executable, target, *limits, corpus], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "Done 50000 runs" in ran.stderr
