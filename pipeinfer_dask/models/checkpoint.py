@@ -26,10 +26,9 @@ from pipeinfer_dask.models.conversion import rehearse, rehearse_names
 from pipeinfer_dask.models.devices import Dtype
 from pipeinfer_dask.models.families import context_of, model_class, refusal
 from pipeinfer_dask.models.sizes import Sizes
-from pipeinfer_dask.models.sources import Source, locate
+from pipeinfer_dask.models.sources import SINGLE_FILE, Source, locate
 from pipeinfer_dask.models.tensors import (
     FLOAT_TYPES,
-    SINGLE_FILE,
     StoredTensor,
     listed_tensors,
     stored_tensors,

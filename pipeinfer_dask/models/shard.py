@@ -28,11 +28,10 @@ from pipeinfer_dask.models.passes import FusedPass, fused_pass
 from pipeinfer_dask.models.quiet import without_progress_bars
 from pipeinfer_dask.models.sampling import Choice, Sampler, logprobs
 from pipeinfer_dask.models.sequences import Sequences, SequenceState
-from pipeinfer_dask.models.sources import Source, locate
+from pipeinfer_dask.models.sources import SINGLE_FILE, Source, locate
 from pipeinfer_dask.models.splice import SplicedPass, spliced
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, StageOutput
 from pipeinfer_dask.models.tensors import (
-    SINGLE_FILE,
     listed_tensors,
     stored_tensors,
     unread,

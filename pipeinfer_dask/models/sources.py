@@ -16,6 +16,10 @@ from huggingface_hub.errors import HFValidationError
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 """Configuration, tokenizer and index: all of a model but its weights."""
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""What checkpoints that are pickled are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,15 @@ class Source:
                 "path that holds on every machine, such as one that begins with $HOME"
             )
         return path
+
+    def lacking(self) -> str | None:
+        """Return why there is nothing to load on this machine, if so. The hub is not asked."""
+        try:
+            if self.revision is None:
+                weights_in(self.directory())
+        except FileNotFoundError as error:
+            return str(error)
+        return None
 
     def fetch(self, files: Iterable[str]) -> None:
         """Have these files in the directory, if this is a model of the hub.
@@ -94,6 +107,29 @@ def locate(source: str | Path) -> Source:
             f"expected the directory of a model, but {path} is a file: give its folder"
         )
     return Source(str(source), _small_files(str(source)).name)
+
+
+def weights_in(directory: Path) -> Path:
+    """Return the file that says what weights a directory holds: their index, or all of them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no safetensors.
+    """
+    for name in (INDEX_FILE, SINGLE_FILE):
+        if (directory / name).is_file():
+            return directory / name
+    pickled = [file for pattern in PICKLED_FILES for file in sorted(directory.glob(pattern))]
+    if pickled:
+        raise FileNotFoundError(
+            f"{pickled[0]} is pickled, and reading it could run any code: expected {SINGLE_FILE} "
+            "beside it, so save the model's weights as safetensors"
+        )
+    raise FileNotFoundError(
+        f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}: "
+        "save the model's weights as safetensors"
+    )
 
 
 def _expanded(name: str | Path) -> Path:

@@ -1,17 +1,22 @@
-"""What a worker is told to load: small, picklable, and complete."""
+"""What a worker is told to load: small, picklable, and complete.
+
+A worker unpickles it on its event loop, which has other things to do: torch and the model's
+code are imported only in the thread that loads.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from pipeinfer_dask.drafting.ngram import NGRAM, NgramDraft
-from pipeinfer_dask.models.devices import CPU, Dtype
-from pipeinfer_dask.models.linears import Weights
-from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.sources import Source
 from pipeinfer_dask.models.stage import CountBytes, Intake
+
+if TYPE_CHECKING:
+    from pipeinfer_dask.models.devices import Dtype
+    from pipeinfer_dask.models.linears import Weights
+    from pipeinfer_dask.models.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class ShardSpec:
     weights: Weights = "auto"
     target_vocab_size: int | None = None
     sharers: int | None = None
-    device: str = CPU
+    device: str = "cpu"
     dtype: Dtype = "float32"
     static: bool = False
 
@@ -69,6 +74,10 @@ class ShardSpec:
 
     def load(self, count: CountBytes) -> Shard:
         """Load the shard; torch's thread count is set for the calling thread."""
+        import torch
+
+        from pipeinfer_dask.models.shard import Shard
+
         torch.set_num_threads(self.threads)
         return Shard.load(
             self.source,

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeinfer_dask.models.sources import INDEX_FILE, weights_in
 from pipeinfer_dask.models.stage import CountBytes
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 FLOAT_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -189,12 +188,7 @@ def stored_tensors(
     """
     files = listed_tensors(directory)
     if files is None:
-        if not (directory / SINGLE_FILE).is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}: "
-                "save the model's weights as safetensors"
-            )
-        held = _read_header(directory / SINGLE_FILE)
+        held = _read_header(weights_in(directory))
         return {name: tensor for name, tensor in held.items() if wanted(name)}
     needed = {tensor: file for tensor, file in files.items() if wanted(tensor)}
     headers: dict[str, dict[str, StoredTensor]] = {}

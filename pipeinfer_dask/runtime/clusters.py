@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import warnings
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from ipaddress import ip_address
 from math import inf
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread, main_thread
@@ -18,6 +20,7 @@ from typing import Any, Self, TypeVar
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.comm.addressing import get_address_host
 from distributed.utils import get_mp_context
 
 from pipeinfer_dask.runtime.gpus import CPUS, Devices, gpu_count
@@ -120,6 +123,8 @@ def loop_of(client: Client) -> asyncio.AbstractEventLoop:
 def workers_of(client: Client) -> dict[str, int]:
     """Return address and threads of each worker.
 
+    Warns if other machines can reach the workers without TLS.
+
     Raises
     ------
     ValueError
@@ -131,7 +136,26 @@ def workers_of(client: Client) -> dict[str, int]:
             f"make another one"
         )
     workers = client.scheduler_info(n_workers=-1)["workers"]
+    if exposed := [address for address in workers if _is_exposed(address)]:
+        # Python shows a warning of the same text and place once.
+        warnings.warn(
+            f"other machines can reach this cluster's workers, such as {exposed[0]}, without TLS: "
+            "who can connect can run code there, and read what is generated. Give scheduler, "
+            "workers and client a distributed.Security, or have them listen on 127.0.0.1",
+            stacklevel=3,
+        )
     return {address: int(info["nthreads"]) for address, info in workers.items()}
+
+
+def _is_exposed(address: str) -> bool:
+    """Whether a worker listens where others than this machine can hear it, and understand."""
+    if not address.startswith(("tcp://", "ws://")):
+        return False
+    host = get_address_host(address)
+    try:
+        return not ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
 
 
 @contextmanager
@@ -174,7 +198,7 @@ def own_cluster(
         _interrupts_held(),
     ):
         get_mp_context().set_forkserver_preload(
-            ["pipeinfer_dask.runtime.apart", "distributed", "pipeinfer_dask.models.specs"]
+            ["pipeinfer_dask.runtime.apart", "distributed", "pipeinfer_dask.models.shard"]
         )
         cluster = resources.enter_context(
             kind(

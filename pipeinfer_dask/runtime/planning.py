@@ -97,6 +97,8 @@ class Models:
 
         Raises
         ------
+        FileNotFoundError
+            If a worker finds no weights where the model is to be.
         MemoryError
             If a worker, or the machine that it shares with others, has not.
         ValueError
@@ -104,6 +106,9 @@ class Models:
         RuntimeError
             If a worker could not measure a layer.
         """
+        _check_weights(self.target, placement.stages, client)
+        if isinstance(self.draft, Checkpoint) and placement.drafter is not None:
+            _check_weights(self.draft, [placement.drafter], client)
         even = self._nodes(self.split(stages, None), placement.stages, placement.drafter)
         pools = _pools(even, client)
         if layer_split == AUTO and stages > 1:
@@ -283,6 +288,14 @@ class Holding:
     @property
     def need(self) -> Need:
         return Need(self.node, self.place, self.nbytes)
+
+
+def _check_weights(model: Checkpoint, workers: Sequence[str], client: Client) -> None:
+    """Check that workers will find a model's weights, or the hub's name for them."""
+    lacking: dict[str, str | None] = client.run(model.source.lacking, workers=list({*workers}))
+    for worker, reason in lacking.items():
+        if reason is not None:
+            raise FileNotFoundError(f"worker {worker} finds no model: {reason}")
 
 
 def _pools(nodes: Sequence[Holding], client: Client) -> dict[str, list[Pool]]:
