@@ -17,7 +17,6 @@ from pipeinfer_dask.bench import SUITES
 from pipeinfer_dask.drafting.ngram import NGRAM
 
 if TYPE_CHECKING:
-    from distributed import Client
     from rich.console import Console
 
     from pipeinfer_dask.engine import Engine, Result
@@ -189,6 +188,7 @@ def generate(
     """Continue PROMPT ("-" reads it from stdin)."""
     from pipeinfer_dask.models.demo_pair import demo_pair
     from pipeinfer_dask.models.linears import check_weights
+    from pipeinfer_dask.runtime.clusters import connected
     from pipeinfer_dask.runtime.settings import split
 
     if prompt == "-":
@@ -209,7 +209,7 @@ def generate(
     admission.request(0, prompt, **settings)
     console = _console(as_json)
     with ExitStack() as stack:
-        client = None if scheduler is None else stack.enter_context(_client(scheduler))
+        client = None if scheduler is None else stack.enter_context(connected(scheduler))
         engine = stack.enter_context(
             _engine(
                 console,
@@ -345,18 +345,6 @@ def _console(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json, highlight=False)
-
-
-def _client(address: str) -> Client:
-    from distributed import Client
-
-    try:
-        return Client(address)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"expected --scheduler as the address of a running Dask scheduler, such as "
-            f"tcp://host:8786, got {address!r}: {error}"
-        ) from error
 
 
 def _engine(console: Console, target: Any, draft: Any, **options: Any) -> Engine:

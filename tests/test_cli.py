@@ -259,10 +259,34 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["generate", "x", "--target", "{target}", "--max-new-tokens", "512"],
         "context of 512, got 1 + 512",
     ),
+    "a generation of nothing": (
+        ["generate", "x", "--target", "{target}", "--max-new-tokens", "many"],
+        "'many' is not a valid integer",
+    ),
+    "an empty stop string": (
+        ["generate", "x", "--target", "{target}", "--stop", ""],
+        "expected stop_strings as texts that are not empty, got ''",
+    ),
+    "a seed of text": (
+        ["generate", "x", "--target", "{target}", "--seed", "lucky"],
+        "'lucky' is not a valid integer",
+    ),
+    "nothing to keep": (
+        ["generate", "x", "--target", "{target}", "--top-p", "0"],
+        "expected top_p above 0 and up to 1, got 0.0",
+    ),
+    "a device that there is not": (
+        ["generate", "x", "--target", "{target}", "--devices", "tpu"],
+        "'tpu'",
+    ),
+    "in process on a cluster": (
+        ["generate", "x", "--in-process", "--scheduler", "tcp://h:1"],
+        "expected --in-process or --scheduler, got both",
+    ),
     "unknown suite": (["bench", "speed"], "'speed' is not one of"),
     "scheduler without port": (
         ["generate", "x", "--target", "{target}", "--scheduler", "somewhere"],
-        "such as tcp://host:8786, got 'somewhere': missing port number",
+        "such as tcp://host:8786, got 'somewhere', where none answers within 10 s: missing port",
     ),
 }
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from pipeinfer_dask.models.conversion import rehearse, rehearse_names
 from pipeinfer_dask.models.devices import Dtype
@@ -35,6 +36,8 @@ from pipeinfer_dask.models.tensors import (
     usual_dtype,
 )
 
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""What families call the field that names their activation."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 HARMLESS = re.compile(r"(rotary_emb\.inv_freq|attn\.(masked_)?bias|position_ids)$")
@@ -130,6 +133,12 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
             model = model_class(config)(config)
     # A configuration can be wrong in as many ways as there are families.
     except Exception as error:
+        for name in ACTIVATIONS:
+            if isinstance(given := fields.get(name), str) and given not in ACT2FN:
+                raise ValueError(
+                    f"{path / 'config.json'}: expected {name} as the name of an activation, such "
+                    f"as 'silu', got {given!r}: download it again"
+                ) from error
         raise ValueError(
             f"{path / 'config.json'} describes no {fields['model_type']} model: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -163,6 +163,8 @@ class Admission:
                 tokens = tuple(operator.index(token) for token in prompt)
             except TypeError as error:
                 raise ValueError(f"expected token ids as whole numbers: {error}") from None
+            if yes := [token for token in prompt if isinstance(token, bool)]:
+                raise ValueError(f"expected token ids as whole numbers, got {yes[0]}")
         if not tokens:
             raise ValueError("expected a prompt of at least one token, got none from the tokenizer")
         size = self.target.vocab_size

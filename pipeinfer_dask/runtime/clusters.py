@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError
@@ -13,12 +14,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from ipaddress import ip_address
 from math import inf
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Self, TypeVar
 
 import dask
+from dask.utils import parse_timedelta
 from distributed import Client, LocalCluster
 from distributed.comm.addressing import get_address_host
 from distributed.utils import get_mp_context
@@ -110,6 +113,29 @@ def call_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
         begun.clear()  # or an error would hold itself, by the frame that it passed through
 
 
+CONNECT_TIMEOUT_S = 10.0
+"""How long to wait for a scheduler whose address somebody typed."""
+
+
+def connected(address: str) -> Client:
+    """Return a client of the cluster whose scheduler has this address.
+
+    Raises
+    ------
+    ValueError
+        If nobody answers there.
+    """
+    configured = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    seconds = min(CONNECT_TIMEOUT_S, configured)
+    try:
+        return Client(address, timeout=seconds, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected --scheduler as the address of a running Dask scheduler, such as "
+            f"tcp://host:8786, got {address!r}, where none answers within {seconds:g} s: {error}"
+        ) from error
+
+
 def loop_of(client: Client) -> asyncio.AbstractEventLoop:
     """Return the loop that the client runs on."""
 
@@ -175,6 +201,26 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _check_script() -> None:
+    """Refuse a script that each worker process would run again when it imports it.
+
+    Raises
+    ------
+    RuntimeError
+        If it has no main guard.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    try:
+        source = "__name__" if script is None else Path(script).read_text(errors="replace")
+    except OSError:
+        return
+    if "__name__" not in source:
+        raise RuntimeError(
+            f'expected `if __name__ == "__main__":` in {script}: worker processes import the '
+            "script again, so put what it does behind that line"
+        )
+
+
 def own_cluster(
     count: int, resources: ExitStack, devices: Devices = CPUS, *, spares: int = 0
 ) -> Client:
@@ -185,6 +231,7 @@ def own_cluster(
     Where each worker is to use its own GPU, and dask-cuda is there to give it one, they are no
     more than there are GPUs.
     """
+    _check_script()
     kind: type[LocalCluster] = LocalCluster
     # Importing torch and transformers takes seconds of a core in every process. With a fork
     # server one process does it, and the workers are forks of that one. What has been forked

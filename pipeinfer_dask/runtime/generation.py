@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
+from numbers import Real
 from threading import Condition
 from time import monotonic
 from typing import Any, Literal, Protocol
@@ -122,6 +123,10 @@ class GenerationInterrupted(RuntimeError):  # noqa: N818
         self.partial_ids = partial_ids
 
 
+def _is_wait(timeout: Any) -> bool:
+    return isinstance(timeout, Real) and not isinstance(timeout, bool) and float(timeout) >= 0
+
+
 class Generation:
     """A generation on its way.
 
@@ -217,6 +222,8 @@ class Generation:
 
         Raises
         ------
+        ValueError
+            If that is no time to wait.
         TimeoutError
             If it takes longer. The generation goes on.
         KeyboardInterrupt
@@ -224,6 +231,8 @@ class Generation:
         GenerationInterrupted
             If the pipeline was lost; it holds the text so far.
         """
+        if timeout is not None and not _is_wait(timeout):
+            raise ValueError(f"expected timeout as seconds of at least 0, or None, got {timeout!r}")
         deadline = inf if timeout is None else monotonic() + timeout
         with self._cancelling(KeyboardInterrupt):
             while not self.done():

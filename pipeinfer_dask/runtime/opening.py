@@ -46,9 +46,11 @@ def check_asked(
         )
     if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
         raise ValueError(f"expected stages to be a whole number, got {stages!r}")
-    if layer_split is not None and not isinstance(layer_split, Sized):
+    if layer_split not in (None, "auto") and (
+        isinstance(layer_split, (str, bytes)) or not isinstance(layer_split, Sized)
+    ):
         raise ValueError(
-            f"expected layer_split as a sequence of numbers, one a stage, got {layer_split!r}"
+            f"expected layer_split as numbers, one a stage, or as 'auto', got {layer_split!r}"
         )
     check_weights(weights)
     if progress is not None and not isinstance(progress, bool) and not callable(progress):

@@ -249,8 +249,12 @@ def ids(name: str, value: object, vocab_size: int) -> tuple[int, ...]:
 def biases(value: object, vocab_size: int) -> tuple[tuple[tuple[int, ...], float], ...]:
     """Return ``sequence_bias``, a dict or the list of pairs that JSON makes of it."""
     pairs = list(value.items()) if isinstance(value, Mapping) else listed("sequence_bias", value)
-    if wrong := [pair for pair in pairs if len(listed("sequence_bias", pair)) != 2]:
-        raise ValueError(f"expected sequence_bias as token ids and a number, got {wrong[0]!r}")
+    for pair in pairs:
+        if len(both := listed("sequence_bias", pair)) != 2 or not isinstance(both[0], Iterable):
+            raise ValueError(
+                f"expected sequence_bias as token ids and a number, such as {{(97,): 1.0}}, got "
+                f"{pair!r}"
+            )
     return tuple(
         (ids("sequence_bias", words, vocab_size), number("sequence_bias", bias))
         for words, bias in pairs
@@ -262,4 +266,9 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else tuple(listed(name, value))
     if wrong := [text for text in strings if not isinstance(text, str) or not text]:
         raise ValueError(f"expected {name} as texts that are not empty, got {wrong[0]!r}")
+    for text in strings:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"expected {name} as valid Unicode text: {error}") from None
     return strings

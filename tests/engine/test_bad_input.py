@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +98,46 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
         ValueError,
         r"quantised \(gptq\)",
     ),
+    "unknown activation": (
+        edit("config.json", hidden_act="foo"),
+        ValueError,
+        r"config\.json: expected hidden_act as the name of an activation, .* got 'foo'",
+    ),
+    "no context": (edit("config.json", max_position_embeddings=0), ValueError, "config.json"),
+    "no layers": (edit("config.json", num_hidden_layers=0), ValueError, "model"),
+    "heads of text": (edit("config.json", num_attention_heads="many"), ValueError, "config.json"),
+    "a list as config": (
+        lambda model: (model / "config.json").write_text("[1, 2]"),
+        ValueError,
+        "must hold a JSON object, not a list",
+    ),
+    "a config that is no text": (
+        lambda model: (model / "config.json").write_bytes(b"\xff\xfe\x00"),
+        ValueError,
+        "config.json is not valid JSON",
+    ),
+    "weights of another kind": (
+        lambda model: (model / "model.safetensors").write_bytes(b"PK\x03\x04" * 99),
+        ValueError,
+        "model.safetensors is truncated or no safetensors file",
+    ),
+    "an index of nothing": (
+        lambda model: (model / "model.safetensors.index.json").write_text("{}"),
+        ValueError,
+        "is no index of safetensors files",
+    ),
+    "an index of files that are not there": (
+        lambda model: (model / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"model.norm.weight": "gone.safetensors"}}'
+        ),
+        FileNotFoundError,
+        r"gone\.safetensors is not there, which holds model\.norm\.weight",
+    ),
+    "pickled weights": (
+        lambda model: (model / "model.safetensors").rename(model / "pytorch_model.bin"),
+        FileNotFoundError,
+        r"pytorch_model\.bin is pickled, and reading it could run any code",
+    ),
     "other width": (edit("config.json", hidden_size=64), ValueError, "shape"),
     "missing tensors": (drop_last_layer, ValueError, r"lacks the tensor model.layers.3\."),
     "without tokenizer": (
@@ -182,9 +224,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "empty split": ({"layer_split": []}, "at least one stage, not 0"),
     "one number as split": (
         {"layer_split": 3},
-        "layer_split as a sequence of numbers, one a stage, got 3",
+        "layer_split as numbers, one a stage, or as 'auto', got 3",
     ),
-    "text as split": ({"layer_split": "2,1"}, "2,1"),
+    "text as split": ({"layer_split": "2,1"}, "or as 'auto', got '2,1'"),
+    "another word as split": ({"layer_split": "foo"}, "or as 'auto', got 'foo'"),
+    "bytes as split": ({"layer_split": b"auto"}, "or as 'auto', got b'auto'"),
+    "weights of no kind": ({"weights": 16}, "weights to be one of 'auto', 'fp16', 'fp32', got 16"),
+    "a number as progress": ({"progress": 3}, "progress as a callable, True, False or None, got 3"),
+    "no client": ({"client": "tcp://127.0.0.1:1"}, r"a distributed\.Client, got 'tcp://"),
+    "a device that there is not": ({"devices": "tpu"}, "'tpu'"),
+    "a dtype that there is not": ({"dtype": "int4"}, "'int4'"),
     "too many shares": ({"layer_split": [1] * 5}, "5 stages .* model has 4"),
     "shares for other stages": (
         {"stages": 3, "layer_split": [1, 1]},
@@ -217,6 +266,12 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no prompt": ({"prompt": None}, "a prompt as text or token ids, got None"),
     "bytes": ({"prompt": b"def"}, "a prompt as text or token ids, got b'def'"),
     "half a token": ({"prompt": [1, 1.5]}, "token ids as whole numbers"),
+    "yes as a token": ({"prompt": [1, True]}, "token ids as whole numbers, got True"),
+    "half a letter": ({"prompt": "a\ud800"}, "a prompt that is valid Unicode text: .* surrogates"),
+    "a token of text": ({"prompt": [1, "2"]}, "token ids as whole numbers"),
+    "a list of prompts": ({"prompt": ["a", "b"]}, "token ids as whole numbers"),
+    "a token beyond 64 bits": ({"prompt": [2**70]}, "token ids from 0 to 287, got 1180"),
+    "a set of tokens": ({"prompt": {1: 2}}, "a prompt as text or token ids, got {1: 2}"),
     "unknown token": ({"prompt": [1, 288]}, "token ids from 0 to 287, got 288"),
     "negative token": ({"prompt": [1, -1]}, "token ids from 0 to 287, got -1"),
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
@@ -249,6 +304,20 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown bad word": ({"bad_words_ids": [[1], [288]]}, "bad_words_ids up to 287, got 288"),
     "a bad word alone": ({"bad_words_ids": [7]}, "expected bad_words_ids as a list, got 7"),
     "empty bad word": ({"bad_words_ids": [[]]}, "bad_words_ids without an empty word"),
+    "a bias for a token alone": (
+        {"sequence_bias": {97: 1.0}},
+        r"as token ids and a number, such as \{\(97,\): 1\.0\}, got \(97, 1\.0\)",
+    ),
+    "half a letter to stop at": ({"stop_strings": "a\ud800"}, "stop_strings as valid Unicode text"),
+    "nan as temperature": ({"temperature": float("nan")}, "expected temperature from 1e-6 to 1e6"),
+    "endless temperature": ({"temperature": float("inf")}, "expected temperature from 1e-6 to 1e6"),
+    "no penalty": ({"repetition_penalty": 0}, "expected repetition_penalty from 1e-6 to 1e6"),
+    "negative length": ({"min_length": -1}, "expected min_length of at least 0, got -1"),
+    "half a logprob": ({"logprobs": 0.5}, r"expected logprobs as a whole number, got 0\.5"),
+    "text as seed": ({"seed": "lucky"}, "expected seed as a whole number, got 'lucky'"),
+    "yes as penalty": ({"repetition_penalty": True}, "repetition_penalty as a number, got True"),
+    "a number to stop at": ({"stop_strings": 3}, "expected stop_strings as a list, got 3"),
+    "no end": ({"eos_token_id": "</s>"}, "expected eos_token_id as a list, got '</s>'"),
     "bias without a number": ({"sequence_bias": [[[1]]]}, "as token ids and a number"),
     "unknown end": ({"eos_token_id": 999}, "eos_token_id up to 287, got 999"),
     "empty stop string": ({"stop_strings": ["x", ""]}, "texts that are not empty, got ''"),
@@ -272,6 +341,30 @@ def test_a_request_that_can_not_be_served_is_refused(
         engine.start(**{"prompt": PROMPT} | asked)
     assert len(str(caught.value).splitlines()) == 1
     assert engine.generate(PROMPT, max_new_tokens=2).token_ids == pair.greedy[:2]
+
+
+@pytest.mark.parametrize("timeout", ["a", -1, float("nan"), True, [1]], ids=repr)
+def test_a_result_can_not_be_waited_for_in_no_time(engine: pi.Engine, timeout: Any) -> None:
+    generation = engine.start(PROMPT, max_new_tokens=2)
+    with pytest.raises(ValueError, match="timeout as seconds of at least 0, or None, got"):
+        generation.result(timeout)
+    assert len(generation.result(60).token_ids) == 2
+
+
+SCRIPT = """
+import pipeinfer_dask as pi
+pi.Engine.from_pretrained({target!r}, stages=1)
+"""
+
+
+def test_a_script_that_workers_would_run_again_is_refused(pair: Pair, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(target=str(pair.target)))
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ran.returncode == 1
+    told = f'RuntimeError: expected `if __name__ == "__main__":` in {script}: worker processes'
+    assert ran.stderr.splitlines()[-1].startswith(told)
+    assert ran.stderr.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("strategy", ["speculative", "pipeinfer", "adaptive", PipeInfer()])

@@ -14,7 +14,6 @@ from typing import Any
 
 import dask
 import pytest
-import torch
 from distributed import Client, LocalCluster, Security, Worker
 from distributed.comm import connect
 from distributed.comm.addressing import get_address_host_port
@@ -142,14 +141,6 @@ def outward_address() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing
         return str(probe.getsockname()[0])
-
-
-def test_a_pickled_checkpoint_is_refused_by_name(pair: Pair, tmp_path: Path) -> None:
-    model = shutil.copytree(pair.target, tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    torch.save({}, model / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is pickled, and reading it"):
-        pi.Engine.from_pretrained(model, in_process=True)
 
 
 def test_weights_that_a_worker_does_not_find_are_told_before_anything_is_loaded(
