@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
-from numbers import Real
 from threading import Condition
 from time import monotonic
 from typing import Any, Literal, Protocol
@@ -124,7 +123,10 @@ class GenerationInterrupted(RuntimeError):  # noqa: N818
 
 
 def _is_wait(timeout: Any) -> bool:
-    return isinstance(timeout, Real) and not isinstance(timeout, bool) and float(timeout) >= 0
+    try:
+        return not isinstance(timeout, (bool, str, bytes)) and float(timeout) >= 0
+    except TypeError:
+        return False
 
 
 class Generation:

@@ -172,7 +172,9 @@ class Nodes:
 
     async def stats(self) -> list[dict[str, int]]:
         """Return what each node says of itself."""
-        actors = await asyncio.gather(*self._futures.values())
+        # An actor binds itself to whichever client is the current one when it arrives.
+        with self._client.as_current():
+            actors = await asyncio.gather(*self._futures.values())
         return list(await asyncio.gather(*(actor.stats() for actor in actors)))
 
     async def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -264,6 +266,31 @@ def test_workers_are_freed_when_the_client_of_an_open_engine_is_closed(
         engine = pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=1)
         assert engine.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
         client.close()
+        wait_until_workers_hold_nothing(observer)
+
+
+CLIENT = """
+import sys
+from distributed import Client
+import pipeinfer_dask as pi
+
+engine = pi.Engine.from_pretrained(sys.argv[2], client=Client(sys.argv[1]), stages=1)
+for _ in engine.start("def", max_new_tokens=480):
+    print("generates", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.cluster
+def test_workers_are_freed_when_the_process_of_a_client_is_killed(pair: Pair) -> None:
+    with small_cluster() as cluster, Client(cluster, set_as_default=False) as observer:
+        command = [sys.executable, "-c", CLIENT, cluster.scheduler_address, str(pair.target)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "generates\n"
+            assert any(observer.run(held_by).values())
+            process.kill()
         wait_until_workers_hold_nothing(observer)
 
 
