@@ -214,7 +214,7 @@ WRONG: dict[str, Any] = {
     "prunes of other runs": Prune(0, 0, (1, 2), ((0,),)),
     "a ping of text": Ping("1"),  # type: ignore[arg-type]
     "a ping of nothing": Ping(None),  # type: ignore[arg-type]
-    "a clock that is no number": Pong(1, float("nan")),
+    "a clock that is no number": Pong(1, float("nan"), 0.0),
 }
 
 
