@@ -132,7 +132,7 @@ messages = st.one_of(
     st.builds(DialNext, st.text(), st.text()),
     st.builds(Dialled),
     st.builds(Failed, st.text()),
-    st.builds(PeerLost, st.text()),
+    st.builds(PeerLost, counts, st.text()),
     st.builds(Close),
 )
 
