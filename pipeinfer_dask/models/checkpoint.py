@@ -143,6 +143,12 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
             f"{path / 'config.json'} describes no {fields['model_type']} model: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+    context = context_of(config)
+    if context < 2:  # a token of the prompt, and a new one
+        raise ValueError(
+            f"{path / 'config.json'}: expected a context of at least 2 tokens, got {context}: "
+            "download it again"
+        )
     sizes = Sizes.of(model)  # before it is filled: then nothing is tied any more
     if listed:
         check_tensors(path, listed, stored, model)
@@ -156,7 +162,7 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        context=context_of(config),
+        context=context,
         eos_token_ids=_end_of_text(path, fields, generation_config),
         sizes=sizes,
         dtype=_dtype(config, stored),

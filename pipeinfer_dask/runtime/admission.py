@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -148,7 +148,7 @@ class Admission:
         )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, bytes) or not hasattr(prompt, "__len__"):
+        if isinstance(prompt, (bytes, Mapping, Set)) or not hasattr(prompt, "__len__"):
             raise ValueError(f"expected a prompt as text or token ids, got {prompt!r}")
         if len(prompt) == 0:
             raise ValueError("expected a prompt of at least one token, got an empty one")
