@@ -108,18 +108,26 @@ class Result:
 class GenerationInterrupted(RuntimeError):  # noqa: N818
     """The pipeline was lost before the text was finished.
 
+    Another engine goes on with it: a text that starts from the prompt's token ids and
+    ``partial_ids`` is the same from there on, a sampled one with the same settings and seed, too.
+
     Attributes
     ----------
     partial : str
         The text so far.
     partial_ids : list of int
         The same as token ids.
+    request : Request
+        What was asked for: its ``prompt`` as token ids, ``max_new_tokens``, ``sampling.seed``.
     """
 
-    def __init__(self, message: str, partial: str, partial_ids: list[int]) -> None:
+    def __init__(
+        self, message: str, partial: str, partial_ids: list[int], request: Request
+    ) -> None:
         super().__init__(message)
         self.partial = partial
         self.partial_ids = partial_ids
+        self.request = request
 
 
 def _is_wait(timeout: Any) -> bool:
@@ -374,7 +382,7 @@ class Generation:
         """Let whoever waits have the text so far, as a `GenerationInterrupted`."""
         with self._changed:
             self._position, self._status = None, "failed"
-            interrupted = GenerationInterrupted(str(error), self.text, self.token_ids)
+            interrupted = GenerationInterrupted(str(error), self.text, self.token_ids, self.request)
             interrupted.__cause__ = error
             self._future.set_exception(interrupted)
         self._notify()

@@ -107,6 +107,21 @@ class DyingSpec:
 
 
 @dataclass(frozen=True)
+class DyingOnceSpec:
+    """Takes its process along while it loads, unless there is a file already."""
+
+    path: str
+    name: str = "dying once"
+    intake: Intake = INTAKE
+
+    def load(self, count: CountBytes) -> CountingStage:
+        if not Path(self.path).exists():
+            Path(self.path).touch()
+            DyingSpec().load(count)
+        return CountingStage(last=True)
+
+
+@dataclass(frozen=True)
 class StoppingSpec:
     """Stops its process while it loads."""
 

@@ -34,12 +34,14 @@ from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline, PipelineError
 from pipeinfer_dask.runtime.links import Link, dial
 from pipeinfer_dask.runtime.loading import Loading
 from pipeinfer_dask.runtime.peers import Peer
+from pipeinfer_dask.runtime.recovery import Recovery
 from pipeinfer_dask.runtime.wire import DialNext
 from tests.runtime.chain import (
     BROKEN,
     READ_BYTES,
     SLOW,
     CountingSpec,
+    DyingOnceSpec,
     DyingSpec,
     EchoingSpec,
     MissingSpec,
@@ -337,6 +339,24 @@ def test_a_worker_that_dies_while_it_loads_does_not_keep_us_waiting() -> None:
         async with cluster(processes=True, workers=1) as (client, workers):
             with pytest.raises(PipelineError, match="the worker died while it was loading"):
                 await DaskPipeline.open(client, [DyingSpec()], workers)
+
+    asyncio.run(main())
+
+
+def test_a_node_whose_worker_dies_while_it_loads_goes_to_another_one_and_not_for_ever(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with cluster(processes=True, workers=2) as (client, workers):
+            specs: list[StageSpec] = [CountingSpec("first"), DyingOnceSpec(str(tmp_path / "died"))]
+            recovery = Recovery(most=1)
+            pipeline = await DaskPipeline.open(client, specs, workers, recovery=recovery)
+            listener = Listener(pipeline)
+            pipeline.send(replace(run_of(0, 5), generation=pipeline.generation))
+            assert [run.tokens for run in await listener.done(1)] == [(7,)]
+            await pipeline.close()
+            with pytest.raises(PipelineError, match="the worker died while it was loading"):
+                await DaskPipeline.open(client, [DyingSpec()], workers[:1], recovery=recovery)
 
     asyncio.run(main())
 

@@ -1,0 +1,179 @@
+"""Faults, done to the real processes of a cluster: killed, stopped, cut off, held up.
+
+Nothing here is known to the engine: a saboteur looks at the workers from outside, or works
+within them as a broken machine or network would.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Client, Worker
+
+STUCK_S = 20.0
+"""A compute thread that is made to hang does so for so long."""
+LATE_S = 0.05
+"""A message that is made to come late does so by so much."""
+
+
+class Saboteur:
+    """Does harm to the nodes of the one engine on a cluster.
+
+    Parameters
+    ----------
+    client : Client
+        Of a cluster whose workers are processes of this machine.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._stopped: set[str] = set()
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are."""
+        return len(self._client.scheduler_info(n_workers=-1)["workers"])
+
+    def places(self) -> dict[str, str]:
+        """Return each node's worker, by the node's name: ``stage-0``, ``drafter``."""
+        found: dict[str, tuple[int, str]] = {}
+        for worker, keys in self._ask(_nodes).items():
+            for key in keys:
+                _, _, generation, name = key.split("-", 3)
+                found[name] = max(found.get(name, (-1, "")), (int(generation), worker))
+        return {name: worker for name, (_, worker) in sorted(found.items())}
+
+    def kill(self, *nodes: str) -> None:
+        """End nodes' processes at once (SIGKILL)."""
+        places = self.places()
+        for process in {self._pid(places[node]) for node in nodes}:
+            os.kill(process, signal.SIGKILL)
+
+    @contextmanager
+    def stopped(self, node: str) -> Iterator[None]:
+        """Stop a node's process (SIGSTOP) for as long as the block takes."""
+        worker = self.places()[node]
+        process = self._pid(worker)
+        self._stopped.add(worker)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(process, signal.SIGCONT)
+            self._stopped.discard(worker)
+
+    def cut(self, node: str) -> None:
+        """Cut all data links of a stage."""
+        self._within(node, _cut)
+
+    def hold_up(self, node: str) -> None:
+        """Have a stage's messages to the next come late, and in order."""
+        self._within(node, _hold_up)
+
+    def swap(self, node: str) -> None:
+        """Have a stage's next two messages to the next one come in the wrong order."""
+        self._within(node, _swap)
+
+    def swallow(self, node: str) -> None:
+        """Have all of a stage's messages to the next one vanish, on a link that stays open."""
+        self._within(node, _swallow)
+
+    def hang(self, node: str) -> None:
+        """Have a node's compute thread hang, while its process is well."""
+        self._within(node, _hang)
+
+    def left(self) -> dict[str, dict[str, int]]:
+        """Return how much the workers hold for engines, by worker; nothing that is zero."""
+        return {worker: held for worker, held in self._ask(_held).items() if held}
+
+    def _within(self, node: str, harm: Callable[..., None]) -> None:
+        self._client.run(harm, node, workers=[self.places()[node]])
+
+    def _pid(self, worker: str) -> int:
+        pid: int = self._client.run(os.getpid, workers=[worker])[worker]
+        return pid
+
+    def _ask(self, question: Callable[..., Any]) -> dict[str, Any]:
+        """Ask all workers that can answer; some may die meanwhile."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        awake = [worker for worker in workers if worker not in self._stopped]
+        answers: dict[str, Any] = self._client.run(question, workers=awake, on_error="ignore")
+        return answers
+
+
+# --- run on the workers ---------------------------------------------------------------
+
+
+def _nodes(dask_worker: Worker) -> list[str]:
+    return [name for name in dask_worker.handlers if name.startswith("pipeinfer-")]
+
+
+def _node(dask_worker: Worker, name: str) -> Any:
+    actors: dict[str, Any] = {str(key): a for key, a in dask_worker.state.actors.items()}
+    key = max(key for key in actors if key.endswith(f"-{name}"))
+    return actors[key]._node
+
+
+def _cut(name: str, dask_worker: Worker) -> None:
+    node = _node(dask_worker, name)
+    for link in node._links:
+        if link is not node._control:
+            link.abort()
+
+
+def _hold_up(name: str, dask_worker: Worker) -> None:
+    node = _node(dask_worker, name)
+    deliver = node.thread._deliver
+
+    def later(job: Any) -> None:
+        time.sleep(LATE_S)
+        deliver(job)
+
+    node.thread._deliver = later
+
+
+def _swap(name: str, dask_worker: Worker) -> None:
+    carrier = _node(dask_worker, name)._next._carrier
+    write = carrier.write_from_thread
+    held: list[Any] = []
+
+    def swapped(frames: Any) -> None:
+        if not held:
+            held.append(frames)
+            return
+        carrier.write_from_thread = write
+        write(frames)
+        write(held.pop())
+
+    carrier.write_from_thread = swapped
+
+
+def _swallow(name: str, dask_worker: Worker) -> None:
+    _node(dask_worker, name)._next._carrier.write_from_thread = lambda frames: None
+
+
+def _hang(name: str, dask_worker: Worker) -> None:
+    thread = _node(dask_worker, name).thread
+    compute = thread._compute
+
+    def hanging(model: Any, job: Any) -> None:
+        thread._compute = compute
+        threading.Event().wait(STUCK_S)
+        compute(model, job)
+
+    thread._compute = hanging
+
+
+def _held(dask_worker: Worker) -> dict[str, int]:
+    held = {
+        "actors": len(dask_worker.state.actors),
+        "nodes": len(_nodes(dask_worker)),
+        "threads": sum(t.name.startswith("pipeinfer") for t in threading.enumerate()),
+    }
+    return {what: count for what, count in held.items() if count}

@@ -1,0 +1,182 @@
+"""Nodes are lost in all ways, and nothing of a text with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.bench.sabotage import Saboteur
+from pipeinfer_dask.engine import GenerationInterrupted
+from pipeinfer_dask.protocol.messages import DrafterLost, StageLost, StagesBack
+from pipeinfer_dask.runtime.clusters import own_cluster
+from tests.engine.pairs import PROMPT, Pair
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+
+NODE_TIMEOUT_S = 5.0
+PATIENCE_S = 60.0
+WORKERS = 4
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Workers for two stages, a drafter and a spare, which their nannies restart."""
+    with ExitStack() as resources:
+        yield own_cluster(WORKERS, resources)
+
+
+@pytest.fixture(scope="module")
+def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
+    with pi.Engine.from_pretrained(
+        pair.target,
+        pair.draft,
+        client=client,
+        stages=2,
+        spares=1,
+        node_timeout=NODE_TIMEOUT_S,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture
+def saboteur(client: Client, engine: pi.Engine) -> Iterator[Saboteur]:
+    """One who begins with all workers, and leaves no more behind than an engine's nodes."""
+    client.wait_for_workers(WORKERS, timeout=PATIENCE_S)
+    saboteur = Saboteur(client)
+    yield saboteur
+    until(lambda: len(saboteur.places()) == 3)
+    until(lambda: sum(held.get("actors", 0) for held in saboteur.left().values()) == 3)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for something that nobody announces."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not so after {PATIENCE_S:g} s"
+        time.sleep(0.05)
+
+
+def in_mid_text(engine: pi.Engine, **options: Any) -> pi.Generation:
+    """Start a generation, and return it when it has given a few tokens."""
+    run = engine.start(PROMPT, max_new_tokens=200, **options)
+    for _ in zip(range(3), run, strict=False):
+        pass
+    return run
+
+
+def told(result: pi.Result, *kinds: type) -> list[type]:
+    return [type(what) for _, what in result.trace if isinstance(what, kinds)]
+
+
+def test_a_killed_stage_is_replaced_in_mid_text(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = saboteur.places()
+    run = in_mid_text(engine, strategy="iterative")
+    saboteur.kill("stage-1")
+    until(lambda: run.status == "recovering")
+    result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+    (loss,) = (what for _, what in result.trace if isinstance(what, StageLost))
+    assert loss.reason.startswith(f"stage 1 (layers 2 to 3) on worker {before['stage-1']} is lost")
+    assert f"pipeinfer recovers, and goes on with all texts: {loss.reason}" in caplog.text
+    after = saboteur.places()
+    assert after.pop("stage-1") not in before.values()
+    assert after.items() <= before.items()
+
+
+def test_a_killed_drafter_never_stops_the_text(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur
+) -> None:
+    run = in_mid_text(engine, strategy="speculative")
+    saboteur.kill("drafter")
+    result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    assert told(result, DrafterLost, StageLost) == [DrafterLost]
+
+
+def test_several_nodes_may_be_lost_at_once(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur
+) -> None:
+    run = in_mid_text(engine, temperature=0.8, seed=5)
+    saboteur.kill("stage-0", "stage-1", "drafter")
+    result = run.result(PATIENCE_S)
+    whole = engine.generate(PROMPT, max_new_tokens=200, temperature=0.8, seed=5)
+    assert result.token_ids == whole.token_ids
+    assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+
+
+def test_a_stage_that_is_stopped_is_lost_and_holds_nothing_when_it_wakes_up(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur
+) -> None:
+    worker = saboteur.places()["stage-0"]
+    run = in_mid_text(engine)
+    with saboteur.stopped("stage-0"):
+        result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+    until(lambda: worker not in saboteur.left())
+
+
+@pytest.mark.parametrize("harm", ["cut", "swap", "swallow", "hang"])
+def test_what_is_wrong_between_living_nodes_costs_no_token(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, harm: str
+) -> None:
+    run = in_mid_text(engine, strategy="iterative")
+    getattr(saboteur, harm)("stage-0")
+    result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+
+
+def test_a_slow_link_is_no_lost_one(pair: Pair, engine: pi.Engine, saboteur: Saboteur) -> None:
+    run = in_mid_text(engine)
+    saboteur.hold_up("stage-0")
+    result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    assert told(result, StageLost) == []
+
+
+def test_without_free_workers_one_holds_two_nodes_and_without_any_the_text_so_far_is_kept(
+    pair: Pair,
+) -> None:
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            worker_class="distributed.Worker",
+            processes=False,
+            protocol="tcp",
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pi.Engine.from_pretrained(pair.target, client=client, stages=2) as engine,
+    ):
+        run = in_mid_text(engine)
+        first, last = cluster.workers.values()
+        cluster.sync(last.close)
+        assert run.result(PATIENCE_S).token_ids == pair.greedy
+
+        run = in_mid_text(engine, temperature=0.9, seed=3)
+        cluster.sync(first.close)
+        with pytest.raises(GenerationInterrupted, match="could not be replaced: no worker") as lost:
+            run.result(PATIENCE_S)
+    with pi.Engine.from_pretrained(pair.target, pair.draft, in_process=True) as other:
+        whole = other.generate(PROMPT, max_new_tokens=200, temperature=0.9, seed=3)
+        request = lost.value.request
+        rest = other.generate(
+            [*request.prompt, *lost.value.partial_ids],
+            max_new_tokens=request.max_new_tokens - len(lost.value.partial_ids),
+            temperature=0.9,
+            seed=3,
+        )
+    assert lost.value.partial_ids + rest.token_ids == whole.token_ids
+    assert lost.value.partial + rest.text == whole.text
