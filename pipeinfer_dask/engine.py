@@ -153,7 +153,7 @@ class Engine(Serving):
             there each cache takes its memory from the first.
         progress : callable or bool, optional
             Told of each step of loading as a `Loading`: which node has read how many bytes, and
-            which stands. True shows a bar, False none; by default notebooks show one.
+            which stands, of lost nodes too. True shows a bar, False none; notebooks show one.
         self_test : bool
             Whether to try out first, on small random models of the same settings, that they
             say the same in stages as in one piece. It takes a second at most, once a process.

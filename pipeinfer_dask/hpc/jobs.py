@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 from distributed import Client
+from distributed.core import Status
 
 from pipeinfer_dask.hpc.queues import SYSTEMS, JobState, states_of
 
@@ -156,6 +157,7 @@ class Jobs:
             # What the queue did not take is in no queue.
             for name, job in list(self._cluster.workers.items()):
                 if job.job_id is None:
+                    job.status = Status.failed  # or the cluster's end would complain of it
                     self._cluster.worker_spec.pop(name, None)
             with suppress(RuntimeError):
                 await self._cluster

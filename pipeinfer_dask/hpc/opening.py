@@ -30,16 +30,20 @@ from pipeinfer_dask.trace.picture import table_html
 
 
 class ClusterEngine(Engine):
-    """An engine that knows where its nodes are. Made by `engine_from`.
+    """An engine that knows where its nodes are. Made by `engine_from`."""
 
-    Attributes
-    ----------
-    nodes : dict of str to str
-        By node, such as ``stage 0 (layers 0 to 9)``, the machine and the worker that loaded it.
-    """
-
-    nodes: dict[str, str]
+    _client: Client
+    _places: dict[str, str]
     _kept: ExitStack
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """By node, such as ``stage 0 (layers 0 to 9)``, the machine and worker that hold it."""
+        places = sorted(self._places.items())
+        if self._client.status != "running":
+            return dict(places)
+        names = _names(self._client)
+        return {node: names.get(where, where) for node, where in places}
 
     def close(self) -> None:
         """Release every model, thread and link. Jobs stay: the cluster's end cancels them."""
@@ -78,7 +82,8 @@ def engine_from(
     stages : int
         Stages of the pipeline: each gets a worker, and so does a draft model.
     spares : int, optional
-        Workers beyond these; by default ``pipeinfer.hpc.spares``.
+        Workers beyond these, which wait for a node that is lost; by default
+        ``pipeinfer.hpc.spares``. Without one, it moves in with another node that has room.
     start_timeout : str or float, optional
         How long to wait for the workers, such as ``"2 hours"``; seconds where it is a number.
         By default ``pipeinfer.hpc.start-timeout``.
@@ -146,10 +151,16 @@ def engine_from(
                     tell(step)
 
             engine = ClusterEngine.from_pretrained(
-                target, draft, client=client, stages=stages, progress=note, **options
+                target,
+                draft,
+                client=client,
+                stages=stages,
+                spares=spares,
+                progress=note,
+                **options,
             )
-        names = _names(client)
-        engine.nodes = {node: names.get(where, where) for node, where in sorted(places.items())}
+        engine._client = client
+        engine._places = places
         engine._kept = resources.pop_all()
     return engine
 

@@ -171,9 +171,8 @@ class Assembly:
         self._nannies.update(worker for worker, about in known.items() if about["nanny"])
 
     async def _make(self, seat: Seat, session: Session) -> None:
-        progress = None if self._opened else self._progress
         try:
-            await self.nodes.make(seat, session, progress)
+            await self.nodes.make(seat, session, self._progress)
         except (PipelineError, LinkError) as error:
             self._leave(seat)
             if isinstance(error, NodeLostError) or not (self._opened or self._recovery.most):

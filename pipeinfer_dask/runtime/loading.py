@@ -106,6 +106,8 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
             latest: dict[str, Loading] = {}
 
             def tell(step: Loading) -> None:
+                if bar.disable:  # all stood, and a lost node is made anew since
+                    return
                 latest[step.node] = step
                 bar.total = sum(one.total for one in latest.values())
                 bar.update(sum(one.nbytes for one in latest.values()) - bar.n)
