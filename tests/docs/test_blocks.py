@@ -24,7 +24,7 @@ PAGES = [
 NOT_RUN = {"", "text", "markdown"}
 """What claims to be no code."""
 ELSEWHERE = re.compile(
-    r"(\.venv/bin/)?(python3?|pip|pytest|ruff|mypy|pre-commit|conda|git|bash|sphinx-build|towncrier)\b"
+    r"(\.venv/bin/)?(python3?|pip|pytest|ruff|mypy|pre-commit|conda|git|bash|coverage|sphinx-build|towncrier)\b"
 )
 """Commands that set up, test or release: `.ci/run` is made of them."""
 

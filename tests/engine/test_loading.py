@@ -117,6 +117,6 @@ def test_weights_that_a_worker_lacks_are_named_with_the_worker(
     bare = tmp_path / "bare"
     shutil.copytree(pair.target, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(
-        RuntimeError, match=rf"stage 0 .* on worker inproc.* could not load: FileNotFound.*{bare}"
+        FileNotFoundError, match=rf"worker inproc.* finds no model: {bare} holds no model"
     ):
         pi.Engine.from_pretrained(bare, client=inproc_client, stages=1)

@@ -128,7 +128,7 @@ messages = st.one_of(
     ),
     st.builds(RunTaken, counts, counts, counts),
     st.builds(Ping, counts),
-    st.builds(Pong, counts, seconds),
+    st.builds(Pong, counts, seconds, seconds),
     st.builds(DialNext, st.text(), st.text()),
     st.builds(Dialled),
     st.builds(Failed, st.text()),
