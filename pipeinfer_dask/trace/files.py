@@ -1,21 +1,13 @@
 """Traces in files: JSON lines, a header and then an entry a line.
 
-Nothing is pickled, and each value is held against the type that its field has: a file that
-loads is a trace. Floats are written as their shortest exact form, so that a trace comes back
-as it was.
+A file that loads is a trace, and comes back as it was: see `pipeinfer_dask.trace.entries`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import types
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
@@ -27,11 +19,11 @@ from pipeinfer_dask.protocol.messages import (
     StartDraft,
     StartRun,
 )
+from pipeinfer_dask.trace.entries import checked, read_entry, written
 from pipeinfer_dask.trace.record import Trace
 
 FORMAT = "pipeinfer_dask trace"
 VERSION = 1
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Command | Event)}
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
@@ -54,7 +46,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     with Path(path).open("w", encoding="ascii") as file:
         file.write(json.dumps(header) + "\n")
         for time, what in records:
-            file.write(json.dumps([time, type(what).__name__, _plain(what)]) + "\n")
+            file.write(written(time, what) + "\n")
 
 
 def load(
@@ -85,16 +77,15 @@ def load(
             )
         lines = 1
         try:
-            stages = _checked(int, header["stages"])
+            stages = checked(int, header["stages"])
             if stages < 1:
                 raise ValueError(f"{stages} stages")
-            texts = {int(token): _checked(str, text) for token, text in header["texts"].items()}
-            pieces = [_checked(str, piece) for piece in _checked(list, header["pieces"])]
+            texts = {int(token): checked(str, text) for token, text in header["texts"].items()}
+            pieces = [checked(str, piece) for piece in checked(list, header["pieces"])]
             records: list[tuple[float, Event | Command]] = []
             for text in file:
                 lines += 1
-                time, kind, values = json.loads(text)
-                records.append((_reader(float)(time), _reader(KINDS[kind])(values)))
+                records.append(read_entry(text))
             if len(records) != header["records"]:
                 raise ValueError(f"{len(records)} entries instead of {header['records']!r}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -117,71 +108,3 @@ def _tokens(what: Event | Command) -> tuple[int, ...]:
             return tuple(token for token in tokens if token != LEFT_OUT)
         case _:
             return ()
-
-
-def _plain(value: Any) -> Any:
-    """Return a message as JSON takes it."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _checked(kind: type[Any], value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, got {value!r:.40}")
-    return value
-
-
-@cache
-def _reader(kind: Any) -> Callable[[Any], Any]:
-    """Return what turns plain JSON back into a value of this type, or raises."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return _one_of(get_args(kind))
-    if get_origin(kind) is tuple:
-        first, *others = get_args(kind)
-        if others != [...]:
-            readers = [_reader(each) for each in (first, *others)]
-            return lambda value: tuple(
-                [read(item) for read, item in zip(readers, _checked(list, value), strict=True)]
-            )
-        read = _reader(first)
-        return lambda value: tuple([read(item) for item in _checked(list, value)])
-    if is_dataclass(kind):
-        return _message(kind)
-    assert isinstance(kind, type)
-    if issubclass(kind, Enum):
-        return kind
-    if kind is float:
-        return lambda value: float(value) if type(value) is int else _checked(float, value)
-    return lambda value: _checked(kind, value)
-
-
-def _message(kind: Any) -> Callable[[Any], Any]:
-    hints = get_type_hints(kind)
-    readers = {field.name: _reader(hints[field.name]) for field in fields(kind)}
-
-    def read(value: Any) -> Any:
-        if _checked(dict, value).keys() != readers.keys():
-            raise TypeError(f"{kind.__name__} has other fields than {', '.join(value)}")
-        return kind(**{name: reader(value[name]) for name, reader in readers.items()})
-
-    return read
-
-
-def _one_of(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
-    """Return a reader for one of these types: the first that fits."""
-    readers = [_reader(kind) for kind in kinds if kind is not type(None)]
-
-    def read(value: Any) -> Any:
-        if value is None and type(None) in kinds:
-            return None
-        for reader in readers[:-1]:
-            try:
-                return reader(value)
-            except TypeError:
-                continue
-        return readers[-1](value)
-
-    return read
