@@ -26,19 +26,20 @@ from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.runtime.admission import Admission
 from pipeinfer_dask.runtime.chat import Chat
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.gpus import Devices
 from pipeinfer_dask.runtime.head import MAX_CONCURRENT, Head
+from pipeinfer_dask.runtime.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.loading import Loading, Progress, shown
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.opening import check_asked, check_count, check_recovery, open_on
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
-from pipeinfer_dask.runtime.placement import default_stages, place, without_spares
+from pipeinfer_dask.runtime.placement import default_stages, head_worker, place, without_spares
 from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.recovery import Recovery
-from pipeinfer_dask.runtime.serving import EngineClosedError, Serving
+from pipeinfer_dask.runtime.remote_head import RemoteHead
+from pipeinfer_dask.runtime.serving import Driver, EngineClosedError, Serving
 from pipeinfer_dask.trace.picture import table_html
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Engine(Serving):
         node_timeout: float = 15.0,
         in_process: bool = False,
         max_concurrent: int | None = None,
+        head: str = "client",
         progress: Progress | bool | None = None,
         self_test: bool = True,
     ) -> Self:
@@ -151,6 +153,11 @@ class Engine(Serving):
             Most generations that share the pipeline at once, and most KV caches that each stage
             holds, those of conversations included. By default 4; where there are GPUs 1, since
             there each cache takes its memory from the first.
+        head : str
+            Where requests are driven from: ``"client"``, this process, or ``"worker"``, next to
+            the pipeline, for clients that are far from the cluster. That is the drafter's
+            worker, or the first stage's where the drafter has none; an address names another.
+            With that worker the engine is lost.
         progress : callable or bool, optional
             Told of each step of loading as a `Loading`: which node has read how many bytes, and
             which stands, of lost nodes too. True shows a bar, False none; notebooks show one.
@@ -171,7 +178,7 @@ class Engine(Serving):
             If a worker could not load its share.
         """
         asked = (target,) if draft is None else (target, draft)
-        check_asked(asked, client, in_process, stages, layer_split, weights, progress)
+        check_asked(asked, client, in_process, stages, layer_split, weights, progress, head)
         check_recovery(spares, max_recoveries, recovery_timeout, node_timeout)
         check_count("max_concurrent", max_concurrent)
         places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
@@ -190,7 +197,8 @@ class Engine(Serving):
         if beyond := admission.stated[1]:
             asks = f"{opened.path} asks for {', '.join(beyond)} in generation_config.json"
             warnings.warn(f"{asks}: this is not supported, and not applied", stacklevel=2)
-        workers = without_spares(workers_of(client), spares) if client is not None else None
+        known = workers_of(client) if client is not None else {}
+        workers = without_spares(known, spares) if client is not None else None
         if stages is None:
             available = DEFAULT_STAGES + drafter if workers is None else len(workers)
             stages = default_stages(available, opened.num_layers, drafter=drafter)
@@ -206,6 +214,7 @@ class Engine(Serving):
         placement = None
         if workers is not None:
             placement = place(workers, stages, drafter=drafter, share=share_workers)
+            head_worker(head, known, placement)
         if self_test:
             check_split(opened)
             if isinstance(opened_draft, Checkpoint):
@@ -220,7 +229,8 @@ class Engine(Serving):
             else:
                 if client is None:
                     client = own_cluster(stages + drafter, resources, places, spares=spares)
-                    workers = without_spares(workers_of(client), spares)
+                    known = workers_of(client)
+                    workers = without_spares(known, spares)
                     placement = place(workers, stages, drafter=drafter, share=True)
                 loop = loop_of(client)
 
@@ -229,36 +239,43 @@ class Engine(Serving):
                 admission = replace(admission, draft_apart=placement.draft_apart)
             admission = replace(admission, shares_cores=in_process and models.take_turns(stages))
             specs, draft_spec = models.specs(ranges, placement)
-
-            async def new_pipeline(told: Progress | None) -> Pipeline:
-                if client is None:
-                    loads = [spec.load for spec in specs]
-                    drafting = draft_spec.load if draft_spec is not None else None
-                    here = asyncio.get_running_loop()
-                    return await LocalPipeline(loads, drafting, here, told).loaded()
-                assert placement is not None
-                held = models.loads(ranges, placement)
-                recovery = Recovery(max_recoveries, recovery_timeout, held)
-                return await DaskPipeline.open(
-                    client,
-                    specs,
+            plan, driving = None, None
+            if placement is not None:
+                driving = head_worker(head, known, placement)
+                plan = PipelinePlan(
+                    tuple(specs),
                     placement.stages,
                     draft_spec,
                     placement.drafter,
-                    progress=told,
-                    deadline=node_timeout,
-                    recovery=recovery,
+                    Recovery(max_recoveries, recovery_timeout, models.loads(ranges, placement)),
+                    node_timeout,
+                    max_concurrent,
+                    admission.tokenizer,
                 )
 
-            with shown(progress) as told:
+            async def new_pipeline(told: Progress | None) -> Pipeline:
+                if plan is not None and client is not None:
+                    return await plan.open(client, told)
+                loads = [spec.load for spec in specs]
+                drafting = draft_spec.load if draft_spec is not None else None
+                here = asyncio.get_running_loop()
+                return await LocalPipeline(loads, drafting, here, told).loaded()
+
+            def new_head(told: Progress | None) -> Driver:
+                if plan is not None and client is not None and driving is not None:
+                    opening = partial(RemoteHead.open, client, plan, driving, progress=told)
+                    return open_on(loop, opening, resources)
                 pipeline = open_on(loop, partial(new_pipeline, told), resources)
-            resources.enter_context(short_collections())
+                resources.enter_context(short_collections())
 
-            async def start_head() -> Head:
-                return Head(pipeline, asyncio.get_running_loop(), max_concurrent)
+                async def start_head() -> Head:
+                    return Head(pipeline, asyncio.get_running_loop(), max_concurrent)
 
-            head = call_on(loop, start_head())
-            return cls(admission, opened_draft, ranges, head, resources.pop_all())
+                return call_on(loop, start_head())
+
+            with shown(progress) as told:
+                driver = new_head(told)
+            return cls(admission, opened_draft, ranges, driver, resources.pop_all())
 
     def dashboard(self, **options: Any) -> VBox:
         """Return controls and live views for a notebook. Options as those of `pi.dashboard`."""

@@ -13,6 +13,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -54,7 +55,26 @@ from pipeinfer_dask.runtime.wire import (
 
 logger = logging.getLogger(__name__)
 
-ThreadT = TypeVar("ThreadT", StageThread, DrafterThread)
+
+class NodeThread(Protocol):
+    """What a node does, in a thread of its own."""
+
+    @property
+    def loaded(self) -> Future[None]:
+        """Done when it stands, or with the reason why it does not."""
+        ...
+
+    @property
+    def stalled(self) -> float:
+        """For so many seconds its computing has not moved; 0 if it has nothing to do."""
+        ...
+
+    def close(self, timeout: float = ...) -> None:
+        """End it, and wait so many seconds until it has."""
+        ...
+
+
+ThreadT = TypeVar("ThreadT", bound=NodeThread)
 
 CONTROL = "control"
 """Role of the link between the client and a node: commands, pings, answers."""
@@ -221,10 +241,13 @@ class Node(Generic[ThreadT]):
         for link in self._links:
             if link is not self._control:
                 link.abort()
-        await offload(self.thread.close)
+        await self._end_thread()
         # Last, for it tells the client that nothing is left here.
         if self._control is not None:
             self._control.abort()
+
+    async def _end_thread(self) -> None:
+        await offload(self.thread.close)
 
     def _tell(self, message: Message) -> None:
         if self._control is not None:
@@ -373,25 +396,23 @@ def _nothing_expected(message: Message) -> None:
     raise LinkError(f"expected nothing on a link that only sends, got {type(message).__name__}")
 
 
+NodeKind = Callable[[Worker, Session, str, Any], Node[Any]]
+"""A class of nodes: made of its worker, its session, its name there and its spec."""
+
+
 class NodeActor:
     """Holds a node for as long as Dask holds the actor.
 
     Parameters
     ----------
     kind : type of Node
-        `StageNode` or `DrafterNode`.
+        Such as `StageNode` or `DrafterNode`.
     session : Session
     name : str
-    spec : StageSpec or DraftSpec
+    spec : StageSpec or DraftSpec, or what else such a node is made by
     """
 
-    def __init__(
-        self,
-        kind: type[StageNode] | type[DrafterNode],
-        session: Session,
-        name: str,
-        spec: Any,
-    ) -> None:
+    def __init__(self, kind: NodeKind, session: Session, name: str, spec: Any) -> None:
         self._node = kind(get_worker(), session, name, spec)
         # Dask drops an actor without telling it. A finalizer on the actor hears of that.
         self._finalizer = weakref.finalize(self, self._node.stop)

@@ -8,8 +8,9 @@ import math
 import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from distributed import Client
 
@@ -17,23 +18,28 @@ from pipeinfer_dask.policies import Policy, policy_of
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.dask_pipeline import DEADLINE_S, DaskPipeline
 from pipeinfer_dask.runtime.generation import Generation, Result
 from pipeinfer_dask.runtime.head import MAX_CONCURRENT, Head
+from pipeinfer_dask.runtime.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.lags import (
     Distance,
+    DistantHead,
     DistantSpec,
     LaggingHead,
     LaggingLocalPipeline,
     LaggingPipeline,
 )
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
-from pipeinfer_dask.runtime.measuring import measure_costs, measure_hop
+from pipeinfer_dask.runtime.measuring import measure_hop
 from pipeinfer_dask.runtime.opening import open_on
 from pipeinfer_dask.runtime.paced import paced_specs
 from pipeinfer_dask.runtime.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline import Pipeline
-from pipeinfer_dask.runtime.placement import place
+from pipeinfer_dask.runtime.placement import WORKER, head_worker, place
+from pipeinfer_dask.runtime.recovery import NONE
+from pipeinfer_dask.runtime.remote_head import RemoteHead
+from pipeinfer_dask.runtime.serving import Driver
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs, SyntheticPair
 from pipeinfer_dask.trace import Trace
 
@@ -76,7 +82,7 @@ class Emulation:
         acceptance: float,
         seed: int,
         distance: Distance | None,
-        head: Head,
+        head: Driver,
         resources: ExitStack,
     ) -> None:
         self.costs = costs
@@ -97,6 +103,8 @@ class Emulation:
         client: Client | None = None,
         in_process: bool = False,
         distance: Distance | None = None,
+        away: Distance | None = None,
+        head: Literal["client", "worker"] = "client",
         max_concurrent: int = MAX_CONCURRENT,
     ) -> Self:
         """Start the nodes.
@@ -114,16 +122,24 @@ class Emulation:
             No cluster at all: nodes are threads of this process.
         distance : Distance, optional
             What every hop is to add to the real one: an emulated network, too.
+        away : Distance, optional
+            What only hops between this process and the workers are to add: those from worker to
+            worker stay what they are.
+        head : {"client", "worker"}
+            As for `Engine.from_pretrained`.
         max_concurrent : int
             Most generations at once.
 
         Raises
         ------
         ValueError
-            If the acceptance is no chance, or there is a client as well as ``in_process``.
+            If the acceptance is no chance, there is a client as well as ``in_process``, or what
+            is asked of a head on a worker can't be had.
         """
         if client is not None and in_process:
             raise ValueError("expected a client or in_process=True, got both: leave one out")
+        if head == WORKER and (in_process or distance is not None):
+            raise ValueError("expected head='worker' without in_process and distance: leave them")
         specs, draft_spec = paced_specs(costs, acceptance, seed)
         stages = len(specs)
         with ExitStack() as resources:
@@ -155,18 +171,34 @@ class Emulation:
                             DistantSpec(spec, distance, last=spec is specs[-1]) for spec in specs
                         ]
                         pipeline = await LaggingPipeline.open(client, distant, *arguments)
-                if distance is not None:
-                    pipeline = LaggingHead(pipeline, distance, here)
+                for way in (distance, away):
+                    if way is not None:
+                        pipeline = LaggingHead(pipeline, way, here)
                 return pipeline
-
-            opened_pipeline = open_on(loop, open_pipeline, resources)
-            resources.enter_context(short_collections())
 
             async def start_head() -> Head:
                 return Head(opened_pipeline, asyncio.get_running_loop(), max_concurrent)
 
-            head = call_on(loop, start_head())
-            return cls(costs, acceptance, seed, distance, head, resources.pop_all())
+            driver: Driver
+            if head == WORKER and client is not None:
+                driving = head_worker(WORKER, {}, where)
+                assert driving is not None
+                plan = PipelinePlan(
+                    tuple(specs),
+                    where.stages,
+                    draft_spec,
+                    where.drafter,
+                    NONE,
+                    DEADLINE_S,
+                    max_concurrent,
+                )
+                kind = RemoteHead if away is None else DistantHead.at(away)
+                driver = open_on(loop, partial(kind.open, client, plan, driving), resources)
+            else:
+                opened_pipeline = open_on(loop, open_pipeline, resources)
+                driver = call_on(loop, start_head())
+            resources.enter_context(short_collections())
+            return cls(costs, acceptance, seed, distance, driver, resources.pop_all())
 
     def generate(
         self,
@@ -237,7 +269,7 @@ class Emulation:
             capacity=prompt_tokens + max_new_tokens + SLOTS,
             sampling=None if seed is None else Sampling(seed=seed),
         )
-        trace = Trace(self._head.pipeline.stages)
+        trace = Trace(len(self.costs.stages))
         generation = Generation(request, policy, _Numbers(), trace, cancel=self._head.cancel)
         self._head.start(generation)
         return generation
@@ -252,7 +284,7 @@ class Emulation:
     def measure_costs(self) -> Costs:
         """Measure the emulated nodes and the real links as `Engine.measure_costs` does."""
         return call_on(
-            self._head.loop, measure_costs(self._head, next(self._requests), drafter=True)
+            self._head.loop, self._head.measure_costs(next(self._requests), drafter=True)
         )
 
     def calibrated(self, rounds: int = 10) -> Costs:
@@ -260,7 +292,14 @@ class Emulation:
 
         What the simulator needs to tell how fast this emulation is. Measured with ``rounds``
         runs of one token.
+
+        Raises
+        ------
+        ValueError
+            If the head is on a worker: no hop is as long as the one from here to there.
         """
+        if not isinstance(self._head, Head):
+            raise ValueError("expected a head in this process to simulate, got one on a worker")
         hop_s = call_on(self._head.loop, measure_hop(self._head, next(self._requests), rounds))
         bandwidth = self._distance.bandwidth if self._distance is not None else math.inf
         costs = replace(self.costs, bandwidth=bandwidth)

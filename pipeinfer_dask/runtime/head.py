@@ -11,9 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.sharing import Sharing
+from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import (
     AWAY,
     Begin,
@@ -27,9 +29,11 @@ from pipeinfer_dask.protocol.messages import (
     WakeAt,
     Woken,
 )
+from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.runtime.conversation import Caches, Conversation
-from pipeinfer_dask.runtime.generation import Generation
+from pipeinfer_dask.runtime.measuring import measure_costs
 from pipeinfer_dask.runtime.pipeline import Pipeline
+from pipeinfer_dask.simulation.costs import Costs
 
 MAX_CONCURRENT = 4
 """Generations that share a pipeline, unless somebody says otherwise."""
@@ -37,6 +41,39 @@ MAX_CONCURRENT = 4
 
 class PipelineBusyError(RuntimeError):
     """Something was asked for that needs an idle pipeline."""
+
+
+class Served(Protocol):
+    """What a head serves: a `Generation`, or what stands for one of a client elsewhere."""
+
+    request: Request
+    policy: Policy
+    stops: Callable[[int], bool] | None
+    conversation: Conversation | None
+
+    def wait_in_line(self, position: int) -> None:
+        """Note that so many come before it, itself included."""
+        ...
+
+    def begin(self) -> None:
+        """Note that the head has turned to it."""
+        ...
+
+    def recover(self) -> None:
+        """Note that a lost node is being replaced."""
+        ...
+
+    def record(self, time: float, what: Event | Command) -> None:
+        """Note what happened, and when."""
+        ...
+
+    def finish(self, reason: str) -> None:
+        """Note that no token comes any more."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Note that no token comes any more, though more were to come."""
+        ...
 
 
 class Head:
@@ -49,6 +86,8 @@ class Head:
         All methods but `start`, `cancel` and `forget` are called on it.
     max_concurrent : int
         Most generations that run at once, and most KV caches that each stage holds.
+    failed : callable, optional
+        Told, once, what the pipeline is lost by.
     """
 
     def __init__(
@@ -56,27 +95,29 @@ class Head:
         pipeline: Pipeline,
         loop: asyncio.AbstractEventLoop,
         max_concurrent: int = MAX_CONCURRENT,
+        failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.loop = loop
         self.max_concurrent = max_concurrent
         self.lost: Exception | None = None
         self.sharing = Sharing()
-        self._queue: deque[Generation] = deque()
-        self._running: dict[int, Generation] = {}
+        self._queue: deque[Served] = deque()
+        self._running: dict[int, Served] = {}
         self._alarms: dict[int, asyncio.TimerHandle] = {}
         self._caches = Caches(max_concurrent, pipeline.send)
         self._borrower: Callable[[Exception], None] | None = None
+        self._failed = failed
         self._guard = loop.create_task(self._outlive())
         pipeline.listen(self._report, self._lost)
 
     # --- from any thread ----------------------------------------------------------
 
-    def start(self, generation: Generation) -> None:
+    def start(self, generation: Served) -> None:
         """Queue a generation."""
         self.loop.call_soon_threadsafe(self._start, generation)
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, generation: Served) -> None:
         """Stop a generation, running or queued."""
         # A loop that is closed has failed all generations: there is nothing to stop.
         with suppress(RuntimeError):
@@ -93,6 +134,10 @@ class Head:
         """Fail all generations, and any that is started later."""
         self._lost(error)
         self._guard.cancel()
+
+    async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
+        """Measure what each part of the pipeline costs: see `pipeinfer_dask.runtime.measuring`."""
+        return await measure_costs(self, request, drafter=drafter)
 
     @contextmanager
     def lend(
@@ -149,14 +194,14 @@ class Head:
         finally:
             self._lost(ConnectionError("the event loop has ended: was the client closed?"))
 
-    def _start(self, generation: Generation) -> None:
+    def _start(self, generation: Served) -> None:
         if self.lost is not None:
             generation.fail(self.lost)
             return
         self._queue.append(generation)
         self._admit()
 
-    def _stop(self, generation: Generation) -> None:
+    def _stop(self, generation: Served) -> None:
         if generation.request.id in self._running:
             self._report(Stop(generation.request.id))
         elif generation in self._queue:
@@ -190,7 +235,7 @@ class Head:
         for place, generation in enumerate(self._queue, 1):
             generation.wait_in_line(place)
 
-    def _show_status(self, generation: Generation) -> None:
+    def _show_status(self, generation: Served) -> None:
         if self.pipeline.generation == AWAY:
             generation.recover()
         else:
@@ -231,7 +276,7 @@ class Head:
             failed.fail(error)
             self._carry_out(self.sharing.plan(now), now)
 
-    def _finish(self, generation: Generation, command: Finish) -> None:
+    def _finish(self, generation: Served, command: Finish) -> None:
         del self._running[command.request]
         self._silence(command.request)
         machine = self.sharing.machines[command.request]
@@ -263,3 +308,5 @@ class Head:
             generation.fail(error)
         if self._borrower is not None:
             self._borrower(error)
+        if self._failed is not None:
+            self._failed(error)

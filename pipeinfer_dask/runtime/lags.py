@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import ClassVar, Generic, TypeVar
 
-from distributed import Worker
+from distributed import Client, Worker
 
 from pipeinfer_dask.models.stage import CountBytes, DraftModel, Intake, Stage
 from pipeinfer_dask.protocol.messages import Event
@@ -26,9 +26,12 @@ from pipeinfer_dask.runtime.actors import StageNode, StageSpec
 from pipeinfer_dask.runtime.compute import RunPass
 from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.links import Session
+from pipeinfer_dask.runtime.loading import Progress
 from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.paced import sleep_until, wake_on_time
 from pipeinfer_dask.runtime.pipeline import Pipeline, PipelineCommand
+from pipeinfer_dask.runtime.remote_head import Asked, RemoteHead
+from pipeinfer_dask.runtime.wire import Message
 
 T = TypeVar("T")
 
@@ -131,11 +134,38 @@ class LaggingHead:
             self._report(event)
 
     def _post(self, call: Callable[[T], None]) -> Callable[[T], None]:
-        def post(thing: T) -> None:
-            with suppress(RuntimeError):  # Nobody is left on a loop that is closed.
-                self._loop.call_soon_threadsafe(call, thing)
+        return partial(_post, self._loop, call)
 
-        return post
+
+class DistantHead(RemoteHead):
+    """A head on a worker, far from the client: it hears late, and so is it heard."""
+
+    distance: ClassVar[Distance] = Distance(0.0)
+    """From the client to the head's worker; see `at`."""
+
+    def __init__(self, client: Client, deadline: float, progress: Progress | None) -> None:
+        super().__init__(client, deadline, progress)
+        self._down = Lag[Asked](self.distance, self._post(super()._put))
+        self._up = Lag[Message](self.distance, self._post(super()._heed))
+
+    @classmethod
+    def at(cls, distance: Distance) -> type[DistantHead]:
+        """Return the class of heads at this distance."""
+        return type("DistantHead", (cls,), {"distance": distance})
+
+    async def close(self) -> None:
+        self._down.close()
+        self._up.close()
+        await super().close()
+
+    def _put(self, asked: Asked) -> None:
+        self._down.send(asked)
+
+    def _heed(self, message: Message) -> None:
+        self._up.send(message)
+
+    def _post(self, call: Callable[[T], None]) -> Callable[[T], None]:
+        return partial(_post, self.loop, call)
 
 
 class LaggingNode(StageNode):
@@ -222,3 +252,8 @@ class LaggingLocalPipeline(LocalPipeline):
 
 def _size(job: RunPass) -> int:
     return 0 if job.hidden is None else job.hidden.nbytes
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], thing: T) -> None:
+    with suppress(RuntimeError):  # Nobody is left on a loop that is closed.
+        loop.call_soon_threadsafe(call, thing)

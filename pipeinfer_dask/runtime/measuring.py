@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
@@ -26,9 +26,11 @@ from pipeinfer_dask.protocol.messages import (
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.runtime.head import Head
 from pipeinfer_dask.runtime.pipeline import Pipeline
 from pipeinfer_dask.simulation.costs import Costs, Curve
+
+if TYPE_CHECKING:
+    from pipeinfer_dask.runtime.head import Head
 
 TOKENS = 8
 """Runs of up to so many tokens are measured."""

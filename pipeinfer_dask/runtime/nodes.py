@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from distributed import Client
 from distributed import Future as DaskFuture
@@ -15,11 +15,8 @@ from distributed.comm import Comm, connect
 from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.runtime.actors import (
     CONTROL,
-    DrafterNode,
-    DraftSpec,
     NodeActor,
-    StageNode,
-    StageSpec,
+    NodeKind,
 )
 from pipeinfer_dask.runtime.links import Link, LinkError, Session, dial
 from pipeinfer_dask.runtime.loading import Progress, Steps
@@ -41,6 +38,15 @@ class NodeLostError(PipelineError):
     """A node is lost, or was before it stood: another worker may do better."""
 
 
+class NodeSpec(Protocol):
+    """Says what a node is to be. Travels to its worker by pickle."""
+
+    @property
+    def name(self) -> str:
+        """A short name for people to read."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Seat:
     """A place in the pipeline, and the node that fills it.
@@ -49,20 +55,23 @@ class Seat:
     ----------
     name : str
         Such as ``stage-0``.
-    kind : type of Node
-    spec : StageSpec or DraftSpec
+    kind : NodeKind
+    spec : NodeSpec
         What its node loads.
     worker : str or None
         Where its node is, or is to be; None while nobody has chosen.
     peer : Peer or None
         Its node, once that stands.
+    actor : type of NodeActor
+        What holds its node.
     """
 
     name: str
-    kind: type[StageNode] | type[DrafterNode]
-    spec: StageSpec | DraftSpec
+    kind: NodeKind
+    spec: NodeSpec
     worker: str | None = None
     peer: Peer | None = None
+    actor: type[NodeActor] = NodeActor
 
     @property
     def title(self) -> str:
@@ -130,7 +139,7 @@ class Nodes:
         except OSError as lost:
             raise NodeLostError(f"{title}: could not connect to the worker: {lost}") from lost
         self._futures[node] = self._client.submit(
-            NodeActor,
+            seat.actor,
             seat.kind,
             session,
             seat.name,
@@ -170,12 +179,15 @@ class Nodes:
         if future is not None:
             _keep(self._dropping, self._cancel([future]))
 
-    async def stats(self) -> list[dict[str, int]]:
-        """Return what each node says of itself."""
+    async def actors(self) -> list[Any]:
+        """Return what holds the nodes."""
         # An actor binds itself to whichever client is the current one when it arrives.
         with self._client.as_current():
-            actors = await asyncio.gather(*self._futures.values())
-        return list(await asyncio.gather(*(actor.stats() for actor in actors)))
+            return list(await asyncio.gather(*self._futures.values()))
+
+    async def stats(self) -> list[dict[str, int]]:
+        """Return what each node says of itself."""
+        return list(await asyncio.gather(*(actor.stats() for actor in await self.actors())))
 
     async def close(self) -> None:
         """End all nodes, whatever has become of client and cluster."""

@@ -8,13 +8,24 @@ from collections.abc import Callable, Coroutine, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from distributed import Client
 
 from pipeinfer_dask.models.linears import check_weights
 from pipeinfer_dask.runtime.clusters import call_on
-from pipeinfer_dask.runtime.pipeline import Pipeline
+from pipeinfer_dask.runtime.placement import CLIENT, WORKER
+
+
+class Closable(Protocol):
+    """What is to be closed on the loop that it lives on."""
+
+    async def close(self) -> None:
+        """Release all that it has."""
+        ...
+
+
+T = TypeVar("T", bound=Closable)
 
 
 def check_asked(
@@ -25,6 +36,7 @@ def check_asked(
     layer_split: object,
     weights: object,
     progress: object,
+    head: object,
 ) -> None:
     """Check what a user gives to `Engine.from_pretrained`, by kind.
 
@@ -35,6 +47,17 @@ def check_asked(
     """
     if client is not None and in_process:
         raise ValueError("expected a client or in_process=True, got both: leave one out")
+    if not isinstance(head, str):
+        raise ValueError(
+            f"expected head as 'client', 'worker' or the address of a worker, got {head!r}"
+        )
+    if in_process and head != CLIENT:
+        raise ValueError(f"expected in_process=True or head={head!r}, got both: leave one out")
+    if client is None and head not in (CLIENT, WORKER):
+        raise ValueError(
+            f"expected head as 'client' or 'worker' where the engine brings its own workers, got "
+            f"{head!r}: give the client of the cluster that has this worker, too"
+        )
     if client is not None and not isinstance(client, Client):
         raise ValueError(
             f"expected a distributed.Client, got {client!r}: make one with Client(...)"
@@ -81,25 +104,25 @@ def check_recovery(
 
 def open_on(
     loop: asyncio.AbstractEventLoop,
-    opening: Callable[[], Coroutine[Any, Any, Pipeline]],
+    opening: Callable[[], Coroutine[Any, Any, T]],
     resources: ExitStack,
-) -> Pipeline:
-    """Open a pipeline on a loop of another thread, to be closed with ``resources``."""
+) -> T:
+    """Open a pipeline or a head on a loop of another thread, to be closed with ``resources``."""
     # Noted on the loop itself: an interrupt may come before we hear of it.
-    pipelines: list[Pipeline] = []
+    opened: list[T] = []
 
     async def note() -> None:
-        pipelines.append(await opening())
+        opened.append(await opening())
 
     def close() -> None:
         # The loop ends with the client: then its links are closed, and the workers know.
         with suppress(RuntimeError, CancelledError):
-            while pipelines and loop.is_running():
-                call_on(loop, pipelines.pop().close())
+            while opened and loop.is_running():
+                call_on(loop, opened.pop().close())
 
     resources.callback(close)
     call_on(loop, note())
-    return pipelines[0]
+    return opened[0]
 
 
 def check_count(name: str, count: object) -> None:

@@ -33,6 +33,32 @@ class Placement:
         return get_address_host(self.drafter) not in hosts
 
 
+CLIENT, WORKER = "client", "worker"
+"""Where the head may be, beside a worker that is named by its address."""
+
+
+def head_worker(head: str, workers: Mapping[str, int], placement: Placement) -> str | None:
+    """Return the worker that is to drive the pipeline; None if the client does.
+
+    That is the drafter's, which computes less than a stage's, or else the first stage's.
+
+    Raises
+    ------
+    ValueError
+        If there is no such worker.
+    """
+    if head == CLIENT:
+        return None
+    if head == WORKER:
+        return placement.drafter or placement.stages[0]
+    if head not in workers:
+        raise ValueError(
+            f"expected head as 'client', 'worker' or the address of a worker, got {head!r}: this "
+            f"cluster has {', '.join(workers)}"
+        )
+    return head
+
+
 def default_stages(workers: int, layers: int, *, drafter: bool) -> int:
     """Return one stage for each worker that the drafter leaves, as far as there are layers."""
     return max(1, min(layers, workers - drafter))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from asyncio import AbstractEventLoop
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.policies import Policy
@@ -15,8 +16,6 @@ from pipeinfer_dask.runtime.chat import Chat
 from pipeinfer_dask.runtime.clusters import call_on
 from pipeinfer_dask.runtime.conversation import Conversation
 from pipeinfer_dask.runtime.generation import Generation, Result
-from pipeinfer_dask.runtime.head import Head
-from pipeinfer_dask.runtime.measuring import measure_costs
 from pipeinfer_dask.runtime.settings import split
 from pipeinfer_dask.runtime.text import TokenTexts, text_of
 from pipeinfer_dask.simulation import Costs
@@ -34,6 +33,40 @@ class EngineClosedError(RuntimeError):
     """The engine has been closed, or its pipeline is lost."""
 
 
+class Driver(Protocol):
+    """Drives the generations: a `Head` here, or a `RemoteHead` for one on a worker."""
+
+    @property
+    def loop(self) -> AbstractEventLoop:
+        """To which all methods belong but `start`, `cancel` and `forget`."""
+        ...
+
+    @property
+    def lost(self) -> Exception | None:
+        """What the pipeline was lost by."""
+        ...
+
+    def start(self, generation: Generation) -> None:
+        """Queue a generation."""
+        ...
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop a generation, running or queued."""
+        ...
+
+    def forget(self, conversation: Conversation) -> None:
+        """Give up a conversation's KV cache."""
+        ...
+
+    async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
+        """Measure what each part of the pipeline costs."""
+        ...
+
+    def end(self, error: Exception) -> None:
+        """Fail all generations, and any that is started later."""
+        ...
+
+
 class Serving:
     """Takes what is asked for to the head, from any thread.
 
@@ -42,7 +75,7 @@ class Serving:
     admission : Admission
     draft : Checkpoint, "ngram" or None
     layer_ranges : list of range
-    head : Head
+    head : Driver
     resources : ExitStack
         What is to be closed with it.
     """
@@ -52,7 +85,7 @@ class Serving:
         admission: Admission,
         draft: Checkpoint | Literal["ngram"] | None,
         layer_ranges: list[range],
-        head: Head,
+        head: Driver,
         resources: ExitStack,
     ) -> None:
         self.target = admission.target
@@ -257,7 +290,7 @@ class Serving:
                 raise EngineClosedError(f"the pipeline is lost ({lost}): open another one")
             request = next(self._requests)
         drafter = self.draft is not None
-        return call_on(self._head.loop, measure_costs(self._head, request, drafter=drafter))
+        return call_on(self._head.loop, self._head.measure_costs(request, drafter=drafter))
 
     def close(self) -> None:
         """Release every model, thread and link. Running generations fail; can be called twice."""

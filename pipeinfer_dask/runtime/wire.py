@@ -1,4 +1,4 @@
-"""The messages between the client and the stages, and their bytes: `encode`.
+"""The messages between the client, the stages and a head on a worker, and their bytes: `encode`.
 
 A message is two frames at most: a msgpack header, which holds everything but hidden
 states, and the hidden states themselves, which are never copied here. Nothing is
@@ -128,6 +128,60 @@ class Close:
     """Client to node: end your thread and your links, then close this link."""
 
 
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """Client to head: the user wants no more of this request."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Client to head: the conversation that has this KV cache is over."""
+
+    cache: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLoading:
+    """Head to client: how far a node is that it loads. Fields as those of `Loading`."""
+
+    node: str
+    where: str
+    nbytes: int
+    total: int
+    stands: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """Head to client: queued (then ``position`` is at least 1), running or recovering."""
+
+    request: int
+    status: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Head to client: entries of a request's trace, in order, on the head's clock.
+
+    As text: see `pipeinfer_dask.trace.entries`.
+    """
+
+    request: int
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """Head to client: the last of a request: why it has ended, or what it has ``failed`` by."""
+
+    request: int
+    reason: str
+    failed: bool
+
+
 Message = (
     RunPass
     | CancelRuns
@@ -149,6 +203,12 @@ Message = (
     | Loaded
     | Renew
     | Renewed
+    | StopRequest
+    | Forget
+    | NodeLoading
+    | RequestStatus
+    | Recorded
+    | RequestEnded
 )
 
 
@@ -266,6 +326,7 @@ CODECS: tuple[tuple[type, Callable[[Any], Plain], Callable[[Plain], Message]], .
     (Drafted, _plain_drafted, _drafted),
     *map(_flat, (CancelDraft, RunTaken, Ping, Pong, DialNext, Dialled, Failed, PeerLost, Close)),
     *map(_flat, (Prune, AwaitLoaded, BytesRead, Loaded, Release, Renew, Renewed)),
+    *map(_flat, (StopRequest, Forget, NodeLoading, RequestStatus, Recorded, RequestEnded)),
 )
 _ENCODERS = {kind: (code, plain) for code, (kind, plain, _) in enumerate(CODECS)}
 

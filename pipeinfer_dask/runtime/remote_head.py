@@ -1,0 +1,225 @@
+"""The client's end of a head on a worker: requests go there, what becomes of them comes back.
+
+To its callers it is like a `Head`. Its generations hear all that the head records, a way later
+and on the client's own clock, so whoever follows them sees what he would see with a head here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any, Self
+
+from distributed import Client
+
+from pipeinfer_dask.runtime.conversation import Conversation
+from pipeinfer_dask.runtime.generation import Generation
+from pipeinfer_dask.runtime.head_actor import HeadActor, HeadNode, PipelinePlan
+from pipeinfer_dask.runtime.links import LinkError, Session
+from pipeinfer_dask.runtime.loading import Loading, Progress
+from pipeinfer_dask.runtime.nodes import Nodes, PipelineError, Seat
+from pipeinfer_dask.runtime.peers import Peer, Trouble
+from pipeinfer_dask.runtime.wire import (
+    Forget,
+    Message,
+    NodeLoading,
+    Recorded,
+    RequestEnded,
+    RequestStatus,
+    StopRequest,
+)
+from pipeinfer_dask.simulation.costs import Costs
+from pipeinfer_dask.trace.entries import earlier, read_entry
+
+Asked = Generation | StopRequest | Forget
+
+
+class RemoteHead:
+    """Serves generations through a head on a worker. Made by `open`.
+
+    Attributes
+    ----------
+    loop : asyncio.AbstractEventLoop
+        The client's. All methods but `start`, `cancel` and `forget` are called on it.
+    lost : Exception or None
+        What the head or its pipeline was lost by.
+    """
+
+    def __init__(self, client: Client, deadline: float, progress: Progress | None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.lost: Exception | None = None
+        self._nodes = Nodes(client, deadline, report=self._heed, lost=self._head_lost)
+        self._progress = progress
+        self._generations: dict[int, Generation] = {}
+        self._asked: asyncio.Queue[Asked] = asyncio.Queue()
+        self._asking: asyncio.Task[None] | None = None
+        self._peer: Peer
+        self._actor: Any
+
+    @classmethod
+    async def open(
+        cls,
+        client: Client,
+        plan: PipelinePlan,
+        worker: str,
+        *,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Make the head on a worker, and wait until its pipeline stands.
+
+        Parameters
+        ----------
+        client : Client
+            This must run on its event loop.
+        plan : PipelinePlan
+        worker : str
+            The address. The client needs a route to it, and to no other worker.
+        progress : callable, optional
+            Told of the loading of each node of the pipeline.
+
+        Raises
+        ------
+        PipelineError
+            The head or a node of its pipeline could not be made, or was lost meanwhile.
+        """
+        head = cls(client, plan.node_timeout, progress)
+        seat = Seat("head", HeadNode, plan, worker, actor=HeadActor)
+        try:
+            await head._nodes.make(seat, Session.new())
+            assert seat.peer is not None
+            await seat.peer.find_clock()
+            head._peer = seat.peer
+            (head._actor,) = await head._nodes.actors()
+            if head.lost is not None:
+                raise head.lost
+        except BaseException as error:
+            await head.close()
+            if isinstance(error, LinkError):
+                raise PipelineError(str(error)) from error
+            raise
+        head._asking = head.loop.create_task(head._ask())
+        return head
+
+    # --- from any thread ----------------------------------------------------------
+
+    def start(self, generation: Generation) -> None:
+        """Queue a generation."""
+        self.loop.call_soon_threadsafe(self._start, generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """Stop a generation, running or queued."""
+        # A loop that is closed has failed all generations: there is nothing to stop.
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._put, StopRequest(generation.request.id))
+
+    def forget(self, conversation: Conversation) -> None:
+        """Give a conversation's KV cache to others, at once or when its generation is over."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._put, Forget(conversation.cache))
+
+    # --- on the loop ----------------------------------------------------------------
+
+    async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
+        """Measure what each part of the pipeline costs, its hops from the head on: see `Head`."""
+        costs: Costs = await self._actor.measure_costs(request, drafter=drafter)
+        return costs
+
+    def end(self, error: Exception) -> None:
+        """Fail all generations, and any that is started later."""
+        if self.lost is not None:
+            return
+        self.lost = error
+        if self._asking is not None:
+            self._asking.cancel()
+        failed = list(self._generations.values())
+        self._generations.clear()
+        for generation in failed:
+            generation.fail(error)
+
+    async def close(self) -> None:
+        """Release the head, its pipeline and the link."""
+        self.end(ConnectionError("the head was closed meanwhile"))
+        await self._nodes.close()
+        if self._asking is not None:
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+    def _start(self, generation: Generation) -> None:
+        if self.lost is not None:
+            generation.fail(self.lost)
+            return
+        self._generations[generation.request.id] = generation
+        self._put(generation)
+
+    def _put(self, asked: Asked) -> None:
+        self._asked.put_nowait(asked)
+
+    async def _ask(self) -> None:
+        """Hand on what is asked for, in order: actor calls and links keep none to each other."""
+        try:
+            while True:
+                asked = await self._asked.get()
+                if isinstance(asked, Generation):
+                    await self._hand_over(asked)
+                else:
+                    self._peer.send(asked)
+        finally:  # the loop ends, as a client's does that is closed
+            self.end(ConnectionError("the event loop has ended: was the client closed?"))
+
+    async def _hand_over(self, generation: Generation) -> None:
+        try:
+            await self._actor.start(generation.request, generation.policy)
+        except Exception as error:  # such as a policy that can't be pickled
+            if self._generations.pop(generation.request.id, None) is not None:
+                generation.fail(error)
+
+    # --- what the head says -----------------------------------------------------------
+
+    def _heed(self, message: Message) -> None:
+        match message:
+            case NodeLoading():
+                if self._progress is not None:
+                    self._progress(
+                        Loading(
+                            message.node,
+                            message.where,
+                            message.nbytes,
+                            message.total,
+                            message.stands,
+                        )
+                    )
+            case Recorded() | RequestStatus() | RequestEnded():
+                generation = self._generations.get(message.request)
+                if generation is not None:
+                    self._tell(generation, message)
+            case _:
+                raise LinkError(f"expected news of a request, got {type(message).__name__}")
+
+    def _tell(
+        self, generation: Generation, message: Recorded | RequestStatus | RequestEnded
+    ) -> None:
+        match message:
+            case Recorded():
+                ahead = self._peer.offset
+                for entry in message.entries:
+                    time, what = read_entry(entry)
+                    generation.record(time - ahead, earlier(what, ahead))
+            case RequestStatus(status="queued"):
+                generation.wait_in_line(message.position)
+            case RequestStatus(status="recovering"):
+                generation.recover()
+            case RequestStatus():
+                generation.begin()
+            case RequestEnded():
+                del self._generations[message.request]
+                if message.failed:
+                    generation.fail(PipelineError(message.reason))
+                else:
+                    generation.finish(message.reason)
+
+    def _head_lost(self, seat: Seat, peer: Peer, trouble: Trouble, reason: str) -> None:
+        if trouble is not Trouble.FAILED:  # else the reason says which node it was
+            reason = (
+                f"{peer.title} is lost: {reason}. What has come of the texts is kept: open another "
+                "engine, and go on from there"
+            )
+        self.end(PipelineError(reason))
