@@ -334,10 +334,12 @@ def bench(suite: str, dial: tuple[int, ...], quick: bool, as_json: bool) -> None
     if not as_json:
         from rich.table import Table
 
-        table = Table(*report["rows"][0], box=None)
-        for row in report["rows"]:
-            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-        _console(as_json).print(table)
+        for rows in (report["rows"], report.get("clients", [])):
+            table = Table(*(rows[0] if rows else ()), box=None)
+            for row in rows:
+                shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+                table.add_row(*shown)
+            _console(as_json).print(table)
     click.echo(json.dumps(report))
 
 

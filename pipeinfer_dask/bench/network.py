@@ -1,10 +1,17 @@
-"""What slow networks do to each strategy: emulated stages with emulated distance between them."""
+"""What slow networks do to each strategy: emulated stages with emulated distance between them.
+
+And what distance between the cluster and its client does, with the head here or there.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from contextlib import ExitStack
-from typing import Any
+from itertools import product
+from typing import Any, Literal
+
+from distributed import Client
 
 from pipeinfer_dask.bench.comparison import HOP_ROUNDS, compare
 from pipeinfer_dask.runtime.clusters import own_cluster
@@ -22,12 +29,18 @@ NETWORKS = (
     (1.0, 100.0),
 )
 """Latency of a hop in milliseconds, and bandwidth in Mbit/s."""
+AWAY_MS = (0.0, 10.0, 50.0)
+"""Milliseconds from the client to any worker, one way."""
+HEADS: tuple[Literal["client", "worker"], ...] = ("client", "worker")
+AWAY_STAGES = 4
+AWAY_TOKENS = 72
 TOKEN_BYTES = 16 << 10
 TIMEOUT_S = 600.0
 
 
 def run_network_bench(
     networks: tuple[tuple[float, float], ...] = NETWORKS,
+    away_ms: tuple[float, ...] = AWAY_MS,
     stages: int = 8,
     stage_ms: float = 40.0,
     acceptance: float = 0.79,
@@ -42,6 +55,8 @@ def run_network_bench(
     networks : tuple of (float, float)
         Milliseconds of a hop, and Mbit/s. What the real links take counts as part of a hop:
         where they take longer, ``hop_ms`` says so.
+    away_ms : tuple of float
+        Milliseconds between the client and the workers, which are close to one another.
     stages : int
     stage_ms, acceptance, token_cost, tokens, seed
         As for `run_paced_bench`.
@@ -50,7 +65,10 @@ def run_network_bench(
     -------
     dict
         ``{"suite": "network", "rows": [...]}``: as those of the suite ``paced``, and
-        ``asked_hop_ms`` and ``bandwidth_mbit`` (None: unlimited). ``hop_ms`` is measured.
+        ``asked_hop_ms`` and ``bandwidth_mbit`` (None: unlimited). ``hop_ms`` is measured. And
+        ``"clients"``: rows of ``away_ms``, ``head`` ("client" or "worker"), the tokens/s of
+        `pipeinfer` and `adaptive` on up to 4 stages, from start to result as the client sees
+        them, and ``share``, of what `adaptive` gives the first of these clients.
     """
     costs = Costs.even(
         stages, stage_s=stage_ms / 1e3, token_cost=token_cost, token_bytes=TOKEN_BYTES
@@ -81,4 +99,43 @@ def run_network_bench(
                     **row,
                 }
             )
-    return {"suite": "network", "rows": rows}
+        few = min(stages, AWAY_STAGES)
+        clients = _clients(client, away_ms, few, stage_ms, token_cost, acceptance, seed)
+    return {"suite": "network", "rows": rows, "clients": clients}
+
+
+def _clients(
+    client: Client,
+    away_ms: tuple[float, ...],
+    stages: int,
+    stage_ms: float,
+    token_cost: float,
+    acceptance: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    costs = Costs.even(stages, stage_s=stage_ms / 1e3, token_cost=token_cost)
+    rows: list[dict[str, Any]] = []
+    for ms, head in product(away_ms, HEADS):
+        away = Distance(ms / 1e3) if ms else None
+        with Emulation.open(
+            costs, acceptance=acceptance, seed=seed, client=client, away=away, head=head
+        ) as emulation:
+            speeds = {s: _seen_by_the_client(emulation, s) for s in ("pipeinfer", "adaptive")}
+        first = rows[0]["adaptive"] if rows else speeds["adaptive"]
+        about = {"away_ms": ms, "head": head, "stages": stages, "stage_ms": stage_ms}
+        rows.append({**about, **speeds, "share": speeds["adaptive"] / first})
+    return rows
+
+
+def _seen_by_the_client(emulation: Emulation, strategy: str) -> float:
+    began = time.monotonic()
+    result = emulation.generate(
+        strategy, max_new_tokens=AWAY_TOKENS, prompt_tokens=1, timeout=TIMEOUT_S
+    )
+    took = time.monotonic() - began
+    if result.token_ids != emulation.text(AWAY_TOKENS, 1):
+        raise RuntimeError(
+            f"{strategy} generated another text than the emulated target's: this is a bug in "
+            f"pipeinfer_dask, please report it"
+        )
+    return AWAY_TOKENS / took

@@ -17,6 +17,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Security, Worker
+from distributed.protocol.pickle import loads
 
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import Command, Event
@@ -379,9 +380,9 @@ class HeadActor(NodeActor):
 
     _node: Node[Any]
 
-    async def start(self, request: Request, policy: Policy) -> None:
+    async def start(self, request: Request, policy: bytes) -> None:
         """Queue a request. Who calls awaits this before the next one, so that order is kept."""
-        self._node.thread.start(request, policy)
+        self._node.thread.start(request, loads(policy))
 
     async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
         """Measure the pipeline: see `Head.measure_costs`."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Self
 
 from distributed import Client
+from distributed.protocol.pickle import dumps
 
 from pipeinfer_dask.runtime.conversation import Conversation
 from pipeinfer_dask.runtime.generation import Generation
@@ -31,7 +33,16 @@ from pipeinfer_dask.runtime.wire import (
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.trace.entries import earlier, read_entry
 
-Asked = Generation | StopRequest | Forget
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A generation that is to be started, and its policy as bytes: that may be of any class."""
+
+    generation: Generation
+    policy: bytes
+
+
+Asked = Start | StopRequest | Forget
 
 
 class RemoteHead:
@@ -103,8 +114,21 @@ class RemoteHead:
     # --- from any thread ----------------------------------------------------------
 
     def start(self, generation: Generation) -> None:
-        """Queue a generation."""
-        self.loop.call_soon_threadsafe(self._start, generation)
+        """Queue a generation.
+
+        Raises
+        ------
+        ValueError
+            If its policy can't travel.
+        """
+        try:
+            policy = dumps(generation.policy)
+        except Exception as error:  # whatever an object raises that is pickled
+            raise ValueError(
+                f"expected a policy that can be pickled, as head='worker' needs it, got "
+                f"{generation.strategy!r}: {error}"
+            ) from error
+        self.loop.call_soon_threadsafe(self._start, Start(generation, policy))
 
     def cancel(self, generation: Generation) -> None:
         """Stop a generation, running or queued."""
@@ -143,12 +167,13 @@ class RemoteHead:
         if self._asking is not None:
             await asyncio.gather(self._asking, return_exceptions=True)
 
-    def _start(self, generation: Generation) -> None:
+    def _start(self, start: Start) -> None:
+        generation = start.generation
         if self.lost is not None:
             generation.fail(self.lost)
             return
         self._generations[generation.request.id] = generation
-        self._put(generation)
+        self._put(start)
 
     def _put(self, asked: Asked) -> None:
         self._asked.put_nowait(asked)
@@ -158,19 +183,20 @@ class RemoteHead:
         try:
             while True:
                 asked = await self._asked.get()
-                if isinstance(asked, Generation):
+                if isinstance(asked, Start):
                     await self._hand_over(asked)
                 else:
                     self._peer.send(asked)
         finally:  # the loop ends, as a client's does that is closed
             self.end(ConnectionError("the event loop has ended: was the client closed?"))
 
-    async def _hand_over(self, generation: Generation) -> None:
+    async def _hand_over(self, start: Start) -> None:
+        request = start.generation.request
         try:
-            await self._actor.start(generation.request, generation.policy)
-        except Exception as error:  # such as a policy that can't be pickled
-            if self._generations.pop(generation.request.id, None) is not None:
-                generation.fail(error)
+            await self._actor.start(request, start.policy)
+        except Exception as error:  # such as a policy whose class the worker does not know
+            if self._generations.pop(request.id, None) is not None:
+                start.generation.fail(error)
 
     # --- what the head says -----------------------------------------------------------
 

@@ -37,7 +37,7 @@ def test_bench_paced_puts_the_simulator_beside_what_it_measures() -> None:
 
 def test_bench_network_has_a_row_for_each_network() -> None:
     networks = ((3.0, math.inf), (0.0, 400.0))
-    report = run_network_bench(networks, stages=2, stage_ms=5, tokens=12)
+    report = run_network_bench(networks, (0.0, 20.0), stages=2, stage_ms=5, tokens=12)
     assert json.loads(json.dumps(report)) == report
     assert report["suite"] == "network"
     far, thin = report["rows"]
@@ -45,6 +45,11 @@ def test_bench_network_has_a_row_for_each_network() -> None:
     assert thin["bandwidth_mbit"] == 400
     for row in report["rows"]:
         check(row)
+    clients = {(row["away_ms"], row["head"]): row for row in report["clients"]}
+    assert clients.keys() == {(ms, head) for ms in (0.0, 20.0) for head in ("client", "worker")}
+    assert clients[0.0, "client"]["share"] == 1
+    # A run takes 10 ms, and 40 more to the client and back.
+    assert clients[20.0, "worker"]["share"] > 1.5 * clients[20.0, "client"]["share"]
 
 
 def test_bench_load_has_a_row_for_each_number_of_requests() -> None:

@@ -63,6 +63,18 @@ def test_every_link_of_an_engine_on_a_tls_cluster_is_tls(pair: Pair, tls_client:
     assert all(node[what] == 0 for node in stats for what in ("malformed", "gaps", "refused"))
 
 
+def test_a_head_on_a_worker_of_a_tls_cluster_connects_as_the_worker_does(
+    pair: Pair, tls_client: Client
+) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, client=tls_client, stages=2, head="worker"
+    ) as engine:
+        result = engine.generate(PROMPT, max_new_tokens=30)
+        found = tls_client.run(carriers)
+        assert set().union(*found.values()) == {StreamCarrier.__name__}
+    assert result.token_ids == pair.greedy[:30]
+
+
 def strangers() -> dict[str, dict[str, Any]]:
     """Return the ways of one who has no certificate of this cluster to connect."""
     bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

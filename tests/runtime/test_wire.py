@@ -34,9 +34,15 @@ from pipeinfer_dask.runtime.wire import (
     DialNext,
     Envelope,
     Failed,
+    Forget,
+    NodeLoading,
     PeerLost,
     Ping,
     Pong,
+    Recorded,
+    RequestEnded,
+    RequestStatus,
+    StopRequest,
     WireError,
     encode,
 )
@@ -134,6 +140,12 @@ messages = st.one_of(
     st.builds(Failed, st.text()),
     st.builds(PeerLost, counts, st.text()),
     st.builds(Close),
+    st.builds(StopRequest, counts),
+    st.builds(Forget, counts),
+    st.builds(NodeLoading, st.text(), st.text(), counts, counts, st.booleans()),
+    st.builds(RequestStatus, counts, st.text(), counts),
+    st.builds(Recorded, counts, st.lists(st.text(), max_size=3).map(tuple)),
+    st.builds(RequestEnded, counts, st.text(), st.booleans()),
 )
 
 

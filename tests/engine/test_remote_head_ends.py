@@ -1,0 +1,84 @@
+"""A head on a worker opens and ends: nothing is left, and what is lost is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from distributed import Client, Worker
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.head_actor import HeadNode
+from pipeinfer_dask.runtime.loading import Loading
+from tests.engine.pairs import PROMPT, Pair
+from tests.engine.test_failure import break_after
+from tests.engine.test_leaks import wait_until_workers_hold_nothing
+
+pytestmark = pytest.mark.cluster
+
+LONG = 480
+
+
+def test_each_node_tells_of_its_loading_and_nothing_is_left_at_the_end(
+    pair: Pair, inproc_client: Client
+) -> None:
+    told: list[Loading] = []
+    for draft in (pair.draft, "ngram"):
+        with pi.Engine.from_pretrained(
+            pair.target, draft, stages=2, client=inproc_client, head="worker", progress=told.append
+        ) as engine:
+            assert engine.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
+        workers = set(inproc_client.scheduler_info()["workers"])
+        stand = {step.node: step.where for step in told if step.stands}
+        assert len(stand) == 3
+        assert set(stand.values()) <= workers
+        told.clear()
+        wait_until_workers_hold_nothing(inproc_client)
+
+
+def heads(dask_worker: Worker) -> int:
+    actors: list[Any] = list(dask_worker.state.actors.values())
+    return sum(isinstance(actor._node, HeadNode) for actor in actors)
+
+
+def test_the_head_is_where_it_was_asked_for_and_is_named_when_it_is_lost(pair: Pair) -> None:
+    with ExitStack() as resources:
+        client = own_cluster(2, resources)
+        stage, other = client.scheduler_info()["workers"]
+        with pi.Engine.from_pretrained(
+            pair.target, client=client, stages=1, head=other, max_recoveries=0
+        ) as engine:
+            assert client.run(heads) == {stage: 0, other: 1}
+            run = engine.start(PROMPT, max_new_tokens=LONG)
+            next(iter(run))
+            os.kill(client.run(os.getpid)[other], signal.SIGKILL)
+            told = rf"head \(of 1 stages\) on worker {other} is lost: .* open another engine"
+            with pytest.raises(GenerationInterrupted, match=told) as caught:
+                run.result()
+            partial = caught.value.partial_ids[: len(pair.greedy)]
+            assert partial and partial == pair.greedy[: len(partial)]
+            with pytest.raises(EngineClosedError, match="open another one"):
+                engine.start(PROMPT)
+        with pi.Engine.from_pretrained(pair.target, client=client, stages=1) as again:
+            rest = again.generate([*PROMPT, *partial], max_new_tokens=5)
+        assert rest.token_ids == pair.greedy[len(partial) : len(partial) + 5]
+
+
+def test_what_breaks_in_the_pipeline_is_named_through_the_head(
+    pair: Pair, inproc_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, stages=2, client=inproc_client, head="worker"
+    ) as engine:
+        break_after(20, monkeypatch, "run", 4)
+        running = engine.start(PROMPT, max_new_tokens=200, strategy="speculative")
+        with pytest.raises(GenerationInterrupted, match=r"stage 1 .*numbers ran out") as caught:
+            running.result()
+        partial = caught.value.partial_ids
+        assert partial == pair.greedy[: len(partial)] and len(partial) > 0
+    wait_until_workers_hold_nothing(inproc_client)
