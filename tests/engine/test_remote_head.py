@@ -61,11 +61,11 @@ def test_times_are_on_the_clients_own_clock_and_in_order(engine: pi.Engine) -> N
 def test_text_and_trace_come_while_the_text_is_generated(engine: pi.Engine, pair: Pair) -> None:
     running = engine.start(PROMPT, max_new_tokens=LONG)
     next(iter(running))
-    assert not running.done() and running.status == "running"
+    assert not running.done()
     assert isinstance(running.trace.records[0][1], Begin)
     running.cancel()
     result = running.result(30)
-    assert result.finish_reason == "stopped" and running.status == "stopped"
+    assert (result.finish_reason, running.status) == ("stopped", "stopped")
     assert 0 < len(result.token_ids) < LONG
     assert result.token_ids == pair.greedy[: len(result.token_ids)]
 
