@@ -92,6 +92,7 @@ async def _read(run: pi.Generation) -> None:
 
 async def _give_up(run: pi.Generation, waiting: asyncio.Future[Any]) -> None:
     await anext(aiter(run))
+    await asyncio.sleep(0)  # who was cancelled before his first step would not have waited
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
@@ -120,6 +121,15 @@ def test_a_shielded_wait_that_is_cancelled_leaves_the_generation_running(
     assert asyncio.run(wait_a_while()).token_ids == pair.greedy
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Interrupts are heard, also in a process that was started to ignore them, as by ``nohup``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("wait", [pi.Generation.result, list], ids=["result", "for"])
 def test_an_interrupt_while_somebody_waits_cancels_the_generation(
     engine: pi.Engine, wait: Callable[[pi.Generation], object]
