@@ -52,4 +52,5 @@ def opened(lab: Lab, browser: Any, request: pytest.FixtureRequest) -> Iterator[O
     tab.page.evaluate("window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
     page.close()
     assert tab.foreign == []
-    assert tab.errors == []
+    # JupyterLab's debugger complains when a kernel ends while it looks at it.
+    assert [error for error in tab.errors if "debugger state" not in error] == []
