@@ -9,7 +9,7 @@ import pytest
 
 from pipeinfer_dask.bench.browser import Lab, Tab, chromium, missing, notebook_of
 
-THEIRS = ("debugger state", "widget model not found")
+THEIRS = ("Canceled future for", "debugger state", "widget model not found")
 """What JupyterLab says when a kernel ends, and of a progress bar that has gone when it reopens."""
 
 Opened = Callable[..., Tab]
