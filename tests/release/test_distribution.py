@@ -86,7 +86,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
 def test_the_source_holds_what_a_user_needs_and_no_more(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as source:
         names = {name.partition("/")[2] for name in source.getnames()}
-    assert {name.split("/")[0] for name in names} == {"pipeinfer_dask", "examples", *SHIPPED}
+    assert {name.split("/")[0] for name in names} == {
+        "pipeinfer_dask",
+        "examples",
+        "notebooks",
+        *SHIPPED,
+    }
 
 
 def metadata_version(folder: Path) -> str:
