@@ -31,5 +31,5 @@ def test_what_a_dashboard_costs_and_how_soon_it_cancels_are_measured(
     (slower,) = measure_pairs(lab, tab, 1, in_process=True)
     (idle_s,) = measure_cancels(lab, tab, 1, in_process=True)
     page.close()
-    assert slower > -1
-    assert -1 < idle_s < 60  # negative, if the last run had passed when the click came
+    assert -0.9 < slower < 9  # what it costs is for a quiet machine to say
+    assert -1 < idle_s < 5  # negative, if the last run had passed when the click came
