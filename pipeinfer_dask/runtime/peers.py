@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeinfer_dask.models.stage import CountBytes
 from pipeinfer_dask.protocol.messages import Span
+from pipeinfer_dask.runtime.clocks import PeerClock
 from pipeinfer_dask.runtime.links import Link, LinkError
 from pipeinfer_dask.runtime.wire import (
     AwaitLoaded,
@@ -30,7 +31,7 @@ from pipeinfer_dask.runtime.wire import (
 )
 
 CLOCK_PINGS = 50
-"""Pings to find a node's clock: the one with the least round trip counts."""
+"""Pings to find a node's clock at first; those of the watch keep to it."""
 
 CLOCK_S = 1.0
 """Over a long way there are fewer pings: no more than begin within so many seconds."""
@@ -79,8 +80,8 @@ class Peer:
     ----------
     stalled : float, seconds
         For so long its computing had not moved at the last ping; 0 if it had nothing to do.
-    offset : float, seconds
-        The node's clock minus the client's.
+    clock : PeerClock
+        The node's, against the client's; every ping tells of it.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Peer:
         self.title = title
         self.node = node
         self.address = address
-        self.offset = 0.0
+        self.clock = PeerClock()
         self.stalled = 0.0
         self._link = link
         self._generation = generation
@@ -130,8 +131,8 @@ class Peer:
         self._link.send(AwaitLoaded())
         await self._loaded
 
-    async def ping(self) -> tuple[float, float]:
-        """Return the round trip in seconds, and the node's clock minus the client's.
+    async def ping(self) -> None:
+        """Wait for a sign of life, and learn from it what `clock` and `stalled` say.
 
         Raises
         ------
@@ -148,14 +149,15 @@ class Peer:
             arrived, clock = await pong
         finally:
             self._pongs.pop(number, None)
-        return arrived - sent, clock - (sent + arrived) / 2
+        self.clock.hear(sent, clock, arrived)
 
     async def find_clock(self) -> None:
-        """Measure `offset`."""
-        pings, ends = [await self.ping()], time.monotonic() + CLOCK_S
-        while len(pings) < CLOCK_PINGS and time.monotonic() < ends:
-            pings.append(await self.ping())
-        _, self.offset = min(pings)
+        """Ping often, so that one of the pings meets nothing on its way."""
+        ends = time.monotonic() + CLOCK_S
+        for _ in range(CLOCK_PINGS):
+            await self.ping()
+            if time.monotonic() > ends:
+                break
 
     async def dial_next(self, peer: Peer) -> None:
         """Have this stage open its data link to the next one.
@@ -202,7 +204,8 @@ class Peer:
 
     def localize(self, span: Span) -> Span:
         """Return a span of this node's clock on the client's clock."""
-        return replace(span, began=span.began - self.offset, ended=span.ended - self.offset)
+        ahead = self.clock.offset
+        return replace(span, began=span.began - ahead, ended=span.ended - ahead)
 
     def abandon(self) -> None:
         """Close the link without a word, to a node that would not answer."""

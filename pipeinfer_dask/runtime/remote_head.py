@@ -61,7 +61,8 @@ class RemoteHead:
         self.lost: Exception | None = None
         self._nodes = Nodes(client, deadline, report=self._heed, lost=self._head_lost)
         self._progress = progress
-        self._generations: dict[int, Generation] = {}
+        # Each with what the head's clock was ahead of ours at its start: a trace keeps one clock.
+        self._generations: dict[int, tuple[Generation, float]] = {}
         self._asked: asyncio.Queue[Asked] = asyncio.Queue()
         self._asking: asyncio.Task[None] | None = None
         self._peer: Peer
@@ -157,7 +158,7 @@ class RemoteHead:
             self._asking.cancel()
         failed = list(self._generations.values())
         self._generations.clear()
-        for generation in failed:
+        for generation, _ in failed:
             generation.fail(error)
 
     async def close(self) -> None:
@@ -172,7 +173,7 @@ class RemoteHead:
         if self.lost is not None:
             generation.fail(self.lost)
             return
-        self._generations[generation.request.id] = generation
+        self._generations[generation.request.id] = (generation, self._peer.clock.offset)
         self._put(start)
 
     def _put(self, asked: Asked) -> None:
@@ -214,18 +215,15 @@ class RemoteHead:
                         )
                     )
             case Recorded() | RequestStatus() | RequestEnded():
-                generation = self._generations.get(message.request)
-                if generation is not None:
-                    self._tell(generation, message)
+                if message.request in self._generations:
+                    self._tell(message)
             case _:
                 raise LinkError(f"expected news of a request, got {type(message).__name__}")
 
-    def _tell(
-        self, generation: Generation, message: Recorded | RequestStatus | RequestEnded
-    ) -> None:
+    def _tell(self, message: Recorded | RequestStatus | RequestEnded) -> None:
+        generation, ahead = self._generations[message.request]
         match message:
             case Recorded():
-                ahead = self._peer.offset
                 for entry in message.entries:
                     time, what = read_entry(entry)
                     generation.record(time - ahead, earlier(what, ahead))
