@@ -82,6 +82,15 @@ class Guess:
     children: list[Guess] = field(default_factory=list)
 
     @property
+    def fate(self) -> str | None:
+        """What it came to: accepted, rejected, or unused, as no run was started for it."""
+        if self.settled is None:
+            return None
+        if self.kept:
+            return "accepted"
+        return "unused" if self.run is None else "rejected"
+
+    @property
     def ruled_out(self) -> bool:
         """Whether it can't become text any more."""
         return self.settled is not None and not self.kept
@@ -141,6 +150,12 @@ class Run:
         return sum(guess.kept for guess in self.guesses)
 
     @property
+    def parents(self) -> list[int]:
+        """The runs that hold what comes right before its tokens, in order."""
+        before = {guess.parent.run for guess in self.tokens if guess.parent is not None}
+        return sorted(run for run in before if run is not None and run != self.id)
+
+    @property
     def fate(self) -> Fate | None:
         """What it came to; None while that is open."""
         if self.cancelled is not None:
@@ -187,6 +202,11 @@ class Token:
     guess: Guess
     origin: Origin
     time: float
+
+    @property
+    def decided(self) -> int | None:
+        """The run whose result it is: the one that evaluated what is before it."""
+        return None if self.guess.parent is None else self.guess.parent.run
 
 
 @dataclass(frozen=True, slots=True)

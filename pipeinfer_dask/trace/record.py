@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pipeinfer_dask.protocol.messages import Command, Event
 from pipeinfer_dask.trace.metrics import Metrics, Tally
+
+Rows = Literal["work", "runs", "tokens", "guesses"]
+"""What a row of a table is."""
 
 
 @dataclass(slots=True)
@@ -77,28 +80,47 @@ class Trace:
     def to_perfetto(self, path: str | os.PathLike[str]) -> None:
         """Write the trace for https://ui.perfetto.dev (Chrome's trace event format, JSON).
 
-        A track for the drafter and for each stage; arrows follow a run from stage to stage;
-        commitments and cancellations are instants on a track of the head's.
+        A track for the text, one for the drafter and one for each stage; a slice tells what its
+        run held and came to. Arrows lead from a draft to the runs that hold its guesses, from
+        stage to stage, and from a run to the text that it decided on. Cancellations and losses are
+        marks; guesses, runs and layers are counted over time.
         """
         from pipeinfer_dask.trace.perfetto import write_perfetto
 
         write_perfetto(self, path)
 
-    def to_dataframe(self) -> Any:
-        """Return the work of all nodes as a pandas DataFrame, a row for each run on each stage.
+    def to_dataframe(self, rows: Rows = "work") -> Any:
+        """Return a table as a pandas DataFrame. ``.to_parquet(path)`` of it writes a file.
 
-        Drafts have the node ``"drafter"``. Columns: ``node``, ``run``, ``kind``, ``fate``,
-        ``began_s`` and ``ended_s`` (from the begin), ``layers``, ``layers_saved``, ``tokens``
-        and ``tokens_kept``. ``.to_parquet(path)`` of it writes a file.
+        Parameters
+        ----------
+        rows : {"work", "runs", "tokens", "guesses"}
+            What a row is. All have times in seconds from the begin, missing where there are none.
+
+            - ``"work"``: what a node did for a run; the drafter, for a draft. ``node``, ``run``,
+              ``kind``, ``fate``, ``began_s``, ``ended_s``, ``layers``, ``layers_saved``,
+              ``tokens`` and ``tokens_kept``.
+            - ``"runs"``: ``run``, ``kind``, ``fate``, ``reason`` (of its cancelling), ``parents``
+              (runs), ``started_s``, ``done_s``, ``cancelled_s``, ``layers``, ``layers_saved``,
+              ``tokens``, ``guesses``, ``guesses_kept`` and ``left_out`` (pruned on the way).
+            - ``"tokens"``: of the text. ``place``, ``time_s``, ``token``, ``text``, ``origin``,
+              ``confidence`` (of the draft model, if it was accepted), ``guess``, and ``run``, the
+              one that decided on it.
+            - ``"guesses"``: of the draft model. ``guess``, ``parent`` (a guess), ``place``,
+              ``token``, ``text``, ``confidence``, ``ahead`` (of the text), ``fate`` (accepted,
+              rejected, or unused: in no run), ``draft``, ``run``, ``made_s``, ``placed_s`` (in a
+              run) and ``settled_s``.
 
         Raises
         ------
         ImportError
             If pandas is not installed.
+        ValueError
+            If there is no such table.
         """
-        from pipeinfer_dask.trace.tables import dataframe
+        from pipeinfer_dask.trace.frames import dataframe
 
-        return dataframe(self)
+        return dataframe(self, rows)
 
     def _repr_html_(self) -> str:
         from pipeinfer_dask.trace.picture import trace_html

@@ -1,14 +1,13 @@
-"""The work of all nodes as rows, for tables, data frames and Perfetto."""
+"""The work of all nodes as rows, for pictures, data frames and Perfetto."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.parts import Draft, Run
-from pipeinfer_dask.trace.record import Trace
 
 
 class Work(NamedTuple):
@@ -57,61 +56,3 @@ def window(history: History, columns: int) -> tuple[float, float]:
     )
     column = lengths[len(lengths) // 2] / 2 if lengths else (ended - began) / columns
     return began, min(ended, began + columns * column)
-
-
-def dataframe(trace: Trace) -> Any:
-    """Return a row for each run on each stage, and for each draft. See `Trace.to_dataframe`."""
-    try:
-        import pandas as pd
-    except ImportError:
-        raise ImportError("a data frame needs pandas: pip install pandas") from None
-    history = History(trace)
-    rows = [
-        _run_row(history, row, of, span)
-        if isinstance(of, Run)
-        else {
-            "node": node_name(row),
-            "run": of.id,
-            "kind": "draft",
-            "fate": "draft",
-            "began_s": span.began - history.began,
-            "ended_s": span.ended - history.began,
-            "layers": span.layers,
-            "layers_saved": 0,
-            "tokens": len(of.guesses) + of.late,
-            "tokens_kept": sum(guess.kept for guess in of.guesses),
-        }
-        for done in history.done
-        for row, of, span in work_of(done)
-    ]
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-COLUMNS = [
-    "node",
-    "run",
-    "kind",
-    "fate",
-    "began_s",
-    "ended_s",
-    "layers",
-    "layers_saved",
-    "tokens",
-    "tokens_kept",
-]
-
-
-def _run_row(history: History, row: int, run: Run, span: Span) -> dict[str, object]:
-    saved = history.layers[row - 1] - span.layers if run.cancelled is not None else 0
-    return {
-        "node": node_name(row),
-        "run": run.id,
-        "kind": str(run.kind),
-        "fate": None if run.fate is None else str(run.fate),
-        "began_s": span.began - history.began,
-        "ended_s": span.ended - history.began,
-        "layers": span.layers,
-        "layers_saved": saved,
-        "tokens": len(run.tokens),
-        "tokens_kept": sum(guess.kept for guess in run.tokens),
-    }
