@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
+from inspect import signature
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
@@ -323,14 +324,18 @@ def simulate(
 @click.argument("suite", type=click.Choice(SUITES))
 @click.option("--dial", type=int, multiple=True, help="compute: only this agreement, in percent.")
 @click.option("--quick", is_flag=True, help="compute: small models and short texts, once.")
+@click.option("--faults", type=click.IntRange(0), help="faults: so many in all.")
+@click.option("--generations", type=click.IntRange(1), help="faults, soak: so many texts.")
+@click.option("--cancels", type=click.IntRange(1), help="cancels: so many.")
 @as_json
-def bench(suite: str, dial: tuple[int, ...], quick: bool, as_json: bool) -> None:
+def bench(suite: str, as_json: bool, **asked: Any) -> None:
     """Measure one part on this machine. The last line of stdout is one JSON object."""
-    given = {name: value for name, value in (("dial", dial), ("quick", quick)) if value}
-    if given and suite != "compute":
-        raise ValueError(f"expected --{next(iter(given))} with suite compute, got {suite}")
-    module = import_module(f"pipeinfer_dask.bench.{suite}")
-    report: dict[str, Any] = getattr(module, f"run_{suite}_bench")(**given)
+    unset = (None, (), False)
+    given = {n: value for n, value in asked.items() if not any(value is one for one in unset)}
+    run = getattr(import_module(f"pipeinfer_dask.bench.{suite}"), f"run_{suite}_bench")
+    if beyond := given.keys() - signature(run).parameters.keys():
+        raise ValueError(f"expected options of suite {suite}, got --{min(beyond)}: leave it out")
+    report: dict[str, Any] = run(**given)
     if not as_json:
         from rich.table import Table
 

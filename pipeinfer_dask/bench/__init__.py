@@ -3,6 +3,7 @@
 SUITES = (
     *(
         "ablation",
+        "cancels",
         "compute",
         "dashboard",
         "faults",
@@ -13,6 +14,6 @@ SUITES = (
         "network",
         "open",
     ),
-    *("paced", "policies", "sampling", "shard", "ttft", "widgets"),
+    *("paced", "policies", "sampling", "shard", "soak", "ttft", "widgets"),
 )
 """The modules, each with a function ``run_SUITE_bench``."""

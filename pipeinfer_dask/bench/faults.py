@@ -1,34 +1,70 @@
 """Faults at random, while texts are generated: what they cost, and that they cost no token.
 
 The embedded pair on worker processes of this machine, one of them spare. During each
-generation nodes are killed, stopped, cut off, held up or made to hang; each text is held
-against the one that plain decoding gave before.
+generation nodes are killed, stopped, cut off, held up, made to hang or squeezed out of memory,
+alone, several at once, before the first token, or while others are being replaced; each text
+is held against the one that plain decoding gave before.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from pipeinfer_dask.bench.sabotage import STUCK_S, Saboteur
-from pipeinfer_dask.engine import Engine, Generation
-from pipeinfer_dask.models.demo_pair import demo_pair
+from pipeinfer_dask.engine import Engine, Generation, GenerationInterrupted
+from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
+from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
 from pipeinfer_dask.runtime.clusters import own_cluster
 
 PROMPTS = ("def main", "import os\n", "class Node:", "for line in")
-STRATEGIES = ("iterative", "speculative", "pipeinfer", "adaptive")
-KINDS = ("kill", "kill", "kill", "stop", "pause", "cut", "hold_up", "swap", "swallow", "hang")
-"""What may happen; death three times as often as each of the others."""
-HARMLESS = ("pause", "hold_up")
-"""What makes a node slow, and must not be taken for its loss."""
+LONG_PROMPT = 3 * DEMO_PROMPT
+"""One that is read in several runs."""
+KINDS = {
+    "kill": 3,
+    "die": 1,
+    "several": 2,
+    "squeeze": 1,
+    "stop": 1,
+    "pause": 1,
+    "busy": 1,
+    "cut": 1,
+    "hold_up": 1,
+    "repeat": 1,
+    "swap": 1,
+    "drop": 1,
+    "swallow": 1,
+    "hang": 1,
+}
+"""What may happen, and how often. ``kill``: SIGKILL of one node's process, ``die``: while it
+computes; ``several``: of two at once; ``squeeze``: a process takes memory until its nanny ends
+it; ``stop``: SIGSTOP until that is noticed; ``pause``: for a moment; ``busy``: a thread of the
+process computes in Python; ``cut``: links close; ``hold_up``, ``repeat``, ``swap``, ``drop``,
+``swallow``: messages between stages come late, twice, in the wrong order, one less, or no more;
+``hang``: the computing does.
+"""
+ANYWHERE = ("kill", "squeeze", "stop", "pause", "busy")
+"""What may happen to the drafter, too. The others are of what lies between two stages."""
+WHOLE = ("kill", "several")
+"""What may happen while others are being replaced: the rest needs links."""
+READY = ("die", "swap", "drop", "swallow", "hang")
+"""What may be prepared, so that it happens before a text's first token."""
+HARMLESS = ("pause", "busy", "hold_up", "repeat")
+"""What makes a node slow or says something again, and must not be taken for its loss."""
+EARLY = AGAIN = 0.25
+"""How often a text's first fault comes before the first token, and how often a fault comes
+on top of the one before."""
 TOKENS = 200
 STAGES = 2
-NODE_TIMEOUT_S = 5.0
+NODE_TIMEOUT_S = 2.0
+MEMORY_LIMIT = "1GiB"
+"""Of a worker: three times what it takes."""
 PAUSE_S = 0.3
 """A process that is stopped for so short a time is slow, and not lost."""
 PATIENCE_S = 120.0
@@ -36,8 +72,36 @@ RESTART_S = 20.0
 """How long to wait for a nanny; without a spare the others do."""
 
 
+@dataclass
+class Fault:
+    """What was done, to whom, and when.
+
+    Attributes
+    ----------
+    kind : str
+    nodes : tuple of str
+    moment : str
+        ``prefill``: before the text's first token; ``recovering``; or ``mid-text``.
+    began : float, seconds
+        On the monotonic clock.
+    gap : float, seconds, or None
+        Until the next token; None where nothing was noticed before the text's end.
+    """
+
+    kind: str
+    nodes: tuple[str, ...]
+    moment: str
+    began: float
+    gap: float | None = None
+
+
 def run_faults_bench(
-    *, faults: int = 40, generations: int = 20, seed: int = 0, kinds: tuple[str, ...] = KINDS
+    *,
+    faults: int = 40,
+    generations: int = 20,
+    seed: int = 0,
+    kinds: Sequence[str] = tuple(KINDS),
+    node_timeout: float = NODE_TIMEOUT_S,
 ) -> dict[str, Any]:
     """Generate under faults.
 
@@ -48,21 +112,23 @@ def run_faults_bench(
     generations : int
     seed : int
         Of what happens when, and to whom.
-    kinds : tuple of str
+    kinds : sequence of str
         What may happen.
+    node_timeout : float, seconds
 
     Returns
     -------
     dict
         ``recovery_s_p50`` and ``recovery_s_p95``: from the moment of a stage's fault to the first
         token that came after it was noticed. ``drafter_s_p50``: the same of the drafter's loss,
-        to the next token. ``rows`` has one for each kind.
+        to the next token. ``false_alarms``: losses that were told of though nothing had happened
+        but what is harmless. ``rows`` has one for each kind.
     """
     random = Random(seed)
-    done: list[tuple[str, str, float | None]] = []
-    identical = lost = 0
+    done: list[Fault] = []
+    identical = lost = alarms = 0
     with ExitStack() as resources:
-        client = own_cluster(STAGES + 2, resources)
+        client = own_cluster(STAGES + 2, resources, memory_limit=MEMORY_LIMIT)
         pair = demo_pair()
         with Engine.from_pretrained(
             pair.target,
@@ -70,7 +136,7 @@ def run_faults_bench(
             client=client,
             stages=STAGES,
             spares=1,
-            node_timeout=NODE_TIMEOUT_S,
+            node_timeout=node_timeout,
             max_recoveries=10,
             progress=False,
         ) as engine:
@@ -79,77 +145,150 @@ def run_faults_bench(
                 prompt: engine.generate(
                     prompt, max_new_tokens=TOKENS, strategy="iterative"
                 ).token_ids
-                for prompt in PROMPTS
+                for prompt in (*PROMPTS, LONG_PROMPT)
             }
             for number in range(generations):
                 share = faults * (number + 1) // generations - faults * number // generations
-                prompt = random.choice(PROMPTS)
                 # A spare is part of what is measured: nannies bring one back, mostly in seconds.
                 _until(lambda: saboteur.workers > STAGES + 1, RESTART_S)
+                harm = _Harm(saboteur, random, kinds)
+                prompt = random.choice(PROMPTS)
+                if share and random.random() < EARLY:
+                    prompt = LONG_PROMPT
+                    harm.prepare()
                 run = engine.start(
-                    prompt, max_new_tokens=TOKENS, strategy=random.choice(STRATEGIES)
+                    prompt, max_new_tokens=TOKENS, strategy=random.choice(tuple(STRATEGIES))
                 )
-                done.extend(
-                    _harm(run, saboteur, random, kinds, TOKENS * fault // share)
-                    for fault in range(share)
-                )
-                result = run.result(PATIENCE_S)
+                harm.do(run, share)
+                done += harm.faults
+                try:
+                    result = run.result(PATIENCE_S)
+                except GenerationInterrupted as error:
+                    error.add_note(f"seed {seed}, generation {number}: {harm.faults}")
+                    raise
                 identical += result.token_ids == texts[prompt]
                 lost += max(0, len(texts[prompt]) - len(result.token_ids))
+                alarms += _false_alarms(run, done)
             nodes = len(saboteur.places())
             leaks = _leaks(saboteur, nodes)
         leaks += _leaks(saboteur, 0)
-    return _report(done, generations, identical, lost, leaks)
+    return _report(done, generations, identical, lost, alarms, leaks)
 
 
-def _harm(
-    run: Generation, saboteur: Saboteur, random: Random, kinds: tuple[str, ...], at: int
-) -> tuple[str, str, float | None]:
-    """Do some harm once a text has so many tokens; return how long it was until the next one."""
-    kind = random.choice(kinds)
-    stages = [f"stage-{index}" for index in range(STAGES)]
-    # What goes wrong with links goes wrong between the first stage and the second.
-    node = random.choice([*stages, "drafter"]) if kind in ("kill", "stop") else stages[0]
-    _until(lambda: run.done() or len(run.token_ids) >= at)
-    began = time.monotonic()
-    if kind == "stop":
-        with saboteur.stopped(node):
-            _until(lambda: run.done() or _loss(run, node, began) is not None)
-    elif kind == "pause":
-        with saboteur.stopped(node):
-            threading.Event().wait(PAUSE_S)
-    else:
-        getattr(saboteur, kind)(node)
-    if kind in HARMLESS:
-        return kind, node, None
-    _until(lambda: run.done() or _gap(run, node, began) is not None)
-    return kind, node, _gap(run, node, began)
+class _Harm:
+    """What is done to one generation."""
+
+    def __init__(self, saboteur: Saboteur, random: Random, kinds: Sequence[str]) -> None:
+        self.faults: list[Fault] = []
+        self._saboteur = saboteur
+        self._random = random
+        self._kinds = kinds
+
+    def prepare(self) -> None:
+        """Have something happen to the next run, the first of a text that is to be started."""
+        kinds = [kind for kind in self._kinds if kind in READY]
+        if kinds:
+            self._strike(self._choose(kinds), "prefill", ExitStack())
+
+    def do(self, run: Generation, count: int) -> None:
+        """Do so many faults, evenly over a text; some come on top of the one before."""
+        groups = self._groups(count - len(self.faults))
+        self._follow(run, self.faults)
+        for number, group in enumerate(groups):
+            at = max(1, TOKENS * number // len(groups))
+            _until(lambda at=at: run.done() or len(run.token_ids) >= at)  # type: ignore[misc]
+            with ExitStack() as stopped:
+                struck: list[Fault] = []
+                for kind in group:
+                    if struck:
+                        _until(lambda first=struck[0]: run.done() or _is_told(run, first))  # type: ignore[misc]
+                    struck.append(self._strike(kind, _moment(run), stopped))
+                self._follow(run, struck)
+
+    def _groups(self, count: int) -> list[list[str]]:
+        """Draw what happens; what is not the first of its group comes while others recover."""
+        whole = [kind for kind in self._kinds if kind in WHOLE]
+        groups: list[list[str]] = []
+        for _ in range(count):
+            again = groups and groups[-1][0] not in HARMLESS and self._random.random() < AGAIN
+            if again and whole:
+                groups[-1].append(self._choose(whole))
+            else:
+                groups.append([self._choose(self._kinds)])
+        return groups
+
+    def _choose(self, kinds: Sequence[str]) -> str:
+        return self._random.choices(kinds, [KINDS[kind] for kind in kinds])[0]
+
+    def _strike(self, kind: str, moment: str, stopped: ExitStack) -> Fault:
+        nodes = ["stage-0"]
+        if kind in (*ANYWHERE, *WHOLE):
+            nodes = list(self._saboteur.places())
+        elif kind == "die":
+            nodes = [f"stage-{index}" for index in range(STAGES)]
+        chosen = tuple(self._random.sample(nodes, min(len(nodes), 1 + (kind == "several"))))
+        fault = Fault(kind, chosen, moment, time.monotonic())
+        self.faults.append(fault)
+        if kind in WHOLE:
+            self._saboteur.kill(*chosen)
+        elif kind == "stop":
+            stopped.enter_context(self._saboteur.stopped(*chosen))
+        elif kind == "pause":
+            with self._saboteur.stopped(*chosen):
+                threading.Event().wait(PAUSE_S)
+        else:
+            getattr(self._saboteur, kind)(*chosen)
+        return fault
+
+    def _follow(self, run: Generation, struck: Sequence[Fault]) -> None:
+        """Wait for the first token behind each of these faults, or the text's end."""
+        for fault in struck:
+            if fault.kind not in HARMLESS:
+                _until(lambda f=fault: run.done() or _gap(run, f) is not None)  # type: ignore[misc]
+                fault.gap = _gap(run, fault)
 
 
-def _loss(run: Generation, node: str, began: float) -> int | None:
-    """Return where in the trace the loss of a node since then is told of."""
-    kind = DrafterLost if node == "drafter" else StageLost
-    for place, (when, what) in enumerate(run.trace.records):
-        if when >= began and isinstance(what, kind):
-            return place
-    return None
+def _moment(run: Generation) -> str:
+    seen = recovering = False
+    for _, what in run.trace.records:
+        seen = seen or isinstance(what, Commit)
+        if isinstance(what, StageLost | StagesBack):
+            recovering = isinstance(what, StageLost)
+    return "recovering" if recovering else "mid-text" if seen else "prefill"
 
 
-def _gap(run: Generation, node: str, began: float) -> float | None:
+def _is_told(run: Generation, fault: Fault) -> bool:
+    """Whether the trace tells of a loss since then."""
+    return any(
+        when >= fault.began and isinstance(what, StageLost | DrafterLost)
+        for when, what in run.trace.records
+    )
+
+
+def _gap(run: Generation, fault: Fault) -> float | None:
     """Return the seconds from a fault to the next token: of a stage's, behind its recovery."""
-    place = _loss(run, node, began)
-    if place is None:
-        return None
-    waits = node != "drafter"
-    for when, what in run.trace.records[place:]:
-        waits = waits and not isinstance(what, StagesBack)
+    waits, behind = True, DrafterLost if fault.nodes == ("drafter",) else StagesBack
+    for when, what in run.trace.records:
+        if when < fault.began:
+            continue
+        waits = waits and not isinstance(what, behind)
         if isinstance(what, Commit) and not waits:
-            return when - began
+            return when - fault.began
     return None
+
+
+def _false_alarms(run: Generation, done: list[Fault]) -> int:
+    """Return how many losses were told of that nothing harmful came before."""
+    alarms = 0
+    for when, what in run.trace.records:
+        if isinstance(what, StageLost | DrafterLost):
+            before = [fault for fault in done if fault.began <= when]
+            alarms += not before or before[-1].kind in HARMLESS
+    return alarms
 
 
 def _until(holds: Callable[[], bool], patience: float = PATIENCE_S) -> bool:
-    """Wait for something that nobody announces; return whether it came."""
+    """Wait for what is only seen in other processes; return whether it came."""
     deadline = time.monotonic() + patience
     while not holds():
         if time.monotonic() > deadline:
@@ -173,19 +312,23 @@ def _leaks(saboteur: Saboteur, nodes: int) -> int:
 
 
 def _report(
-    done: list[tuple[str, str, float | None]],
-    generations: int,
-    identical: int,
-    lost: int,
-    leaks: int,
+    done: list[Fault], generations: int, identical: int, lost: int, alarms: int, leaks: int
 ) -> dict[str, Any]:
-    stages = [gap for _, node, gap in done if gap is not None and node != "drafter"]
-    drafter = [gap for _, node, gap in done if gap is not None and node == "drafter"]
+    felt = [fault for fault in done if fault.gap is not None]
+    drafter = [f for f in felt if f.nodes == ("drafter",)]
+    stages = [f for f in felt if f not in drafter]
     rows = []
-    for kind in dict.fromkeys(KINDS):
-        gaps = [gap for other, _, gap in done if other == kind and gap is not None]
-        count = sum(other == kind for other, _, _ in done)
-        rows.append({"kind": kind, "faults": count, "felt": len(gaps), "s_p50": _at(gaps, 0.5)})
+    for kind in KINDS:
+        of = [fault for fault in done if fault.kind == kind]
+        moments = {
+            moment: sum(fault.moment == moment for fault in of)
+            for moment in ("prefill", "mid-text", "recovering")
+        }
+        some = [fault for fault in felt if fault.kind == kind]
+        rows.append(
+            {"kind": kind, "faults": len(of), **moments, "felt": len(some)}
+            | {"s_p50": _at(some, 0.5), "s_p95": _at(some, 0.95)}
+        )
     return {
         "suite": "faults",
         "faults": len(done),
@@ -194,13 +337,14 @@ def _report(
         "tokens_lost": lost,
         "recovery_s_p50": _at(stages, 0.5),
         "recovery_s_p95": _at(stages, 0.95),
-        "drafter_s_p50": _at(drafter, 0.5),
+        "drafter_s_p50": _at([f for f in drafter if f.moment != "recovering"], 0.5),
+        "false_alarms": alarms,
         "leaks": leaks,
         "rows": rows,
     }
 
 
-def _at(values: list[float], share: float) -> float | None:
-    """Return the value below which this share of them lies; None if there are none."""
-    ordered = sorted(values)
+def _at(faults: list[Fault], share: float) -> float | None:
+    """Return the gap below which this share of them lies; None if there are none."""
+    ordered = sorted(fault.gap for fault in faults if fault.gap is not None)
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3) if ordered else None

@@ -18,8 +18,12 @@ from distributed import Client, Worker
 
 STUCK_S = 20.0
 """A compute thread that is made to hang does so for so long."""
-LATE_S = 0.05
-"""A message that is made to come late does so by so much."""
+LATE_S, LATE_RUNS = 0.05, 20
+"""A message that is made to come late does so by so much, and so many in a row do."""
+PIECE = 2**26
+"""Bytes that are taken at once where memory is to run short."""
+BUSY_S = 1.0
+"""A worker that is made busy does nothing for others for so long, but by chance."""
 
 
 class Saboteur:
@@ -55,6 +59,10 @@ class Saboteur:
         for process in {self._pid(places[node]) for node in nodes}:
             os.kill(process, signal.SIGKILL)
 
+    def die(self, node: str) -> None:
+        """End a node's process, as `kill` does, as soon as it computes something."""
+        self._within(node, _die)
+
     @contextmanager
     def stopped(self, node: str) -> Iterator[None]:
         """Stop a node's process (SIGSTOP) for as long as the block takes."""
@@ -73,8 +81,16 @@ class Saboteur:
         self._within(node, _cut)
 
     def hold_up(self, node: str) -> None:
-        """Have a stage's messages to the next come late, and in order."""
+        """Have a stage's next messages to the next one come late, and in order."""
         self._within(node, _hold_up)
+
+    def drop(self, node: str) -> None:
+        """Have a stage's next message to the next one vanish."""
+        self._within(node, _drop)
+
+    def repeat(self, node: str) -> None:
+        """Have a stage's next message to the next one come twice."""
+        self._within(node, _repeat)
 
     def swap(self, node: str) -> None:
         """Have a stage's next two messages to the next one come in the wrong order."""
@@ -87,6 +103,17 @@ class Saboteur:
     def hang(self, node: str) -> None:
         """Have a node's compute thread hang, while its process is well."""
         self._within(node, _hang)
+
+    def busy(self, node: str) -> None:
+        """Have a thread of a node's process compute in Python for a while, beside all else."""
+        self._within(node, _busy)
+
+    def squeeze(self, node: str) -> None:
+        """Have a node's process take memory, up to where its nanny ends it.
+
+        Only where workers have a memory limit.
+        """
+        self._within(node, _squeeze)
 
     def left(self) -> dict[str, dict[str, int]]:
         """Return how much the workers hold for engines, by worker; nothing that is zero."""
@@ -120,6 +147,13 @@ def _node(dask_worker: Worker, name: str) -> Any:
     return actors[key]._node
 
 
+def _die(name: str, dask_worker: Worker) -> None:
+    def dying(model: Any, job: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _node(dask_worker, name).thread._compute = dying
+
+
 def _cut(name: str, dask_worker: Worker) -> None:
     node = _node(dask_worker, name)
     for link in node._links:
@@ -128,14 +162,19 @@ def _cut(name: str, dask_worker: Worker) -> None:
 
 
 def _hold_up(name: str, dask_worker: Worker) -> None:
-    node = _node(dask_worker, name)
-    deliver = node.thread._deliver
+    thread = _node(dask_worker, name).thread
+    deliver = thread._deliver
+    to_come = LATE_RUNS
 
     def later(job: Any) -> None:
+        nonlocal to_come
+        to_come -= 1
+        if not to_come:
+            thread._deliver = deliver
         time.sleep(LATE_S)
         deliver(job)
 
-    node.thread._deliver = later
+    thread._deliver = later
 
 
 def _swap(name: str, dask_worker: Worker) -> None:
@@ -154,6 +193,28 @@ def _swap(name: str, dask_worker: Worker) -> None:
     carrier.write_from_thread = swapped
 
 
+def _drop(name: str, dask_worker: Worker) -> None:
+    carrier = _node(dask_worker, name)._next._carrier
+    write = carrier.write_from_thread
+
+    def dropped(frames: Any) -> None:
+        carrier.write_from_thread = write
+
+    carrier.write_from_thread = dropped
+
+
+def _repeat(name: str, dask_worker: Worker) -> None:
+    carrier = _node(dask_worker, name)._next._carrier
+    write = carrier.write_from_thread
+
+    def repeated(frames: Any) -> None:
+        carrier.write_from_thread = write
+        write(frames)
+        write(frames)
+
+    carrier.write_from_thread = repeated
+
+
 def _swallow(name: str, dask_worker: Worker) -> None:
     _node(dask_worker, name)._next._carrier.write_from_thread = lambda frames: None
 
@@ -168,6 +229,28 @@ def _hang(name: str, dask_worker: Worker) -> None:
         compute(model, job)
 
     thread._compute = hanging
+
+
+def _busy(name: str) -> None:
+    def compute() -> None:
+        ends = time.monotonic() + BUSY_S
+        while time.monotonic() < ends:
+            pass
+
+    threading.Thread(target=compute, daemon=True).start()
+
+
+def _squeeze(name: str, dask_worker: Worker) -> None:
+    limit = dask_worker.memory_manager.memory_limit
+    if not limit:
+        raise ValueError(f"expected a worker with a memory limit, got {dask_worker.address}")
+
+    def take() -> None:
+        taken = [b"." * PIECE for _ in range(0, limit, PIECE)]
+        threading.Event().wait(STUCK_S)
+        del taken
+
+    threading.Thread(target=take, daemon=True).start()
 
 
 def _held(dask_worker: Worker) -> dict[str, int]:

@@ -222,7 +222,12 @@ def _check_script() -> None:
 
 
 def own_cluster(
-    count: int, resources: ExitStack, devices: Devices = CPUS, *, spares: int = 0
+    count: int,
+    resources: ExitStack,
+    devices: Devices = CPUS,
+    *,
+    spares: int = 0,
+    memory_limit: str | int = 0,
 ) -> Client:
     """Start ``count`` worker processes on this machine, to be ended with ``resources``.
 
@@ -252,7 +257,7 @@ def own_cluster(
                 n_workers=count + spares,
                 threads_per_worker=max(1, (os.cpu_count() or 1) // count),
                 processes=True,
-                memory_limit=0,  # actors never spill
+                memory_limit=memory_limit,
                 # None would mean port 8787, which may be taken.
                 dashboard_address="127.0.0.1:0",
             )

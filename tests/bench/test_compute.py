@@ -33,4 +33,4 @@ def test_all_contenders_generate_the_same_and_are_compared() -> None:
 def test_only_this_suite_has_a_dial() -> None:
     ran = CliRunner().invoke(main, ["bench", "hop", "--dial", "80"])
     assert ran.exit_code == 2
-    assert ran.stderr == "Error: expected --dial with suite compute, got hop\n"
+    assert ran.stderr == "Error: expected options of suite hop, got --dial: leave it out\n"

@@ -1,0 +1,88 @@
+"""Generations cancelled at random moments: how soon the stages idle, and what comes next."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from pipeinfer_dask.bench.soak import (
+    PATIENCE_S,
+    STAGES,
+    TEXT_S,
+    is_right,
+    plain_texts,
+    settled,
+    start,
+    under_way,
+)
+from pipeinfer_dask.engine import Engine
+from pipeinfer_dask.models.demo_pair import demo_pair
+from pipeinfer_dask.runtime.clusters import own_cluster
+
+LOOK_S = 0.0002
+
+
+def run_cancels_bench(*, cancels: int = 200, seed: int = 0) -> dict[str, Any]:
+    """Cancel generations, one after another; behind each, another is generated to its end.
+
+    Parameters
+    ----------
+    cancels : int
+    seed : int
+        Of what is generated, and when it is cancelled.
+
+    Returns
+    -------
+    dict
+        ``stopped``: so many were cancelled before their end; ``right``: so many of the texts
+        behind a cancelled one, and of the parts of cancelled ones, were plain decoding's.
+        ``idle_ms_p50``, ``_p95`` and ``_max``: from the call of ``cancel`` until the last run
+        has left the last stage, seen from the client. ``rows`` has one for each strategy.
+    """
+    random = Random(seed)
+    idle: dict[str, list[float]] = {}
+    right = stopped = 0
+    with ExitStack() as resources:
+        client = own_cluster(STAGES + 1, resources)
+        texts = plain_texts(client)
+        pair = demo_pair()
+        with Engine.from_pretrained(
+            pair.target, pair.draft, client=client, stages=STAGES, progress=False
+        ) as engine:
+            pipeline: Any = engine._head.pipeline  # type: ignore[attr-defined]
+            for _ in range(cancels):
+                case, run = start(engine, random)
+                threading.Event().wait(random.random() * TEXT_S)
+                began = time.monotonic()
+                run.cancel()
+                result = run.result(PATIENCE_S)
+                while pipeline._under_way and time.monotonic() < began + PATIENCE_S:
+                    time.sleep(LOOK_S)
+                if result.finish_reason == "stopped":
+                    stopped += 1
+                    idle.setdefault(run.strategy, []).append(1e3 * (time.monotonic() - began))
+                other, behind = start(engine, random)
+                right += is_right(run, texts[case]) and is_right(behind, texts[other])
+            held = settled(lambda: under_way(engine, client))
+    every = [ms for some in idle.values() for ms in some]
+    return {
+        "suite": "cancels",
+        "cancels": cancels,
+        "stopped": stopped,
+        "right": right,
+        **_of(every),
+        "held": held,
+        "rows": [{"strategy": name, "stopped": len(ms), **_of(ms)} for name, ms in idle.items()],
+    }
+
+
+def _of(ms: list[float]) -> dict[str, float | None]:
+    if not ms:
+        return {"idle_ms_p50": None, "idle_ms_p95": None, "idle_ms_max": None}
+    p50, p95, most = np.percentile(ms, (50, 95, 100)).round(2).tolist()
+    return {"idle_ms_p50": p50, "idle_ms_p95": p95, "idle_ms_max": most}

@@ -1,0 +1,62 @@
+"""The benches of what may go wrong: small, but on real processes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from pipeinfer_dask.bench.cancels import run_cancels_bench
+from pipeinfer_dask.bench.faults import run_faults_bench
+from pipeinfer_dask.bench.soak import run_soak_bench
+from pipeinfer_dask.cli import main
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+
+def test_bench_faults_says_what_was_done_and_that_no_token_was_lost() -> None:
+    report = run_faults_bench(faults=3, generations=1, seed=1, kinds=("kill", "repeat"))
+    json.dumps(report)
+    assert (report["suite"], report["faults"], report["generations"]) == ("faults", 3, 1)
+    assert (report["identical"], report["tokens_lost"]) == (1, 0)
+    assert (report["leaks"], report["false_alarms"]) == (0, 0)
+    rows = {row["kind"]: row for row in report["rows"]}
+    assert rows["kill"]["faults"] + rows["repeat"]["faults"] == 3
+    for row in rows.values():
+        assert row["prefill"] + row["mid-text"] + row["recovering"] == row["faults"]
+
+
+def test_bench_soak_watches_every_process() -> None:
+    report = run_soak_bench(generations=24, warm=6, every=3)
+    json.dumps(report)
+    assert (report["generations"], report["identical"], report["held"]) == (24, 24, 0)
+    assert report["cancelled"] > 0
+    assert len(report["rows"]) == 4
+    for row in report["rows"]:
+        assert row["looks"] >= 3
+        assert row["mib"] > 10
+
+
+def test_bench_cancels_times_the_stages_and_holds_what_comes_next_against_plain_decoding() -> None:
+    report = run_cancels_bench(cancels=6)
+    json.dumps(report)
+    assert (report["cancels"], report["right"], report["held"]) == (6, 6, 0)
+    assert 0 < report["stopped"] == sum(row["stopped"] for row in report["rows"])
+    assert 0 <= report["idle_ms_p50"] <= report["idle_ms_p95"] <= report["idle_ms_max"]
+
+
+@pytest.mark.parametrize(
+    ("suite", "option"), [("hop", "--faults"), ("faults", "--cancels"), ("soak", "--faults")]
+)
+def test_a_bench_has_its_own_options_and_no_others(suite: str, option: str) -> None:
+    ran = CliRunner().invoke(main, ["bench", suite, option, "3"])
+    assert ran.exit_code == 2
+    assert ran.stderr == f"Error: expected options of suite {suite}, got {option}: leave it out\n"
+
+
+def test_a_bench_can_not_be_told_to_do_less_than_nothing() -> None:
+    ran = CliRunner().invoke(main, ["bench", "faults", "--faults", "-1"])
+    assert ran.exit_code == 2
+    assert len(ran.stderr.splitlines()) == 1
+    assert "--faults" in ran.stderr
