@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from distributed.comm import get_address_host
@@ -29,8 +29,7 @@ class Placement:
         """Whether the drafter is on a machine that holds no stage, by the addresses' hosts."""
         if self.drafter is None:
             return False
-        hosts = {get_address_host(address) for address in self.stages}
-        return get_address_host(self.drafter) not in hosts
+        return host_of(self.drafter) not in {host_of(address) for address in self.stages}
 
 
 CLIENT, WORKER = "client", "worker"
@@ -59,13 +58,39 @@ def head_worker(head: str, workers: Mapping[str, int], placement: Placement) -> 
     return head
 
 
+def host_of(address: str) -> str:
+    """Return the machine of a worker, by its address; of one in a process, the process."""
+    try:
+        return str(get_address_host(address))
+    except ValueError:
+        return address.rpartition("/")[0]
+
+
+def spread(workers: Iterable[str]) -> list[str]:
+    """Return workers in the order in which to use them: one of each machine, then its second."""
+    ranks: dict[str, int] = {}
+    ranked = []
+    for address in workers:
+        host = host_of(address)
+        ranks[host] = ranks.get(host, -1) + 1
+        ranked.append((ranks[host], address))
+    return [address for _, address in sorted(ranked, key=lambda item: item[0])]
+
+
+def _side_by_side(workers: Iterable[str]) -> list[str]:
+    """Return workers with those of each machine after one another: a hop within it costs least."""
+    chosen = list(workers)
+    hosts = list(dict.fromkeys(map(host_of, chosen)))
+    return sorted(chosen, key=lambda address: hosts.index(host_of(address)))
+
+
 def default_stages(workers: int, layers: int, *, drafter: bool) -> int:
     """Return one stage for each worker that the drafter leaves, as far as there are layers."""
     return max(1, min(layers, workers - drafter))
 
 
 def without_spares(workers: Mapping[str, int], spares: int) -> Mapping[str, int]:
-    """Return the workers to use, where so many are to be kept free.
+    """Return the workers to use, where so many are to be kept free, machines apart first.
 
     Raises
     ------
@@ -77,13 +102,16 @@ def without_spares(workers: Mapping[str, int], spares: int) -> Mapping[str, int]
             f"expected more workers than spares={spares}, found {len(workers)}: start more "
             "workers, or keep fewer free"
         )
-    return dict(list(workers.items())[: len(workers) - spares])
+    return {address: workers[address] for address in spread(workers)[: len(workers) - spares]}
 
 
 def place(
     workers: Mapping[str, int], stages: int, *, drafter: bool, share: bool = False
 ) -> Placement:
     """Choose workers: one for each stage, and one for the drafter where there is one left.
+
+    As far as there are machines enough, each is on one of its own; where stages have to share
+    one, these are neighbours.
 
     Parameters
     ----------
@@ -111,12 +139,11 @@ def place(
             f"expected a worker for each of {stages} stages, found {len(workers)}: start more "
             f"workers, ask for stages={len(workers)}, or allow share_workers=True"
         )
-    addresses = list(workers)
-    # Neighbours share a worker: a hop within one costs least.
-    chosen = tuple(addresses[i * len(addresses) // stages] for i in range(stages))
-    if len(addresses) >= stages:
-        chosen = tuple(addresses[:stages])
-    rest = [address for address in addresses if address not in chosen]
+    addresses = spread(workers)
+    used = _side_by_side(addresses[:stages])
+    # Where workers are shared, it is by neighbours.
+    chosen = tuple(used[stage * len(used) // stages] for stage in range(stages))
+    rest = addresses[stages:]
     draft_worker = (rest[0] if rest else chosen[-1]) if drafter else None
     held = [*chosen, *([draft_worker] if draft_worker is not None else [])]
     threads = {

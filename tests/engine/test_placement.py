@@ -9,7 +9,7 @@ import pytest
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.runtime.gpus import Devices
-from pipeinfer_dask.runtime.placement import default_stages, place
+from pipeinfer_dask.runtime.placement import default_stages, place, spread, without_spares
 from pipeinfer_dask.runtime.planning import Models
 
 FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
@@ -46,6 +46,50 @@ def test_neighbouring_stages_share_a_worker_where_they_may() -> None:
 
 def test_leave_to_share_changes_nothing_where_there_are_enough_workers() -> None:
     assert place(FOUR, 3, drafter=True, share=True) == place(FOUR, 3, drafter=True)
+
+
+def on_hosts(*hosts: str) -> dict[str, int]:
+    """Return workers, one for each host that is named."""
+    return {f"tcp://{host}:{port}": 2 for port, host in enumerate(hosts, 1)}
+
+
+def test_each_stage_and_the_drafter_are_on_a_machine_of_their_own_if_there_are_enough() -> None:
+    workers = on_hosts("one", "one", "two", "two", "three", "three", "four", "four")
+    placement = place(workers, 3, drafter=True)
+    assert placement.stages == ("tcp://one:1", "tcp://two:3", "tcp://three:5")
+    assert placement.drafter == "tcp://four:7"
+    assert placement.draft_apart
+
+
+def test_stages_that_have_to_share_a_machine_are_neighbours_on_workers_of_their_own() -> None:
+    workers = on_hosts("one", "one", "two", "two", "three")
+    placement = place(workers, 4, drafter=True)
+    assert placement.stages == ("tcp://one:1", "tcp://one:2", "tcp://two:3", "tcp://three:5")
+    assert placement.drafter == "tcp://two:4"
+    assert set(placement.threads.values()) == {2}
+
+
+def test_workers_are_shared_by_neighbours_on_as_many_machines_as_there_are() -> None:
+    placement = place(on_hosts("one", "two", "one"), 5, drafter=False, share=True)
+    assert placement.stages == (
+        *("tcp://one:1", "tcp://one:1"),
+        *("tcp://one:3", "tcp://one:3"),
+        "tcp://two:2",
+    )
+
+
+def test_what_is_kept_free_is_not_the_only_worker_of_a_machine() -> None:
+    workers = on_hosts("one", "one", "two", "three")
+    assert list(without_spares(workers, 1)) == ["tcp://one:1", "tcp://two:3", "tcp://three:4"]
+
+
+def test_workers_of_one_machine_are_used_in_the_order_given() -> None:
+    assert spread(["tcp://10.0.0.1:9", "tcp://10.0.0.1:3"]) == [
+        "tcp://10.0.0.1:9",
+        "tcp://10.0.0.1:3",
+    ]
+    in_other_processes = ["inproc://10.0.0.1/1/1", "inproc://10.0.0.1/1/2"]
+    assert spread(in_other_processes) == in_other_processes
 
 
 def test_one_worker_may_hold_everything() -> None:
