@@ -92,6 +92,7 @@ class Engine(Serving):
         spares: int = 0,
         max_recoveries: int = 5,
         recovery_timeout: float = 300.0,
+        move_in_after: float = 0.0,
         node_timeout: float = 15.0,
         in_process: bool = False,
         max_concurrent: int | None = None,
@@ -144,6 +145,9 @@ class Engine(Serving):
             Losses in a row, with no token in between, that generations survive.
         recovery_timeout : float, seconds
             How long a recovery may take.
+        move_in_after : float, seconds
+            A lost node waits so long for a free worker to come, before it moves in with another
+            one.
         node_timeout : float, seconds
             A node that gives no sign of life for so long, or whose computing does not move, is
             lost.
@@ -179,7 +183,7 @@ class Engine(Serving):
         """
         asked = (target,) if draft is None else (target, draft)
         check_asked(asked, client, in_process, stages, layer_split, weights, progress, head)
-        check_recovery(spares, max_recoveries, recovery_timeout, node_timeout)
+        check_recovery(spares, max_recoveries, recovery_timeout, node_timeout, move_in_after)
         check_count("max_concurrent", max_concurrent)
         places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
         # A cluster's own machines may have their own copies; without one, all is here.
@@ -247,7 +251,12 @@ class Engine(Serving):
                     placement.stages,
                     draft_spec,
                     placement.drafter,
-                    Recovery(max_recoveries, recovery_timeout, models.loads(ranges, placement)),
+                    Recovery(
+                        max_recoveries,
+                        recovery_timeout,
+                        move_in_after,
+                        models.loads(ranges, placement),
+                    ),
                     node_timeout,
                     max_concurrent,
                     admission.tokenizer,

@@ -1,12 +1,12 @@
-"""The jobs of a cluster: submitted, asked about, and replaced when they are lost."""
+"""The jobs of a cluster: submitted, asked about, and given up."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,10 +19,8 @@ from pipeinfer_dask.hpc.queues import SYSTEMS, JobState, states_of
 if TYPE_CHECKING:
     from dask_jobqueue import JobQueueCluster
 
-logger = logging.getLogger(__name__)
-
-GLANCE_S = 1.0
-"""Lost workers are looked for so often."""
+ANSWER_S = 30.0
+"""So long may the workers take to say how old they are."""
 
 
 class SubmitError(RuntimeError):
@@ -63,80 +61,66 @@ class Jobs:
             return None
         return SYSTEMS[self._system].walltime_of(self._cluster.job_script())
 
-    async def submit(self, workers: int) -> None:
+    @property
+    def running(self) -> bool:
+        """Whether the cluster has begun, and has not ended."""
+        return bool(self._cluster.status == Status.running)
+
+    @property
+    def wanted(self) -> set[str]:
+        """The names of all jobs that are wanted."""
+        return set(self._cluster.worker_spec)
+
+    @property
+    def unsubmitted(self) -> set[str]:
+        """Those that are wanted, and that Dask has not submitted, or has given up."""
+        return self.wanted - set(self._cluster.workers)
+
+    async def submit(self, workers: int, timeout_s: float) -> None:
         """Have as many jobs in the queue as so many workers need. Those that ended don't count.
 
         Raises
         ------
         SubmitError
             If the queue does not take one.
+        TimeoutError
+            If it says nothing for so long.
         """
-        specs = self._cluster.worker_spec
-        await self._correct()  # or one that is being submitted would count as ended
-        ended = [name for name, state in (await self._waiting()).items() if state.ended]
-        for name in ended:
-            specs.pop(name, None)
-        if ended:
-            await self._correct()
-        while len(specs) * self._workers_per_job < workers:
-            specs.update(self._cluster.new_worker_spec())
-        await self._correct()
+        async with asyncio.timeout(timeout_s):
+            await self.correct()  # or one that is being submitted would count as ended
+            ended = [name for name, state in (await self.waiting()).items() if state.ended]
+            self.drop(ended)
+            if ended:
+                await self.correct()
+            while len(self.wanted) * self._workers_per_job < workers:
+                self.add()
+            await self.correct()
 
-    async def waiting(self) -> list[JobState]:
-        """Return what the queue says of all jobs that have no worker."""
-        return list((await self._waiting()).values())
+    def add(self) -> str:
+        """Want another job, and return its name; `correct` submits it."""
+        specs = self._cluster.new_worker_spec()
+        self._cluster.worker_spec.update(specs)
+        (name,) = specs
+        return str(name)
 
-    async def replace_lost(self, patience: float) -> None:
-        """Submit a job anew where one has lost its worker, until this is cancelled.
+    def drop(self, names: Iterable[str]) -> None:
+        """Want some jobs no longer; `correct` cancels what is left of them."""
+        for name in names:
+            self._cluster.worker_spec.pop(name, None)
 
-        Parameters
-        ----------
-        patience : float, seconds
-            A worker may come back in its job, by its nanny, for so long. One whose job has
-            ended is replaced at once.
-        """
-        seen: set[str] = set()
-        since: dict[str, float] = {}
-        while True:
-            here = self._with_worker()
-            seen |= here
-            since = {name: since.get(name, time.monotonic()) for name in seen - here}
-            if since:
-                states = await self._waiting()
-                for name in since.keys() & states.keys():
-                    state = states[name]
-                    if state.ended or time.monotonic() - since[name] > patience:
-                        seen.discard(name)
-                        await self._replace(name, state)
-            await asyncio.sleep(GLANCE_S)
-
-    async def _replace(self, name: str, state: JobState) -> None:
-        specs = self._cluster.worker_spec
-        if name not in specs:
-            return  # another engine on this cluster has done it meanwhile
-        logger.warning("%s has lost its worker (%s): another job is submitted", name, state)
-        # The new one first, or it might get the name of the old one.
-        specs.update(self._cluster.new_worker_spec())
-        del specs[name]
-        try:
-            await self._correct()
-        except SubmitError as refused:
-            logger.warning("%s could not be replaced: %s", name, refused)
-
-    def _with_worker(self) -> set[str]:
+    def with_worker(self) -> set[str]:
         """Return the names of all jobs that have a worker now."""
         workers = {str(worker.name) for worker in self._cluster.scheduler.workers.values()}
         if self._workers_per_job == 1:
-            return workers & set(self._cluster.worker_spec)
+            return workers & self.wanted
         endings = self._cluster.new_spec["group"]
         return {
-            name
-            for name in self._cluster.worker_spec
-            if any(f"{name}{ending}" in workers for ending in endings)
+            name for name in self.wanted if any(f"{name}{ending}" in workers for ending in endings)
         }
 
-    async def _waiting(self) -> dict[str, JobState]:
-        here = self._with_worker()
+    async def waiting(self) -> dict[str, JobState]:
+        """Return what the queue says of all jobs that have no worker, by name."""
+        here = self.with_worker()
         names = [name for name in self._cluster.worker_spec if name not in here]
         numbers = {
             name: str(job.job_id)
@@ -149,11 +133,23 @@ class Jobs:
         gone = JobState("(none)", "not in the queue", ended=True)
         return {name: states.get(name, gone) for name in names}
 
+    async def correct(self) -> None:
+        """Have what is in the queue agree with what is wanted.
+
+        Who gives up waiting for it stops nothing: what is being submitted would be in the queue,
+        and nobody would know of it.
+
+        Raises
+        ------
+        SubmitError
+            If the queue does not take a job, which is then wanted no longer.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._correct()))
+
     async def _correct(self) -> None:
-        """Have what is in the queue agree with what is wanted."""
         try:
             await self._cluster
-        except RuntimeError as refused:
+        except (RuntimeError, OSError, ValueError) as refused:
             # What the queue did not take is in no queue.
             for name, job in list(self._cluster.workers.items()):
                 if job.job_id is None:
@@ -202,6 +198,18 @@ def check_runtime(walltime: float, least: float, ages: dict[str, float]) -> None
 
 
 def ages_of(client: Client) -> dict[str, float]:
-    """Return how long the job of each worker has been running, in seconds."""
-    ages: dict[str, float] = client.run(_age)
+    """Return how long the job of each worker has been running, in seconds.
+
+    Raises
+    ------
+    TimeoutError
+        If a worker does not answer.
+    """
+    try:
+        ages: dict[str, float] = client.run(_age, callback_timeout=ANSWER_S)
+    except TimeoutError:
+        raise TimeoutError(
+            f"expected all workers to say within {ANSWER_S:g} s how long their jobs have run, but "
+            "one is silent: see the cluster's dashboard, and cancel its job"
+        ) from None
     return ages

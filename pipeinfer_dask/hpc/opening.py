@@ -20,7 +20,9 @@ from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.engine import Engine
 from pipeinfer_dask.hpc import waiting
 from pipeinfer_dask.hpc.jobs import Jobs, SubmitError, ages_of, check_runtime
-from pipeinfer_dask.hpc.waiting import JobError, Progress
+from pipeinfer_dask.hpc.keeping import Keeper
+from pipeinfer_dask.hpc.queues import JobState
+from pipeinfer_dask.hpc.waiting import JobError, Progress, StartTimeoutError
 from pipeinfer_dask.models.checkpoint import check_pair, open_checkpoint
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.runtime import loading
@@ -28,13 +30,22 @@ from pipeinfer_dask.runtime.clusters import call_on, loop_of
 from pipeinfer_dask.runtime.loading import Loading
 from pipeinfer_dask.trace.picture import table_html
 
+NAMES_S = 5.0
+"""Machines that have not told their names for so long go by their addresses."""
+
 
 class ClusterEngine(Engine):
     """An engine that knows where its nodes are. Made by `engine_from`."""
 
     _client: Client
     _places: dict[str, str]
+    _keeper: Keeper | None
     _kept: ExitStack
+
+    @property
+    def lacking(self) -> tuple[JobState, ...]:
+        """What the queue last said of jobs that have no worker, such as one for a lost node."""
+        return self._keeper.lacking if self._keeper is not None else ()
 
     @property
     def nodes(self) -> dict[str, str]:
@@ -83,7 +94,9 @@ def engine_from(
         Stages of the pipeline: each gets a worker, and so does a draft model.
     spares : int, optional
         Workers beyond these, which wait for a node that is lost; by default
-        ``pipeinfer.hpc.spares``. Without one, it moves in with another node that has room.
+        ``pipeinfer.hpc.spares``. Without one, it waits for the job that is submitted in place
+        of its own, and after ``pipeinfer.hpc.move-in-after`` moves in with another node that
+        has room, if one has.
     start_timeout : str or float, optional
         How long to wait for the workers, such as ``"2 hours"``; seconds where it is a number.
         By default ``pipeinfer.hpc.start-timeout``.
@@ -139,8 +152,7 @@ def engine_from(
                 ) from None
         if walltime is not None:
             check_runtime(walltime, least, ages_of(client))
-        if jobs is not None:
-            _keep_jobs(client, jobs, resources)
+        keeper = _keep_jobs(client, jobs, resources) if jobs is not None else None
         _keep_nodes(client, spares, resources)
         places: dict[str, str] = {}
         with loading.shown(progress) as tell:
@@ -157,17 +169,23 @@ def engine_from(
                 stages=stages,
                 spares=spares,
                 progress=note,
-                **options,
+                **{"move_in_after": _seconds("move-in-after", None)} | options,
             )
         engine._client = client
         engine._places = places
+        engine._keeper = keeper
         engine._kept = resources.pop_all()
     return engine
 
 
 def _names(client: Client) -> dict[str, str]:
     """Return machine and name of each worker, by its address."""
-    machines: dict[str, str] = client.run(platform.node)
+    try:
+        machines: dict[str, str] = client.run(
+            platform.node, on_error="ignore", callback_timeout=NAMES_S
+        )
+    except TimeoutError:
+        return {}  # one of them is lost, maybe, and nobody has noticed yet
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return {
         address: f"{machine}, worker {workers[address]['name']}"
@@ -207,17 +225,23 @@ async def _workers(
     client: Client, jobs: Jobs | None, wanted: int, patience: float, told: Any
 ) -> None:
     if jobs is not None:
-        await jobs.submit(wanted)
+        try:
+            await jobs.submit(wanted, patience)
+        except TimeoutError:
+            raise StartTimeoutError(
+                f"expected the queue to take {wanted} jobs within {patience:g} s, got no answer: "
+                "see how it is, or allow more time by start_timeout"
+            ) from None
     await waiting.wait_for_workers(client, wanted, patience, jobs, told)
 
 
-def _keep_jobs(client: Client, jobs: Jobs, resources: ExitStack) -> None:
+def _keep_jobs(client: Client, jobs: Jobs, resources: ExitStack) -> Keeper:
     """Replace lost jobs until ``resources`` are closed."""
     loop = loop_of(client)
-    patience = _seconds("replace-after", None)
+    keeper = Keeper(jobs, _seconds("replace-after", None))
 
     async def begin() -> asyncio.Task[None]:
-        return asyncio.get_running_loop().create_task(jobs.replace_lost(patience))
+        return asyncio.get_running_loop().create_task(keeper.keep())
 
     keeping = call_on(loop, begin())
 
@@ -226,6 +250,7 @@ def _keep_jobs(client: Client, jobs: Jobs, resources: ExitStack) -> None:
             loop.call_soon_threadsafe(keeping.cancel)
 
     resources.callback(end)
+    return keeper
 
 
 class KeepNodes(SchedulerPlugin):

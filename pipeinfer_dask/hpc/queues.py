@@ -12,6 +12,9 @@ from pathlib import Path
 ANSWER_S = 10.0
 """A queue that has not answered for so long is taken to be silent."""
 
+ASK_S = 2.0
+"""A queue is asked about its jobs so often: queues do not like to be asked."""
+
 LOG_LINES = 3
 """Of what a job that has failed wrote last."""
 

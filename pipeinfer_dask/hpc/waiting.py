@@ -14,13 +14,13 @@ from distributed import Client
 from tqdm.auto import tqdm
 
 from pipeinfer_dask.hpc.jobs import Jobs
-from pipeinfer_dask.hpc.queues import JobState
+from pipeinfer_dask.hpc.queues import ASK_S, JobState
 from pipeinfer_dask.runtime.loading import Loading, in_notebook
 
 GLANCE_S = 0.1
 """The scheduler is asked for its workers so often."""
-ASK_S = 2.0
-"""The queue is asked about its jobs so often: queues do not like to be asked."""
+SCHEDULER_S = 30.0
+"""It may take so long to answer."""
 
 
 class JobError(RuntimeError):
@@ -93,9 +93,16 @@ async def wait_for_workers(
     assert client.scheduler is not None
     while True:
         seconds = time.monotonic() - began
-        here = len((await client.scheduler.identity())["workers"])
+        try:
+            async with asyncio.timeout(SCHEDULER_S):
+                here = len((await client.scheduler.identity())["workers"])
+        except TimeoutError:
+            raise StartTimeoutError(
+                f"expected the scheduler to name its workers within {SCHEDULER_S:g} s, got no "
+                "answer: see whether it still runs"
+            ) from None
         if here < wanted and jobs is not None and (seconds - asked > ASK_S or seconds > patience):
-            states, asked = tuple(await jobs.waiting()), seconds
+            states, asked = tuple((await jobs.waiting()).values()), seconds
         now = Waiting(here, wanted, seconds, states if here < wanted else ())
         if told is not None and str(now) != last:
             told(now)

@@ -150,17 +150,18 @@ class Assembly:
         seats = [*self.stages.seats, *self.drafter.seats]
         loads = self._recovery.loads or tuple(Load(seat.title) for seat in seats)
         known = await known_workers(self._client)
-        restarting = [
-            since + NANNY_S - time.monotonic()
+        until = [
+            since + NANNY_S
             for worker, since in self._suspects.items()
             if worker in self._nannies and worker not in known
         ]
+        until += [since + self._recovery.move_in_after_s for since in self._suspects.values()]
         workers = await replacements(
             self._client,
             [loads[seats.index(seat)] for seat in homeless],
             held=Counter(seat.worker for seat in seats if seat.worker is not None),
             suspects=self._suspects,
-            patience=max(restarting, default=0.0),
+            patience=max(until, default=0.0) - time.monotonic(),
         )
         await self._note_nannies()
         for seat, worker in zip(homeless, workers, strict=True):

@@ -84,7 +84,11 @@ def check_asked(
 
 
 def check_recovery(
-    spares: object, max_recoveries: object, recovery_timeout: Any, node_timeout: Any
+    spares: object,
+    max_recoveries: object,
+    recovery_timeout: Any,
+    node_timeout: Any,
+    move_in_after: Any,
 ) -> None:
     """Check what a user says of losses.
 
@@ -97,9 +101,14 @@ def check_recovery(
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"expected {name} as a whole number of at least 0, got {count!r}")
     for name, seconds in (("recovery_timeout", recovery_timeout), ("node_timeout", node_timeout)):
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not number or not (seconds > 0 and isfinite(seconds)):
+        if not (_is_number(seconds) and seconds > 0):
             raise ValueError(f"expected {name} as seconds above 0, got {seconds!r}")
+    if not (_is_number(move_in_after) and move_in_after >= 0):
+        raise ValueError(f"expected move_in_after as seconds from 0 on, got {move_in_after!r}")
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and isfinite(given)
 
 
 def open_on(

@@ -29,6 +29,8 @@ class Recovery:
         Losses in a row, with nothing computed in between, after which a pipeline is given up.
     timeout_s : float
         Seconds for one recovery, however many nodes are lost in its course.
+    move_in_after_s : float
+        A node that no free worker has come for in so many seconds moves in with another one.
     loads : tuple of Load
         What each node holds: the stages, and then the drafter where a worker has it. Empty:
         next to nothing.
@@ -36,6 +38,7 @@ class Recovery:
 
     most: int = 0
     timeout_s: float = 300.0
+    move_in_after_s: float = 0.0
     loads: tuple[Load, ...] = ()
 
 

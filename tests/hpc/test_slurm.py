@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 PROMPT = "def main"
 NEW_TOKENS = 64
+PATIENCE_S = 120.0
+FIRST_TOKEN_S = 30.0
+"""From sbatch on, with three jobs to start."""
 
 
 def job_cluster(folder: Path, **options: Any) -> Any:
@@ -73,6 +80,78 @@ def test_a_text_goes_on_when_its_stages_job_is_cancelled_and_another_job_takes_t
             return spare in names and lost not in names and len(names) == 2
 
         until(replaced, "another worker in place of the one that was lost")
+
+
+def test_a_text_waits_for_the_job_that_is_submitted_in_place_of_a_cancelled_one(
+    slurm: Slurm,
+    plain: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target, draft = pi.demo_pair()
+    with job_cluster(tmp_path) as cluster:
+        submitted = time.monotonic()
+        with hpc.engine_from(cluster, target, draft, stages=2) as engine:
+            run = engine.start(PROMPT, max_new_tokens=NEW_TOKENS)
+            next(iter(run))
+            first_token_s = time.monotonic() - submitted
+            assert run.result(PATIENCE_S).text == plain
+            before = set(cluster.worker_spec)
+            assert len(before) == 3
+
+            lost = engine.nodes["stage 1 (layers 3 to 5)"].rpartition(" ")[2]
+            runs = [engine.start(PROMPT, max_new_tokens=NEW_TOKENS)]
+            next(iter(runs[0]))
+            slurm.say("scancel", str(cluster.workers[lost].job_id))
+            while True:  # a job takes a while to end: until then there is always a text under way
+                runs.append(engine.start(PROMPT, max_new_tokens=NEW_TOKENS))
+                result = runs.pop(0).result(PATIENCE_S)
+                assert result.text == plain
+                if result.metrics.losses:
+                    break
+            assert runs[0].result(PATIENCE_S).text == plain
+            (submitted_anew,) = set(cluster.worker_spec) - before
+            places = engine.nodes
+        assert places["stage 1 (layers 3 to 5)"].endswith(f", worker {submitted_anew}")
+        assert len(set(places.values())) == 3
+    with capsys.disabled():
+        sys.stdout.write(f"\nfrom sbatch to the first token: {first_token_s:.1f} s\n")
+    if os.environ.get("PIPEINFER_SLURM") == "1":  # as CI runs it: alone
+        assert first_token_s < FIRST_TOKEN_S
+    assert f"{lost} is lost (job " in caplog.text
+    assert re.search(rf"waits for the worker of {submitted_anew}: job \d+: [A-Z]+", caplog.text)
+
+
+def test_any_number_of_losses_is_made_good_also_of_jobs_that_never_ran(
+    slurm: Slurm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        job_cluster(tmp_path) as cluster,
+        Client(cluster, set_as_default=False) as observer,
+        hpc.engine_from(cluster, pi.demo_pair()[0], "ngram", stages=1) as engine,
+    ):
+
+        def job() -> str:
+            (name,) = cluster.worker_spec or {""}
+            submitted = cluster.workers.get(name)
+            return str(submitted.job_id) if submitted is not None else ""
+
+        first = job()
+        slurm.say("scontrol", "update", "PartitionName=debug", "State=DRAIN")
+        try:
+            slurm.say("scancel", first)
+            until(lambda: "the queue takes no job, 2 s later again: " in caplog.text, "refusals")
+        finally:
+            slurm.say("scontrol", "update", "PartitionName=debug", "State=UP")
+        assert "Required partition not available (inactive or drain)" in caplog.text
+        until(lambda: job() not in ("", first, "None"), "a job in place of the lost one")
+        second = job()
+        slurm.say("scancel", second)
+        until(lambda: job() not in ("", second, "None"), "a job in place of this one, too")
+        until(lambda: observer.scheduler_info()["workers"] != {}, "its worker")
+        assert engine.generate(PROMPT, max_new_tokens=4).token_ids
+        until(lambda: engine.lacking == (), "a queue that nobody waits for")
 
 
 def test_a_job_that_waits_is_told_in_the_queues_own_words_and_stays_in_the_queue(
