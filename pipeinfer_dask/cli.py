@@ -164,6 +164,12 @@ def demo(
 @click.option("--devices", help="Where to compute: cpu, cuda or cuda:N, one for all or A,B,...")
 @click.option("--dtype", help="In what GPUs compute: float32, float16 or bfloat16.")
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster, not one of its own.")
+@click.option(
+    "--head",
+    default="client",
+    show_default=True,
+    help="What drives the pipeline: client, worker, or a worker's address.",
+)
 @click.option("--share-workers", is_flag=True, help="Several stages may be on one worker.")
 @click.option("--in-process", is_flag=True, help="No cluster: stages are threads.")
 @as_json
@@ -181,6 +187,7 @@ def generate(
     devices: str | None,
     dtype: str | None,
     scheduler: str | None,
+    head: str,
     share_workers: bool,
     in_process: bool,
     as_json: bool,
@@ -222,6 +229,7 @@ def generate(
                 weights=weights,
                 devices=devices,
                 dtype=dtype,
+                head=head,
                 share_workers=share_workers,
                 in_process=in_process,
             )

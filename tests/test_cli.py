@@ -165,11 +165,12 @@ def test_a_draft_can_be_looked_up_instead_of_modelled(target: str, expected: pi.
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("head", ["client", "worker"])
 def test_a_cluster_that_runs_already_can_be_used(
-    target: str, draft: str, expected: pi.Result, scheduler: str
+    target: str, draft: str, expected: pi.Result, scheduler: str, head: str
 ) -> None:
     arguments = ["generate", "def main", "--max-new-tokens", "20", "--target", target, "--json"]
-    ran = run(*arguments, "--draft", draft, "--scheduler", scheduler)
+    ran = run(*arguments, "--draft", draft, "--scheduler", scheduler, "--head", head)
     assert ran.exit_code == 0, ran.stderr
     (result,) = last_object(ran.stdout)["results"]
     assert result["token_ids"] == expected.token_ids
@@ -284,6 +285,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "expected --in-process or --scheduler, got both",
     ),
     "unknown suite": (["bench", "speed"], "'speed' is not one of"),
+    "a head elsewhere in process": (
+        ["generate", "x", "--target", "{target}", "--in-process", "--head", "worker"],
+        "expected in_process=True or head='worker', got both: leave one out",
+    ),
+    "a head of no such worker": (
+        ["generate", "x", "--target", "{target}", "--head", "tcp://127.0.0.1:1"],
+        "expected head as 'client' or 'worker' where the engine brings its own workers",
+    ),
     "scheduler without port": (
         ["generate", "x", "--target", "{target}", "--scheduler", "somewhere"],
         "such as tcp://host:8786, got 'somewhere', where none answers within 10 s: missing port",
