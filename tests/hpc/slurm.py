@@ -107,7 +107,7 @@ class Slurm:
         self.configuration.write_text(
             CONFIGURATION.format(
                 host=socket.gethostname().split(".")[0],
-                ports=_free_ports(1 + len(NODES)),
+                ports=free_ports(1 + len(NODES)),
                 user=getpass.getuser(),
                 folder=self.folder,
                 cores=CORES,
@@ -171,7 +171,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody has now."""
     with ExitStack() as held:
         taken = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]

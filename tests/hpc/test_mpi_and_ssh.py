@@ -1,0 +1,107 @@
+"""Engines on workers that MPI or SSH has started, where both are installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from distributed import SSHCluster
+
+import pipeinfer_dask as pi
+from pipeinfer_dask import hpc
+from tests.hpc.slurm import free_ports, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SSHD = shutil.which("sshd", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin")))
+WITH_MPI = shutil.which("mpirun") and find_spec("dask_mpi") and find_spec("mpi4py")
+WITH_SSH = SSHD and shutil.which("ssh-keygen") and find_spec("asyncssh")
+
+
+@pytest.fixture(scope="module")
+def plain() -> str:
+    """Return what the target says by itself."""
+    with pi.Engine.from_pretrained(pi.demo_pair()[0], in_process=True) as engine:
+        return engine.generate("def main").text
+
+
+@pytest.mark.skipif(
+    not WITH_MPI, reason="no MPI: apt-get install openmpi-bin, pip install dask-mpi mpi4py"
+)
+def test_the_ranks_of_an_mpi_job_generate_what_plain_decoding_gives(plain: str) -> None:
+    ran = subprocess.run(
+        ["mpirun", "--oversubscribe", "-n", "5", sys.executable, "examples/mpi.py"],
+        cwd=ROOT,
+        env=os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == plain + "\n"
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
+    """Run an sshd for this user alone, and return how to connect to it."""
+    assert SSHD is not None
+    for name in ("host", "user"):
+        key = str(tmp_path / name)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # it insists
+    (port,) = free_ports(1)
+    options = {
+        "ListenAddress": "127.0.0.1",
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "user.pub",
+        "StrictModes": "no",  # a test's folder lies in one that others may write to
+        "PidFile": "none",
+    }
+    given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            [SSHD, "-D", "-e", "-f", "/dev/null", "-p", str(port), *given], stderr=errors
+        ) as daemon,
+    ):
+        try:
+            until(lambda: b"listening on" in log.read_bytes(), "an sshd")
+            yield {
+                "port": port,
+                "client_keys": [str(tmp_path / "user")],
+                "known_hosts": None,
+            }
+        finally:
+            daemon.terminate()
+
+
+@pytest.mark.skipif(
+    not WITH_SSH, reason="no SSH: apt-get install openssh-server, pip install asyncssh"
+)
+@pytest.mark.filterwarnings("ignore:other machines can reach this cluster:UserWarning")
+def test_workers_started_over_ssh_generate_what_plain_decoding_gives(
+    plain: str, ssh: dict[str, object]
+) -> None:
+    target, draft = pi.demo_pair()
+    with (
+        SSHCluster(
+            ["127.0.0.1"] * 4,
+            connect_options=ssh,
+            worker_options={"nthreads": 1, "memory_limit": "0"},
+            scheduler_options={"port": 0, "dashboard": False},
+            remote_python=sys.executable,
+        ) as cluster,
+        hpc.engine_from(cluster, target, draft, stages=2, start_timeout=90) as engine,
+    ):
+        assert len(set(engine.nodes.values())) == 3
+        assert engine.generate("def main").text == plain
