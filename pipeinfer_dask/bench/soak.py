@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from random import Random
 from typing import Any
 
+import dask
 import numpy as np
 import psutil
 from distributed import Client
@@ -37,7 +38,7 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 )
 TOKENS = (8, 40)
 """Least and most of a text."""
-TEXT_S = 0.3
+TEXT_S = 0.15
 """Those that are cancelled are, at a random moment of so many seconds."""
 CANCELLED = 0.3
 AT_ONCE = 3
@@ -77,6 +78,8 @@ def run_soak_bench(
     identical = cancelled = begun = 0
     looks: dict[str, list[tuple[int, int, int, int]]] = {}
     with ExitStack() as resources:
+        # dask keeps records of each process for an hour, and would seem to leak until then.
+        resources.enter_context(dask.config.set({"distributed.admin.system-monitor.log-length": 9}))
         client = own_cluster(STAGES + 1, resources)
         texts = plain_texts(client)
         pair = demo_pair()

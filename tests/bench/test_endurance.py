@@ -41,8 +41,9 @@ def test_bench_soak_watches_every_process() -> None:
 def test_bench_cancels_times_the_stages_and_holds_what_comes_next_against_plain_decoding() -> None:
     report = run_cancels_bench(cancels=6)
     json.dumps(report)
-    assert (report["cancels"], report["right"], report["held"]) == (6, 6, 0)
-    assert 0 < report["stopped"] == sum(row["stopped"] for row in report["rows"])
+    assert (report["cancels"], report["held"]) == (6, 0)
+    assert report["right"] == report["started"] >= 6
+    assert sum(row["cancels"] for row in report["rows"]) == 6
     assert 0 <= report["idle_ms_p50"] <= report["idle_ms_p95"] <= report["idle_ms_max"]
 
 

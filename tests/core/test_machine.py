@@ -117,6 +117,31 @@ class AnyOrder(RuleBasedStateMachine):
         if sure == 0:
             self.world.lose_drafter()
 
+    @precondition(lambda self: self.world.lost_stages or self.world.lost_drafter)
+    @rule()
+    def one_more_is_lost_while_others_are_replaced(self) -> None:
+        self.world.lose_more()
+
+    @precondition(
+        lambda self: (
+            self.world.finished is None
+            and not self.world.lost_stages
+            and not self.world.lost_drafter
+        )
+    )
+    @rule(sure=st.integers(0, 3))
+    def all_are_lost_at_once(self, sure: int) -> None:
+        if sure == 0:
+            self.world.lose_all()
+
+    @precondition(lambda self: self.world.finished is None and self.world.lost_stages)
+    @rule(again=st.integers(1, 3))
+    def what_is_back_is_lost_at_once(self, again: int) -> None:
+        for _ in range(again):
+            self.world.rebuild_stages()
+            if self.world.finished is None:
+                self.world.lose_stages()
+
     @precondition(lambda self: self.world.finished is None)
     @rule()
     def old_news_comes_again(self) -> None:

@@ -259,6 +259,15 @@ class World:
         self.build_stages()
         self.tell(StagesBack(self.generations))
 
+    def lose_more(self) -> None:
+        """Lose a node while others are being replaced: that generation never comes."""
+        self.generations += 1
+
+    def lose_all(self) -> None:
+        """Lose stages and drafter at one moment."""
+        self.lose_stages()
+        self.lose_drafter()
+
     def lose_drafter(self) -> None:
         self.losses += 1
         self.lost_drafter = True
