@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -78,6 +79,9 @@ as_json = click.option(
 max_new_tokens_option = click.option(
     "--max-new-tokens", default=64, show_default=True, help="Tokens to generate."
 )
+timeline_option = partial(
+    click.option, "--timeline/--no-timeline", help="Draw who worked on what, and when."
+)
 stages_option = click.option("--stages", type=int, help="Stages of the pipeline.")
 
 
@@ -91,12 +95,14 @@ stages_option = click.option("--stages", type=int, help="Stages of the pipeline.
     multiple=True,
     help="A strategy to show; may be given several times. By default all.",
 )
+@timeline_option(default=True)
 @as_json
 def demo(
     prompt: str | None,
     max_new_tokens: int,
     stages: int | None,
     strategies: tuple[str, ...],
+    timeline: bool,
     as_json: bool,
 ) -> None:
     """Generate with the embedded models on a cluster of this machine, by every strategy."""
@@ -118,9 +124,12 @@ def demo(
             for name in names
         ]
     from pipeinfer_dask import terminal
+    from pipeinfer_dask import timeline as pictures
 
     console.print(terminal.legend())
     console.print()
+    if timeline:
+        pictures.show(console, [(result.strategy, result.trace) for result in results])
     console.print(terminal.table([(r.strategy, r.metrics) for r in results]))
     console.print("cancelled: invalid + superfluous (still in flight at the end of the text)")
     different = [result for result in results if result.token_ids != results[0].token_ids]
@@ -172,6 +181,7 @@ def demo(
 )
 @click.option("--share-workers", is_flag=True, help="Several stages may be on one worker.")
 @click.option("--in-process", is_flag=True, help="No cluster: stages are threads.")
+@timeline_option(default=False)
 @as_json
 def generate(
     prompt: str,
@@ -190,6 +200,7 @@ def generate(
     head: str,
     share_workers: bool,
     in_process: bool,
+    timeline: bool,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -235,6 +246,10 @@ def generate(
             )
         )
         result = _show(console, engine, prompt, strategy=strategy, **settings, **knobs)
+    if timeline:
+        from pipeinfer_dask import timeline as pictures
+
+        pictures.show(console, [(result.strategy, result.trace)])
     if as_json:
         _print_json([result])
     else:
@@ -261,7 +276,7 @@ def generate(
 @click.option("--strategy", "strategies", multiple=True, help="May be given several times.")
 @click.option("--max-new-tokens", default=200, show_default=True, help="Tokens to generate.")
 @click.option("--seed", default=0, show_default=True, help="Of the synthetic text.")
-@click.option("--timeline/--no-timeline", default=True, help="Draw who worked on what, and when.")
+@timeline_option(default=True)
 @as_json
 def simulate(
     stages: int,
@@ -304,15 +319,7 @@ def simulate(
             results[f"best k={best}"] = run(name, k=best, **world)
     console = _console(as_json)
     if timeline:
-        columns = max(20, console.width - 10)
-        # One scale for all, or they could not be compared.
-        began, ended = pictures.window(next(iter(results.values())).trace, columns)
-        for label, result in results.items():
-            console.rule(label, align="left")
-            console.print(pictures.draw(result.trace, columns, (began, ended)), no_wrap=True)
-        console.print(pictures.legend())
-        console.print(f"A sign is {1e3 * (ended - began) / columns:.3g} ms.")
-        console.print()
+        pictures.show(console, [(label, result.trace) for label, result in results.items()])
     console.print(table([(label, result.metrics) for label, result in results.items()]))
     console.print("cancelled: invalid + superfluous. All figures are of virtual time.")
     if as_json:

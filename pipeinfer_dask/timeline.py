@@ -1,7 +1,8 @@
 """A trace as a picture of characters: which node worked on what, and when it was idle.
 
-One row for the drafter and one for each stage, one column for each moment. What a run has
-come to is told by its sign, and by its colour besides.
+One row for the drafter and one for each stage, one column for each moment; below them, how many
+runs were called off and how many tokens became text. What a run has come to is told by its sign,
+and by its colour besides.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from rich.columns import Columns
+from rich.console import Console
 from rich.text import Text
 
 from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
 from pipeinfer_dask.trace.tables import node_name, work_of
+
+LABEL = 10
+"""Most columns that the names of rows take."""
 
 
 class Sign(Enum):
@@ -62,10 +68,6 @@ def draw(trace: Trace, columns: int, part: tuple[float, float] | None = None) ->
         sign = Sign.of(done.fate) if isinstance(done, Run) else Sign.DRAFT
         for work in work_of(done):
             rows[work.row].append((work.span, sign))
-    commits = [0] * columns
-    for token in history.tokens:
-        if began <= token.time < ended:
-            commits[min(columns - 1, int((token.time - began) / width))] += 1
     picture = Text()
     label = max(len(node_name(row)) for row in range(len(rows))) + 1
     for row, spans in enumerate(rows):
@@ -73,17 +75,53 @@ def draw(trace: Trace, columns: int, part: tuple[float, float] | None = None) ->
         for sign in _cells(spans, began, width, columns):
             picture.append(sign.character, sign.style)
         picture.append("\n")
-    picture.append("tokens".ljust(label))
-    for count in commits:
-        picture.append(" " if count == 0 else str(count) if count < 10 else "*", "bold")
+    waves = [(wave.time, len(wave.runs)) for wave in history.waves]
+    tokens = [(token.time, 1) for token in history.tokens]
+    for name, moments, style in (("cancels", waves, "red"), ("tokens", tokens, "bold")):
+        counts = [0] * columns
+        for time, number in moments:
+            if began <= time < ended:
+                counts[min(columns - 1, int((time - began) / width))] += number
+        picture.append(name.ljust(label))
+        for count in counts:
+            picture.append(" " if count == 0 else str(count) if count < 10 else "*", style)
+        picture.append("\n")
+    picture.right_crop(1)
     return picture
+
+
+def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
+    """Print a picture of each trace, as wide as the console and all on one scale.
+
+    Parameters
+    ----------
+    console : Console
+    traces : sequence of (str, Trace)
+        Each with its title.
+    """
+    if not traces:
+        return
+    columns = max(20, console.width - LABEL)
+    parts = [window(trace, columns) for _, trace in traces]
+    # Those of the first one, or they could not be compared.
+    seconds = parts[0][1] - parts[0][0]
+    for (title, trace), (began, _) in zip(traces, parts, strict=True):
+        console.rule(title, align="left")
+        console.print(draw(trace, columns, (began, began + seconds)), no_wrap=True)
+    console.print(Columns(_signs(), padding=(0, 2)))
+    console.print(
+        f"A sign is {1e3 * seconds / columns:.3g} ms. Figures tell how many runs were called off, "
+        f"and how many tokens became text.\n"
+    )
 
 
 def legend() -> Text:
     """Return what the signs mean."""
-    return Text("  ").join(
-        Text.assemble((sign.character, sign.style), " ", sign.meaning) for sign in Sign
-    )
+    return Text("  ").join(_signs())
+
+
+def _signs() -> list[Text]:
+    return [Text.assemble((sign.character, sign.style), " ", sign.meaning) for sign in Sign]
 
 
 def _cells(

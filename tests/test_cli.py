@@ -459,6 +459,11 @@ def test_the_demo_shows_that_all_strategies_generate_the_same() -> None:
     assert "All 4 outputs are identical, token for token." in shown
     assert "These workers share one machine's cores" in shown
     assert "Traceback" not in shown and "Warning" not in shown
+    # Each was drawn, without colours, for this is no terminal.
+    lines = ran.stderr.splitlines()
+    for row in ("drafter ", "stage 0 ", "stage 2 ", "cancels "):
+        assert sum(line.startswith(row) for line in lines) == 4
+    assert max(map(len, lines)) <= 80 and "\x1b" not in ran.stderr
 
 
 @pytest.mark.parametrize(

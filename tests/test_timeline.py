@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from io import StringIO
+
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from pipeinfer_dask.simulation import Costs, simulate
-from pipeinfer_dask.timeline import Sign, draw, legend, window
+from pipeinfer_dask.timeline import Sign, draw, legend, show, window
+from pipeinfer_dask.trace import History
 
-PLAIN = simulate(
-    "iterative",
-    costs=Costs.even(3, stage_s=1.0, hop_cost=0.0),
-    prompt_tokens=1,
-    max_new_tokens=8,
-)
+PLAIN_COSTS = Costs.even(3, stage_s=1.0, hop_cost=0.0)
+PLAIN = simulate("iterative", costs=PLAIN_COSTS, prompt_tokens=1, max_new_tokens=8)
 
 
 def rows(picture: str) -> dict[str, str]:
@@ -28,6 +30,7 @@ def test_plain_decoding_keeps_one_stage_busy_at_a_time() -> None:
         "stage 0": "##....##....",
         "stage 1": "..##....##..",
         "stage 2": "....##....##",
+        "cancels": "            ",
         "tokens": "1     1     ",
     }
 
@@ -41,6 +44,41 @@ def test_speculation_is_shown_by_what_it_came_to() -> None:
     picture = rows(draw(trace, 100).plain)
     assert {"#", "+", "x"} <= set(picture["stage 0"])
     assert "~" in picture["drafter"]
+
+
+def test_runs_that_were_called_off_at_once_are_counted_below_the_stages() -> None:
+    trace = simulate("pipeinfer", stages=4, acceptance=0.6).trace
+    waves = History(trace).waves
+    began, ended = waves[0].time - 0.01, waves[0].time + 0.01
+    picture = rows(draw(trace, 20, (began, ended)).plain)
+    assert picture["cancels"].strip() == str(len(waves[0].runs))
+    assert picture["cancels"].index(picture["cancels"].strip()) == 10
+
+
+@pytest.mark.parametrize("width", [80, 133])
+def test_pictures_of_several_strategies_have_one_scale_and_fit_a_plain_terminal(width: int) -> None:
+    shown = StringIO()
+    console = Console(file=shown, width=width, no_color=True, force_terminal=True)
+    traces = [
+        (name, simulate(name, costs=PLAIN_COSTS, prompt_tokens=1, max_new_tokens=60).trace)
+        for name in ("iterative", "pipeinfer")
+    ]
+    show(console, traces)
+    text = Text.from_ansi(shown.getvalue()).plain
+    assert max(map(len, text.splitlines())) <= width
+    plain, quick = (
+        rows(part[part.index("\n") + 1 :]) for part in re.split("^[a-z]+ ─", text, flags=re.M)[1:]
+    )
+    assert plain["stage 0"].startswith("##....##....")  # a column is half a run, in both of them
+    assert len(plain["stage 0"].rstrip()) == len(quick["stage 0"].rstrip()) == width - 10
+    for sign in Sign:
+        assert f"{sign.character} {sign.meaning}" in text
+    codes = {
+        code
+        for found in re.findall(r"\x1b\[([\d;]*)m", shown.getvalue())
+        for code in found.split(";")
+    }
+    assert codes <= {"", "0", "1", "2"}  # bold and dim are no colours
 
 
 @pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer", "adaptive"])
