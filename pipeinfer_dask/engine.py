@@ -142,9 +142,10 @@ class Engine(Serving):
         spares : int
             Workers to keep free. A lost node goes to a free one, else to one with the memory.
         max_recoveries : int
-            Losses in a row, with no token in between, that generations survive.
+            Losses in a row, with no token in between, that generations survive. They survive
+            that of the drafter in any case, and go on without drafts.
         recovery_timeout : float, seconds
-            How long a recovery may take.
+            How long a recovery may take, with the time until a worker is there for the node.
         move_in_after : float, seconds
             A lost node waits so long for a free worker to come, before it moves in with another
             one.

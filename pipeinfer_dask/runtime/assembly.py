@@ -27,12 +27,24 @@ from pipeinfer_dask.runtime.loading import Progress
 from pipeinfer_dask.runtime.nodes import NodeLostError, Nodes, PipelineError, Seat
 from pipeinfer_dask.runtime.peers import Peer, Trouble
 from pipeinfer_dask.runtime.recovery import Part, Recovery
-from pipeinfer_dask.runtime.replacement import NANNY_S, Load, known_workers, replacements
+from pipeinfer_dask.runtime.replacement import (
+    LOOK_S,
+    NANNY_S,
+    Load,
+    NoSchedulerError,
+    NoWorkerError,
+    known_workers,
+    replacements,
+)
 from pipeinfer_dask.runtime.wire import Message
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+RETRY_S = 2.0
+"""While there is no worker for a lost node, and after the drafter could not be replaced, try
+again so much later: the cluster may have got another worker."""
 
 
 class Assembly:
@@ -119,7 +131,7 @@ class Assembly:
         session = self._next_session(self.stages)
         empty = self.stages.empty
         standing = [peer.renew(session.generation) for peer in self.stages.peers]
-        await together([*standing, self._fill(empty, session)])
+        await together([*standing, self._fill(self.stages, session)])
         await together([one.dial_next(other) for one, other in pairwise(self.stages.peers)])
         await self._connect(session)
         await together([seat.peer.find_clock() for seat in empty if seat.peer is not None])
@@ -128,7 +140,7 @@ class Assembly:
 
     async def _raise_drafter(self) -> None:
         session = self._next_session(self.drafter)
-        await self._fill(self.drafter.empty, session)
+        await self._fill(self.drafter, session)
         await together([peer.find_clock() for peer in self.drafter.peers])
         self.drafter.generation = session.generation
         self._tell(DrafterBack(session.generation))
@@ -140,13 +152,35 @@ class Assembly:
         part.tried = True
         return self._session
 
-    async def _fill(self, empty: Sequence[Seat], session: Session) -> None:
-        if homeless := [seat for seat in empty if seat.worker is None]:
-            async with self._choosing:
-                await self._find_workers(homeless)
-        await together([self._make(seat, session) for seat in empty])
+    async def _fill(self, part: Part, session: Session) -> None:
+        empty = part.empty
+        if part.homeless:
+            await self._find_workers(part)
+        await together([self._make(part, seat, session) for seat in empty])
 
-    async def _find_workers(self, homeless: Sequence[Seat]) -> None:
+    async def _find_workers(self, part: Part) -> None:
+        """Choose a worker for each seat that has none, or wait until there is one to choose."""
+        while True:
+            if part is self.drafter and self.stages.homeless:
+                # A text can do without the drafter, but not without a stage.
+                await asyncio.sleep(LOOK_S)
+                continue
+            try:
+                async with self._choosing:
+                    await self._choose_workers(part.homeless)
+            except NoWorkerError as lack:
+                if isinstance(lack, NoSchedulerError) or not self._opened:
+                    raise
+                if not part.lacks:
+                    limit = f"up to {self._recovery.timeout_s:g} s"
+                    logger.warning("pipeinfer waits %s for a worker to come: %s", limit, lack)
+                part.lacks = str(lack)
+            else:
+                part.lacks = ""
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _choose_workers(self, homeless: Sequence[Seat]) -> None:
         seats = [*self.stages.seats, *self.drafter.seats]
         loads = self._recovery.loads or tuple(Load(seat.title) for seat in seats)
         known = await known_workers(self._client)
@@ -171,12 +205,15 @@ class Assembly:
         known = await known_workers(self._client)
         self._nannies.update(worker for worker, about in known.items() if about["nanny"])
 
-    async def _make(self, seat: Seat, session: Session) -> None:
+    async def _make(self, part: Part, seat: Seat, session: Session) -> None:
         try:
             await self.nodes.make(seat, session, self._progress)
         except (PipelineError, LinkError) as error:
             self._leave(seat)
-            if isinstance(error, NodeLostError) or not (self._opened or self._recovery.most):
+            # Where a model does not load, another worker may do better, and is tried at once; for
+            # the drafter there is time, as texts go on without it.
+            at_once = part is self.stages if self._opened else self._recovery.most > 0
+            if isinstance(error, NodeLostError) or not at_once:
                 raise
             raise NodeLostError(str(error)) from error
 
@@ -197,19 +234,26 @@ class Assembly:
             return
         what = "is cut off" if trouble is Trouble.CUT else "is lost"
         lost = NodeLostError(f"{peer.title} {what}: {reason}")
-        if trouble is Trouble.FAILED:
-            self._fail(lost)
-            return
-        if trouble is Trouble.GONE:
-            self._leave(seat)
         part = self.drafter if seat in self.drafter.seats else self.stages
-        if part.generation == AWAY:
-            part.lose(lost)
-        elif part.left <= 0:
+        if trouble is Trouble.GONE or part is self.drafter:
+            self._leave(seat)
+        if trouble is Trouble.FAILED and part is self.stages:
             self._fail(lost)
-        else:
+        elif part.generation == AWAY:
+            part.lose(lost)
+        elif part.left > 0 and trouble is not Trouble.FAILED:
             part.left -= 1
             self._begin_recovery(part, lost)
+        elif part is self.stages:
+            self._fail(lost)
+        else:
+            self.give_up_drafter(str(lost))
+
+    def give_up_drafter(self, reason: str) -> None:
+        """Do without a drafter from now on: texts need none."""
+        generation, self.drafter.generation = self.drafter.generation, AWAY
+        logger.warning("pipeinfer goes on without drafts: %s", reason)
+        self._tell(DrafterLost(generation, reason))
 
     def _leave(self, seat: Seat) -> None:
         """Give up a seat's node, and do without its worker if that can be."""
@@ -232,21 +276,35 @@ class Assembly:
         task.add_done_callback(self._recovering.discard)
 
     async def _recover(self, part: Part, lost: NodeLostError) -> None:
-        began = time.monotonic()
+        began, without = time.monotonic(), False
         logger.warning("pipeinfer recovers, and goes on with all texts: %s", lost)
-        try:
-            await part.stand(self._recovery.timeout_s)
-        except Exception as error:
-            reason = str(error) or f"it took more than {self._recovery.timeout_s:g} s"
-            failure = PipelineError(f"{lost}; it could not be replaced: {reason}")
-            failure.__cause__ = error
-            if part is self.stages:
-                self._fail(failure)
-            else:
-                logger.warning("pipeinfer goes on without drafts: %s", failure)
-        else:
-            took, where = time.monotonic() - began, ", ".join(peer.title for peer in part.peers)
-            logger.info("pipeinfer has recovered within %.1f s: %s", took, where)
+        while True:
+            try:
+                await part.stand(self._recovery.timeout_s)
+                break
+            except Exception as error:
+                reason = self._reason(part, error)
+                failure = PipelineError(f"{lost}; it could not be replaced: {reason}")
+                failure.__cause__ = error
+                if part is self.stages:
+                    self._fail(failure)
+                    return
+                if not without:
+                    logger.warning("pipeinfer goes on without drafts: %s", failure)
+                without = True
+                if isinstance(error, NodeLostError):
+                    return  # too many in a row: a model that ends its workers must not end all
+            await asyncio.sleep(RETRY_S)
+        took, where = time.monotonic() - began, ", ".join(peer.title for peer in part.peers)
+        logger.info("pipeinfer has recovered within %.1f s: %s", took, where)
+
+    def _reason(self, part: Part, error: Exception) -> str:
+        if not isinstance(error, TimeoutError):
+            return str(error)
+        limit = f"{self._recovery.timeout_s:g} s"
+        if part.lacks:
+            return f"{part.lacks}, and none came within {limit}"
+        return f"it took more than {limit}"
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

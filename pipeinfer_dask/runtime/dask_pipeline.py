@@ -15,6 +15,7 @@ from distributed import Client
 
 from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.protocol.messages import (
+    AWAY,
     CancelDraft,
     CancelRuns,
     Drafted,
@@ -299,7 +300,7 @@ class DaskPipeline:
 
         def failed(error: Exception) -> None:
             reason = f"drafter is lost: {type(error).__name__}: {error}"
-            post(self._fail, PipelineError(reason))
+            post(self._assembly.give_up_drafter, reason)
 
         return DrafterThread(
             steps.counted(spec.load, post),
@@ -389,8 +390,10 @@ class DaskPipeline:
             self._fail(loss)
 
     def _drafters(self) -> list[Peer | DrafterThread]:
-        here = [] if self._drafter_here is None else [self._drafter_here]
-        return [*self._assembly.drafter.peers, *here]
+        there = self._assembly.drafter
+        if self._drafter_here is None:
+            return [*there.peers]
+        return [] if there.generation == AWAY else [self._drafter_here]
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

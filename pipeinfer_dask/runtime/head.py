@@ -21,6 +21,7 @@ from pipeinfer_dask.protocol.messages import (
     Begin,
     Command,
     Commit,
+    DrafterLost,
     Event,
     Finish,
     PipelineEvent,
@@ -137,7 +138,8 @@ class Head:
 
     async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
         """Measure what each part of the pipeline costs: see `pipeinfer_dask.runtime.measuring`."""
-        return await measure_costs(self, request, drafter=drafter)
+        drafts = drafter and self.pipeline.draft_generation != AWAY
+        return await measure_costs(self, request, drafter=drafts)
 
     @contextmanager
     def lend(
@@ -150,7 +152,7 @@ class Head:
         report : callable
             Told of the pipeline's events instead of us.
         lost : callable
-            Told of the loss of a stage, of the pipeline's end, or of ours.
+            Told of the loss of a node, of the pipeline's end, or of ours.
 
         Raises
         ------
@@ -171,7 +173,7 @@ class Head:
             )
 
         def hear(event: Event) -> None:
-            if isinstance(event, StageLost):
+            if isinstance(event, StageLost | DrafterLost):
                 lost(ConnectionError(event.reason))
             elif not isinstance(event, PipelineEvent):
                 report(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -10,9 +11,11 @@ from typing import Self
 
 from pipeinfer_dask.models.stage import CountBytes, DraftModel, Stage
 from pipeinfer_dask.protocol.messages import (
+    AWAY,
     CancelDraft,
     CancelRuns,
     Drafted,
+    DrafterLost,
     Event,
     Prune,
     Release,
@@ -25,9 +28,13 @@ from pipeinfer_dask.runtime.compute import DrafterThread, RunPass, StageThread
 from pipeinfer_dask.runtime.loading import HERE, Progress, Steps
 from pipeinfer_dask.runtime.pipeline import PipelineCommand
 
+logger = logging.getLogger(__name__)
+
 
 class LocalPipeline:
     """A `Pipeline` of threads: none is ever lost, but for errors of a model's own.
+
+    Those of the draft model end its drafts alone.
 
     Parameters
     ----------
@@ -69,7 +76,7 @@ class LocalPipeline:
             DrafterThread(
                 Steps("drafter", HERE, progress).counted(drafter, self._post),
                 deliver=self._drafted,
-                failed=partial(self._failed, "the drafter"),
+                failed=partial(self._post, self._drafter_lost),
                 name="pipeinfer-drafter",
             )
             if drafter is not None
@@ -109,7 +116,7 @@ class LocalPipeline:
             case Release():
                 for thread in self._threads:
                     thread.submit(command)
-                if self._drafter is not None:
+                if self._drafter is not None and self.draft_generation != AWAY:
                     self._drafter.submit(command)
             case StartDraft() | CancelDraft():
                 if self._drafter is None:
@@ -148,6 +155,12 @@ class LocalPipeline:
     def _deliver(self, event: Event) -> None:
         if self._report is not None:
             self._report(event)
+
+    def _drafter_lost(self, error: Exception) -> None:
+        reason = f"drafter is lost: {type(error).__name__}: {error}"
+        generation, self.draft_generation = self.draft_generation, AWAY
+        logger.warning("pipeinfer goes on without drafts: %s", reason)
+        self._deliver(DrafterLost(generation, reason))
 
     def _failed(self, who: str, error: Exception) -> None:
         def report() -> None:

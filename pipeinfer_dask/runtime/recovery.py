@@ -28,7 +28,8 @@ class Recovery:
     most : int
         Losses in a row, with nothing computed in between, after which a pipeline is given up.
     timeout_s : float
-        Seconds for one recovery, however many nodes are lost in its course.
+        Seconds for one recovery, however many nodes are lost in its course, and however long
+        no worker is there for them.
     move_in_after_s : float
         A node that no free worker has come for in so many seconds moves in with another one.
     loads : tuple of Load
@@ -64,6 +65,8 @@ class Part:
         Losses that may still follow.
     tried : bool
         Whether there was an attempt to raise it up.
+    lacks : str
+        Why no worker is there yet that it waits for; empty if it waits for none.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Part:
         self.generation = AWAY
         self.left = recovery.most
         self.tried = False
+        self.lacks = ""
         self._recovery = recovery
         self._raise_up = raise_up
         self._attempt: asyncio.Task[None] | None = None
@@ -87,6 +91,11 @@ class Part:
     def empty(self) -> list[Seat]:
         """Seats without a node."""
         return [seat for seat in self.seats if seat.peer is None]
+
+    @property
+    def homeless(self) -> list[Seat]:
+        """Seats for whose node nobody has chosen a worker."""
+        return [seat for seat in self.seats if seat.worker is None]
 
     def working(self) -> None:
         """Note that something was computed: the last recovery has been worth it."""
@@ -126,6 +135,7 @@ class Part:
                     await asyncio.sleep(0 if isinstance(lost, NodeLostError) else BREATH_S)
 
     async def _try(self) -> None:
+        self.lacks = ""
         attempt = self._attempt = asyncio.ensure_future(self._raise_up())
         try:
             await asyncio.wait([attempt])

@@ -31,6 +31,10 @@ class NoWorkerError(RuntimeError):
     """No worker can take over. The text says why."""
 
 
+class NoSchedulerError(NoWorkerError):
+    """Nobody knows of workers any more: none will come, either."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What a node is going to hold.
@@ -53,7 +57,7 @@ async def known_workers(client: Client) -> dict[str, dict[str, Any]]:
 
     Raises
     ------
-    NoWorkerError
+    NoSchedulerError
         If there is no scheduler any more.
     """
     try:
@@ -62,7 +66,7 @@ async def known_workers(client: Client) -> dict[str, dict[str, Any]]:
         async with asyncio.timeout(SCHEDULER_TIMEOUT_S):
             identity = await client.scheduler.identity()
     except OSError as error:
-        raise NoWorkerError(
+        raise NoSchedulerError(
             f"the cluster's scheduler can't be asked for workers: {error}"
         ) from error
     workers: dict[str, dict[str, Any]] = identity["workers"]
@@ -96,6 +100,8 @@ async def replacements(
     ------
     NoWorkerError
         If there are not enough workers that answer, or they lack the memory.
+    NoSchedulerError
+        If there is no scheduler any more.
     """
     loop = asyncio.get_running_loop()
     ends = loop.time() + patience

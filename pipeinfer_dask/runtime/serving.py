@@ -274,7 +274,7 @@ class Serving:
         -------
         Costs
             Seconds of 1 to 8 tokens on each stage and on the draft model (0 where there is
-            none), and of a hop.
+            none, or it is lost), and of a hop.
 
         Raises
         ------

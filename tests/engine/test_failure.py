@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,10 +15,11 @@ import pytest
 from distributed import Client
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.drafting.ngram import NgramDraft
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
-from pipeinfer_dask.protocol.messages import Batch, Kind, StartRun
+from pipeinfer_dask.protocol.messages import Batch, DrafterLost, Kind, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.clusters import own_cluster
 from pipeinfer_dask.runtime.compute import RunPass, StageThread
@@ -46,19 +48,12 @@ def break_after(calls: int, monkeypatch: pytest.MonkeyPatch, method: str, last: 
     monkeypatch.setattr(Shard, method, breaking)
 
 
-@pytest.mark.parametrize(
-    ("method", "last", "node"), [("run", 4, "stage 1"), ("candidates", 1, "drafter")]
-)
-def test_a_node_that_breaks_ends_the_generation_and_is_named(
-    pair: Pair,
-    where: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    last: int,
-    node: str,
+def test_a_stage_that_breaks_ends_the_generation_and_is_named(
+    pair: Pair, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    node = "stage 1"
     with pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, **where) as engine:
-        break_after(20, monkeypatch, method, last)
+        break_after(20, monkeypatch, "run", last=4)
         run = engine.start(PROMPT, max_new_tokens=200, strategy="speculative")
         queued = engine.start(PROMPT, max_new_tokens=200)
         with pytest.raises(GenerationInterrupted, match=rf"{node} .*numbers ran out") as caught:
@@ -74,6 +69,42 @@ def test_a_node_that_breaks_ends_the_generation_and_is_named(
             EngineClosedError, match=rf"the pipeline is lost \(.*{node}.*open another"
         ):
             engine.start(PROMPT)
+
+
+def test_a_draft_model_that_breaks_costs_no_text_and_is_named_once(
+    pair: Pair,
+    where: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, **where) as engine:
+        break_after(20, monkeypatch, "candidates", last=1)
+        run = engine.start(PROMPT, max_new_tokens=200, strategy="speculative")
+        queued = engine.start(PROMPT, max_new_tokens=200)
+        assert run.result().token_ids == pair.greedy
+        assert queued.result().token_ids == pair.greedy
+        losses = [what for _, what in run.trace if isinstance(what, DrafterLost)]
+        assert len(losses) == 1
+        assert re.search(r"drafter .*numbers ran out", losses[0].reason)
+        assert run.trace.metrics().drafted_tokens > 0
+        later = engine.generate(PROMPT, max_new_tokens=20, strategy="pipeinfer")
+        assert later.token_ids == pair.greedy[:20]
+        assert later.metrics.drafted_tokens == 0
+        assert engine.measure_costs().draft.seconds == (0.0,) * 8
+    assert caplog.text.count("pipeinfer goes on without drafts") == 1
+
+
+def test_a_lookup_that_breaks_costs_no_text(
+    pair: Pair, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(*_: Any, **__: Any) -> None:
+        raise ArithmeticError("numbers ran out")
+
+    with pi.Engine.from_pretrained(pair.target, "ngram", stages=2, **where) as engine:
+        monkeypatch.setattr(NgramDraft, "candidates", breaking)
+        result = engine.generate(PROMPT, max_new_tokens=100, strategy="speculative")
+    assert result.token_ids == pair.greedy[:100]
+    assert [type(what) for _, what in result.trace].count(DrafterLost) == 1
 
 
 def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -> None:

@@ -158,7 +158,9 @@ def test_without_free_workers_one_holds_two_nodes_and_without_any_the_text_so_fa
             dashboard_address="127.0.0.1:0",
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
-        pi.Engine.from_pretrained(pair.target, client=client, stages=2) as engine,
+        pi.Engine.from_pretrained(
+            pair.target, client=client, stages=2, recovery_timeout=5.0
+        ) as engine,
     ):
         run = in_mid_text(engine)
         first, last = cluster.workers.values()

@@ -8,19 +8,21 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from distributed import Client, LocalCluster, Security, Worker
 
 import pipeinfer_dask
 from pipeinfer_dask.protocol.messages import (
+    AWAY,
     NO_PARENT,
     Batch,
     CancelDraft,
     CancelReason,
     CancelRuns,
     Drafted,
+    DrafterLost,
     DraftPlan,
     Event,
     Proposal,
@@ -51,6 +53,8 @@ from tests.runtime.chain import (
 )
 
 pytestmark = pytest.mark.cluster
+
+T = TypeVar("T")
 
 PACKAGE = Path(pipeinfer_dask.__file__).parent
 
@@ -106,8 +110,13 @@ class Listener:
 
     async def drafted(self) -> Drafted:
         """Return the next draft."""
-        while not isinstance(event := await self.events.get(), Drafted):
-            pass
+        return await self.next(Drafted)
+
+    async def next(self, kind: type[T]) -> T:
+        """Return the next event of a kind."""
+        async with asyncio.timeout(20):
+            while not isinstance(event := await self.events.get(), kind):
+                pass
         return event
 
 
@@ -221,15 +230,20 @@ def test_without_a_worker_a_drafter_drafts_in_the_clients_process() -> None:
     asyncio.run(main())
 
 
-def test_a_drafter_in_the_clients_process_that_fails_is_a_lost_pipeline() -> None:
+def test_a_drafter_in_the_clients_process_that_fails_is_lost_alone() -> None:
     async def main() -> None:
         async with cluster(workers=1) as (client, workers):
             pipeline = await DaskPipeline.open(client, STAGES[-1:], workers, EchoingSpec())
             listener = Listener(pipeline)
             pipeline.send(replace(draft_of(0, 4), slots=()))  # fewer than its plan needs
-            await listener.lost.wait()
+            loss = await listener.next(DrafterLost)
+            assert loss.generation == 0
+            assert loss.reason.startswith("drafter is lost: IndexError: ")
+            assert pipeline.draft_generation == AWAY
+            pipeline.send(run_of(0, 5))
+            assert [run.tokens for run in await listener.done(1)] == [(6,)]
             await pipeline.close()
-            assert str(listener.losses[0]).startswith("drafter is lost: IndexError: ")
+            assert not listener.losses
 
     asyncio.run(main())
 
