@@ -150,6 +150,13 @@ class Cancellations:
             self._keys = {key for key in self._keys if key[1] != request}
             self._places = {key: p for key, p in self._places.items() if key[1] != request}
 
+    def clear(self) -> None:
+        """Forget all requests: nothing comes of any."""
+        with self._lock:
+            self._passed.clear()
+            self._keys = set()
+            self._places = {}
+
     def _to_come(self, key: tuple[int, int, int]) -> bool:
         return key > self._passed.get(key[1], (-1, -1, -1))
 
@@ -190,6 +197,8 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         # Who awaits it may give up, and must not be able to cancel it for the thread.
         self.loaded.set_running_or_notify_cancel()
         self.cancelled = Cancellations()
+        self.caches: set[int] = set()
+        """KV caches that the model holds. Only the thread itself changes them."""
         self._load = load
         self._failed = failed
         self._jobs: SimpleQueue[JobT | Release | _Renewal | None] = SimpleQueue()
@@ -226,6 +235,7 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
                 if isinstance(job, Release):
                     self._release(model, job)
                 elif isinstance(job, _Renewal):
+                    self._renew(model)
                     job.done()
                 else:
                     self._compute(model, job)
@@ -237,7 +247,18 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
     def _release(self, model: ModelT, job: Release) -> None:
         self.cancelled.over(job.request)
         if job.cache is not None:
+            self.caches.discard(job.cache)
             model.release(job.cache)
+
+    def _renew(self, model: ModelT) -> None:
+        """Let go of all that belongs to runs of before.
+
+        A run that came after its request's release has made a cache that nobody would release.
+        """
+        self.cancelled.clear()
+        for cache in self.caches:
+            model.release(cache)
+        self.caches.clear()
 
     @abstractmethod
     def _compute(self, model: ModelT, job: JobT) -> None: ...
@@ -320,6 +341,7 @@ class StageThread(ComputeThread[Stage, RunPass]):
             job = job.without(self.cancelled.pruned(key))
             # Only a run that picks after each of its tokens is ever pruned.
             picks = run.picks - len(job.left_out)
+            self.caches.add(run.cache)
             output = model.run(
                 job.batch,
                 job.hidden,
@@ -380,6 +402,7 @@ class DrafterThread(ComputeThread[DraftModel, StartDraft]):
             return self._closing or key in self.cancelled
 
         began = time.monotonic()
+        self.caches.add(job.cache)
         expansion = expansion_of(job)
         passes = 0
         while (step := expansion.next_batch()) is not None:
