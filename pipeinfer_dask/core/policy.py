@@ -23,6 +23,9 @@ DraftChoice = tuple[DraftPlan | TreePlan, Sequence[Node]]
 SHORT_PROMPT = 64
 """Tokens that a draft model reads in about the time of one pass."""
 
+LARGEST_SETTING = 256
+"""No count that a policy is set to is larger: beyond it are only time and memory for nothing."""
+
 FILL_CACHE: DraftChoice = (DraftPlan(size=0), ())
 """Let the draft model read the prompt while the target does."""
 
@@ -93,22 +96,25 @@ def depth_left(machine: Machine, node: Node) -> int:
     return machine.last_position - node.position
 
 
-def at_least(policy: Policy, name: str, least: int) -> None:
-    """Raise a ValueError unless this setting is a whole number of at least ``least``."""
+def whole(policy: Policy, name: str, least: int) -> None:
+    """Raise a ValueError unless this is a whole number from ``least`` to `LARGEST_SETTING`."""
     value = getattr(policy, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    known = isinstance(value, int) and not isinstance(value, bool)
+    if not known or not least <= value <= LARGEST_SETTING:
+        raise ValueError(
+            f"expected {name} as a whole number from {least} to {LARGEST_SETTING}, got {value!r}"
+        )
 
 
 def probability(policy: Policy, name: str) -> None:
     """Raise a ValueError unless this setting is a number from 0 to 1."""
     value = getattr(policy, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+        raise ValueError(f"expected {name} as a number from 0 to 1, got {value!r}")
 
 
 def switch(policy: Policy, name: str) -> None:
     """Raise a ValueError unless this setting is on or off."""
     value = getattr(policy, name)
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
+        raise ValueError(f"expected {name} to be true or false, got {value!r}")

@@ -343,7 +343,7 @@ class Shard:
         if sampling is not None:
             choices = _choices(self._sequences.of(cache), ends, logits, sampling)
             return [choice.candidates(width) for choice in choices]
-        top = torch.softmax(logits.float(), dim=-1).topk(width)
+        top = torch.softmax(logits.float(), dim=-1).topk(min(width, logits.shape[-1]))
         return [
             list(zip(tokens, confidences, strict=True))
             for tokens, confidences in zip(top.indices.tolist(), top.values.tolist(), strict=True)

@@ -28,11 +28,11 @@ from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.policy import (
     DraftChoice,
     Policy,
-    at_least,
     depth_left,
     fill_cache,
     probability,
     switch,
+    whole,
 )
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, log_chance
@@ -111,9 +111,9 @@ class Adaptive(Policy):
     _drafting_since: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        at_least(self, "micro_batch", 0)
+        whole(self, "micro_batch", 0)
         for name in ("ramp", "passes", "breadth", "width"):
-            at_least(self, name, 1)
+            whole(self, name, 1)
         probability(self, "floor")
         for name in ("tree", "calibrate", "cancellation", "pruning"):
             switch(self, name)

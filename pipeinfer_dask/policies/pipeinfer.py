@@ -11,11 +11,11 @@ from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.policy import (
     DraftChoice,
     Policy,
-    at_least,
     depth_left,
     fill_cache,
     probability,
     switch,
+    whole,
 )
 from pipeinfer_dask.core.tree import Node
 from pipeinfer_dask.protocol.messages import DraftPlan, Origin, Span
@@ -69,8 +69,8 @@ class PipeInfer(Policy):
     _tried: Node | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        at_least(self, "micro_batch", 1)
-        at_least(self, "sequences", 1)
+        whole(self, "micro_batch", 1)
+        whole(self, "sequences", 1)
         for name in ("cutoff", "recovery", "decay", "split"):
             probability(self, name)
         for name in ("asynchronous", "continuous", "cancellation"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.policy import DraftChoice, Policy, at_least, depth_left, fill_cache
+from pipeinfer_dask.core.policy import DraftChoice, Policy, depth_left, fill_cache, whole
 from pipeinfer_dask.core.tree import Node
 from pipeinfer_dask.protocol.messages import DraftPlan, TreePlan
 
@@ -43,7 +43,7 @@ class Speculative(Policy):
 
     def __post_init__(self) -> None:
         for name, least in (("k", 1), ("depth", 0), ("breadth", 1), ("width", 1)):
-            at_least(self, name, least)
+            whole(self, name, least)
 
     def choose_run(self, machine: Machine) -> Sequence[Node]:
         if not machine.root_waits or machine.drafting:

@@ -258,8 +258,9 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "strategy of another type": ({"strategy": 3}, "unknown strategy 3"),
     "unknown knob": ({"strategy": "iterative", "k": 3}, "'iterative' has no knob 'k'"),
-    "knob out of range": ({"ramp": 0}, "ramp must be .* at least 1, not 0"),
-    "knob of text": ({"floor": "high"}, "floor must be a number from 0 to 1, not 'high'"),
+    "knob out of range": ({"ramp": 0}, "expected ramp as a whole number from 1 to 256, got 0"),
+    "more choices than are of use": ({"width": 4097}, "width .* from 1 to 256, got 4097"),
+    "knob of text": ({"floor": "high"}, "floor as a number from 0 to 1, got 'high'"),
     "policy and knobs": ({"strategy": PipeInfer(), "split": 1}, "expected knobs or a policy"),
     "empty text": ({"prompt": ""}, "a prompt of at least one token, got an empty one"),
     "no tokens": ({"prompt": []}, "a prompt of at least one token, got an empty one"),
@@ -341,6 +342,22 @@ def test_a_request_that_can_not_be_served_is_refused(
         engine.start(**{"prompt": PROMPT} | asked)
     assert len(str(caught.value).splitlines()) == 1
     assert engine.generate(PROMPT, max_new_tokens=2).token_ids == pair.greedy[:2]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "counts"),
+    [
+        ("speculative", ("k", "breadth", "width")),
+        ("pipeinfer", ("micro_batch", "sequences")),
+        ("adaptive", ("micro_batch", "ramp", "passes", "breadth", "width")),
+    ],
+)
+def test_the_largest_settings_of_a_strategy_change_no_text(
+    engine: pi.Engine, pair: Pair, strategy: str, counts: tuple[str, ...]
+) -> None:
+    largest: dict[str, Any] = dict.fromkeys(counts, 256)
+    result = engine.generate(PROMPT, max_new_tokens=8, strategy=strategy, **largest)
+    assert result.token_ids == pair.greedy[:8]
 
 
 @pytest.mark.parametrize("timeout", ["a", -1, float("nan"), True, [1]], ids=repr)

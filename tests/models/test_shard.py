@@ -11,6 +11,7 @@ from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.tensors import Reading, StoredTensor
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
+from pipeinfer_dask.protocol.sampling import Sampling
 from tests.models.pipelines import (
     CAPACITY,
     LAYERS,
@@ -170,6 +171,14 @@ def test_a_draft_model_proposes_no_token_that_the_target_lacks(llama: Path) -> N
     assert kept is not None
     assert any(token >= 200 for choices in free for token, _ in choices)
     assert all(token < 200 for choices in kept for token, _ in choices)
+
+
+def test_a_draft_model_that_is_asked_for_more_tokens_than_there_are_tells_all(llama: Path) -> None:
+    shard = Shard.load(llama, range(LAYERS), capacity=CAPACITY, target_vocab_size=200)
+    for sampling in (None, Sampling(seed=1)):
+        candidates = shard.candidates(linear(TEXT), 1, width=999, stopped=never, sampling=sampling)
+        assert candidates is not None
+        assert sorted(token for token, _ in candidates[0]) == list(range(200))
 
 
 def test_a_draft_model_goes_on_after_a_token_that_only_the_target_has(llama: Path) -> None:

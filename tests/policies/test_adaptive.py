@@ -248,12 +248,13 @@ def test_drafts_of_one_pass_leave_the_text_its_slots() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"micro_batch": -1}, "micro_batch must be a whole number of at least 0"),
-        ({"ramp": 0}, "ramp must be a whole number of at least 1"),
-        ({"passes": 0}, "passes must be"),
-        ({"breadth": 1.5}, "breadth must be"),
-        ({"width": True}, "width must be"),
-        ({"floor": 2}, "floor must be a number from 0 to 1"),
+        ({"micro_batch": -1}, "expected micro_batch as a whole number from 0 to 256, got -1"),
+        ({"ramp": 0}, "expected ramp as a whole number from 1 to 256, got 0"),
+        ({"passes": 0}, "expected passes as"),
+        ({"breadth": 1.5}, "expected breadth as"),
+        ({"width": True}, "expected width as"),
+        ({"width": 257}, "expected width as a whole number from 1 to 256, got 257"),
+        ({"floor": 2}, "expected floor as a number from 0 to 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(knobs: dict[str, Any], message: str) -> None:
