@@ -138,23 +138,29 @@ class Tab:
     foreign : list of str
         Addresses outside the lab that were asked for; none was reached.
     errors : list of str
-        Of the page and of its console.
+        Of the page and of its console, each with where it comes from.
+    reopened : int or None
+        How many of the errors there were when a page was opened again, if one was.
     """
 
     def __init__(self, page: Page, home: str) -> None:
         self.page = page
+        self._home = home
         self.foreign: list[str] = []
         self.errors: list[str] = []
+        self.reopened: int | None = None
+        self._opened = False
         page.set_default_timeout(1e3 * PATIENCE_S)
 
         def check(route: Any) -> None:
-            if route.request.url.startswith((home, "data:", "blob:")):
+            if route.request.url.startswith((self._home, "data:", "blob:")):
                 route.continue_()
             else:
                 self.foreign.append(route.request.url)
                 route.abort()
 
         page.route("**/*", check)
+        page.on("websocket", self._check_socket)
         page.on("pageerror", self._fail)
         page.on("console", self._note)
 
@@ -166,10 +172,17 @@ class Tab:
 
     def _note(self, message: Any) -> None:
         if message.type == "error":
-            self.errors.append(message.text)
+            self.errors.append(f"{message.text} {message.location['url']}")
+
+    def _check_socket(self, socket: Any) -> None:
+        if not socket.url.startswith(self._home.replace("http", "ws", 1)):
+            self.foreign.append(socket.url)
 
     def open(self, address: str) -> None:
         """Open a notebook, and wait for its kernel."""
+        if self._opened and self.reopened is None:
+            self.reopened = len(self.errors)
+        self._opened = True
         self.page.goto(address)
         self.page.wait_for_function(
             "() => window.jupyterapp?.shell?.currentWidget?.context?.sessionContext"
@@ -183,6 +196,11 @@ class Tab:
               await context.sessionContext.session.kernel.info;
             }"""
         )
+
+    def end_kernel(self) -> None:
+        """End the notebook's kernel."""
+        context = "window.jupyterapp.shell.currentWidget.context.sessionContext"
+        self.page.evaluate(f"{context}.shutdown()")
 
     def command(self, name: str, **options: Any) -> None:
         """Carry out one of JupyterLab's commands, and wait for it."""

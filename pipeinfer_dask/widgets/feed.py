@@ -102,6 +102,10 @@ class View(Protocol):
         """Take all: nothing will be new any more."""
         ...
 
+    def over(self) -> None:
+        """Do what takes its time at the end: the feed's lock is not held."""
+        ...
+
 
 class Feed:
     """The rows of a trace, and a thread that adds to them while a generation goes on.
@@ -225,6 +229,8 @@ class Feed:
                 self._texts["tokens"][-1] = self._piece(len(self._texts["tokens"]) - 1)
             for view in self._views:
                 view.finish()
+        for view in list(self._views):
+            view.over()
 
     # --- packing --------------------------------------------------------------------
 

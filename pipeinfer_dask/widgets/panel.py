@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
-from IPython.display import HTML
 
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.trace import Trace
-from pipeinfer_dask.widgets.feed import Feed
+from pipeinfer_dask.widgets.channel import Channel
+from pipeinfer_dask.widgets.stepper import Clock
+from pipeinfer_dask.widgets.still import Still
 from pipeinfer_dask.widgets.views import DraftTree, Metrics, Timeline, TokenStream
 
 if TYPE_CHECKING:
@@ -50,16 +51,21 @@ class Controls(ipywidgets.VBox):  # type: ignore[misc]
         self._started = started
         self.generation: Generation | None = None
         wide = ipywidgets.Layout(width="100%")
-        self.prompt = ipywidgets.Textarea(prompt, description="Prompt", rows=2, layout=wide)
+        # What is typed is told as a whole when a field is left, so before a click: a field that
+        # told each key at once would keep the last ones back until the first was answered.
+        whole = {"continuous_update": False}
+        self.prompt = ipywidgets.Textarea(
+            prompt, description="Prompt", rows=2, layout=wide, **whole
+        )
         names = list(STRATEGIES) if engine.draft is not None else ["iterative"]
         self.strategy = ipywidgets.Dropdown(
             options=names, value=names[-1], description="Strategy", layout={"width": "240px"}
         )
         self.knobs = ipywidgets.Text(
-            placeholder="micro_batch=4", description="Knobs", layout={"width": "300px"}
+            placeholder="micro_batch=4", description="Knobs", layout={"width": "300px"}, **whole
         )
         self.max_new_tokens = ipywidgets.BoundedIntText(
-            max_new_tokens, min=1, max=engine.target.context, description="New tokens"
+            max_new_tokens, min=1, max=engine.target.context, description="New tokens", **whole
         )
         self.max_new_tokens.layout.width = "180px"
         self.run = ipywidgets.Button(description="Run", button_style="primary", icon="play")
@@ -111,8 +117,8 @@ class Controls(ipywidgets.VBox):  # type: ignore[misc]
         self.run.disabled, self.cancel.disabled = False, True
 
 
-class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
-    """Controls, and live views of what they start.
+class Dashboard(Still, ipywidgets.VBox):  # type: ignore[misc]
+    """Controls, and live views of what they start; a clock steps through what is over.
 
     Parameters
     ----------
@@ -123,23 +129,37 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
     Attributes
     ----------
     controls : Controls
+    channel : Channel
+    clock : Clock
     timeline : Timeline
     text : TokenStream
     tree : DraftTree
     metrics : Metrics
     """
 
+    label = "Dashboard"
+
     def __init__(self, engine: Engine, *, prompt: str = PROMPT, max_new_tokens: int = 64) -> None:
-        feed = Feed(Trace(engine.stages))
+        self.channel = Channel(Trace(engine.stages))
+        self.channel.at_end.append(self._wind)
         self.controls = Controls(engine, self.show, prompt=prompt, max_new_tokens=max_new_tokens)
-        self.text, self.timeline = TokenStream(feed), Timeline(feed)
-        self.tree, self.metrics = DraftTree(feed), Metrics(feed)
-        super().__init__([self.controls, self.text, self.timeline, self.metrics, self.tree])
+        self.clock = Clock()
+        self.text, self.timeline = TokenStream(self.channel), Timeline(self.channel)
+        self.tree, self.metrics = DraftTree(self.channel), Metrics(self.channel)
+        self.clock.link(self.views)
+        super().__init__(
+            [self.controls, self.clock, self.text, self.timeline, self.metrics, self.tree]
+        )
 
     @property
     def views(self) -> tuple[TokenStream, Timeline, Metrics, DraftTree]:
         """The views, from top to bottom."""
         return self.text, self.timeline, self.metrics, self.tree
+
+    @property
+    def channels(self) -> Sequence[Channel]:
+        """What is shown."""
+        return (self.channel,)
 
     @property
     def generation(self) -> Generation | None:
@@ -148,17 +168,20 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
 
     def show(self, source: Any) -> None:
         """Show a generation, a result, a simulation or a trace in all views."""
-        feed = source if isinstance(source, Feed) else Feed(source)
-        for view in self.views:
-            view.show(feed)
+        if self.clock.last:
+            self.clock.wind([], -1.0)
+        self.channel.show(source)
 
     def to_html(self) -> str:
         """Return all views as HTML that needs neither scripts nor the network."""
         return "".join(view.to_html() for view in self.views)
 
-    def freeze(self) -> HTML:
-        """Return a picture for a page that can't run the views themselves."""
-        return HTML(self.to_html())
+    @property
+    def _hider(self) -> Clock:
+        return self.clock
+
+    def _wind(self) -> None:
+        self.clock.wind([self.channel.feed], -1.0)
 
 
 def dashboard(engine: Engine, *, prompt: str = PROMPT, max_new_tokens: int = 64) -> Dashboard:

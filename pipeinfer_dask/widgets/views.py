@@ -9,7 +9,8 @@ import traitlets
 
 from pipeinfer_dask.trace import Guess, History
 from pipeinfer_dask.trace.picture import metrics_html, text_html, timeline_html
-from pipeinfer_dask.widgets.view import TraceView, module, style
+from pipeinfer_dask.widgets.still import module, style
+from pipeinfer_dask.widgets.view import TraceView
 
 LISTED = 20
 """Most guesses of a tree that a frozen one lists."""
@@ -27,7 +28,7 @@ class Timeline(TraceView):
     _esm = module("bars.js", "timeline.js")
     _css = style()
     shows = ("works", "bars", "waves", "tokens")
-    label = "Timeline"
+    label = traitlets.Unicode("Timeline").tag(sync=True)
     span = traitlets.Float(0.0).tag(sync=True)
 
     def to_html(self) -> str:
@@ -42,7 +43,7 @@ class Metrics(TraceView):
     _esm = module("metrics.js")
     _css = style()
     shows = ("figures", "busy", "tokens", "guesses", "settled")
-    label = "Figures"
+    label = traitlets.Unicode("Figures").tag(sync=True)
 
     def to_html(self) -> str:
         """Return the figures as a table."""
@@ -56,7 +57,7 @@ class TokenStream(TraceView):
     _esm = module("text.js")
     _css = style()
     shows = ("tokens", "guesses", "settled")
-    label = "Text"
+    label = traitlets.Unicode("Text").tag(sync=True)
 
     def to_html(self) -> str:
         """Return the text and what its marks mean."""
@@ -70,7 +71,7 @@ class DraftTree(TraceView):
     _esm = module("tree.js")
     _css = style()
     shows = ("tokens", "guesses", "placed", "settled")
-    label = "Draft tree"
+    label = traitlets.Unicode("Draft tree").tag(sync=True)
 
     def to_html(self) -> str:
         """Return the likeliest of the tree when it was largest, as nested lists."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from collections.abc import Iterator
 from threading import Event
 from typing import Any
 
@@ -12,7 +14,8 @@ from pipeinfer_dask.protocol.messages import Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import Fate, History, Trace
 from pipeinfer_dask.trace.picture import LOOKS
-from pipeinfer_dask.widgets import DraftTree, Feed, Metrics, Timeline, TokenStream
+from pipeinfer_dask.widgets import Channel, DraftTree, Feed, Metrics, Timeline, TokenStream
+from pipeinfer_dask.widgets.channel import HEAD, PART
 from pipeinfer_dask.widgets.feed import TABLES
 
 TRACE = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=60).trace
@@ -56,6 +59,9 @@ class Listener:
         self.heard.set()
 
     def finish(self) -> None:
+        assert not self.feed.live
+
+    def over(self) -> None:
         self.finished.set()
 
 
@@ -152,70 +158,94 @@ def test_text_of_a_generation_is_its_own_and_not_that_of_single_tokens() -> None
 
 
 @pytest.mark.parametrize("kind", [Timeline, Metrics, TokenStream, DraftTree])
-def test_a_view_of_what_is_over_has_all_rows_as_its_state(kind: Any) -> None:
-    view = kind(TRACE)
-    assert view.complete
-    assert set(view.rows) == set(kind.shows)
-    for name, packed in view.rows.items():
-        (columns,) = [view.about["schema"][name]]
-        size = struct.calcsize(
-            "<" + "".join({"u1": "B", "u2": "H"}.get(type_, "I") for _, type_ in columns)
-        )
-        assert len(packed) == view.feed.count(name) * size
-    bundle, _ = view._repr_mimebundle_()
-    assert bundle["text/html"] == view.freeze().data == view.to_html()
+def test_the_channel_of_what_is_over_has_all_rows_as_its_state(kind: Any) -> None:
+    channel = kind(TRACE).channel
+    assert channel.complete
+    assert set(channel.rows) == {name for name, _ in channel.about["schema"]} == set(kind.shows)
+    for name, columns in channel.about["schema"]:
+        codes = ({"u1": "B", "u2": "H"}.get(type_, "I") for _, type_ in columns)
+        size = struct.calcsize("<" + "".join(codes))
+        assert len(channel.rows[name]) == channel.feed.count(name) * size
 
 
-class Recorded(Timeline):
-    """A timeline that keeps what it sends."""
+class Recorded(Channel):
+    """A channel that keeps what it sends."""
 
     def __init__(self, source: Any) -> None:
-        self.sent: list[tuple[dict[str, Any], list[bytes]]] = []
+        self.sent: list[bytes] = []
         self.told = Event()
         super().__init__(source)
 
     def send(self, content: Any, buffers: Any = None) -> None:
-        self.sent.append((content, buffers or []))
+        assert content == {"kind": "rows"}
+        self.sent += buffers
         self.told.set()
 
+    def take(self) -> Iterator[tuple[bool, str, int, bytes, list[str]]]:
+        """Yield of each table that was sent: is it all, its name, where it begins, and the rows."""
+        for message in self.sent:
+            _, reset = HEAD.unpack_from(message)
+            at = HEAD.size
+            while at < len(message):
+                number, first, rows, texts = PART.unpack_from(message, at)
+                at += PART.size
+                packed, said = message[at : at + rows], message[at + rows : at + rows + texts]
+                yield reset, self.tables[number], first, packed, json.loads(said or "[]")
+                at += rows + texts
+        self.sent.clear()
 
-def test_a_live_view_is_sent_each_row_once_and_all_of_them_when_it_asks() -> None:
+
+def test_live_views_are_sent_each_row_once_and_all_of_them_when_they_ask() -> None:
     source = Growing(TRACE)
-    view = Recorded(source)
-    assert view.sent[0][0] == {"kind": "rows", "reset": True, "now": 0.0, "tables": []}
+    channel = Recorded(source)
+    views = [kind(channel) for kind in (Timeline, Metrics, TokenStream, DraftTree)]
+    assert channel.sent == [HEAD.pack(0.0, True)]
     for upto in (100, 400, 900):
-        view.told.clear()
+        channel.told.clear()
         source.grow(upto)
-        assert view.told.wait(30)
-    rows = [
-        (name, first, len(buffer))
-        for content, buffers in view.sent
-        for (name, first, *_), buffer in zip(content["tables"], buffers, strict=True)
-        if name == "bars"
-    ]
-    size = TABLES["bars"].packer.size
-    assert len(rows) > 1
-    assert [first for _, first, _ in rows] == [
-        sum(length for _, _, length in rows[:at]) // size for at in range(len(rows))
-    ]
-    view.sent.clear()
-    view._asked(view, {"kind": "resync"}, [])
-    (content, buffers), *_ = view.sent
-    assert content["reset"] is True
-    assert len(buffers[1]) == view.feed.count("bars") * size
+        assert channel.told.wait(30)
+    packed = dict.fromkeys(TABLES, b"")
+    texts: dict[str, list[str]] = {name: [] for name, table in TABLES.items() if table.texts}
+    for reset, name, first, rows, said in channel.take():
+        assert not reset
+        assert first == len(packed[name]) // TABLES[name].packer.size
+        packed[name] += rows
+        texts[name] = texts.get(name, []) + said
+    channel._asked(channel, {"kind": "resync"}, [])
+    again = {name: (rows, said) for _, name, _, rows, said in channel.take()}
+    assert again == {name: (rows, texts.get(name, [])) for name, rows in packed.items() if rows}
     source.end()
-    assert view.feed.wait(30)
-    assert view.complete and len(view.rows["bars"]) == view.feed.count("bars") * size
+    assert channel.feed.wait(30)
+    assert channel.complete and channel.rows["bars"].startswith(packed["bars"])
+    for view in views:
+        assert view.channel is channel
 
 
-def test_a_view_can_turn_to_another_trace() -> None:
-    view = Recorded(Growing(TRACE))
+def test_views_of_a_channel_turn_to_another_trace_together() -> None:
+    channel = Recorded(Growing(TRACE))
+    view = Timeline(channel)
     left = view.feed
     other = simulate("iterative", stages=2, max_new_tokens=5)
     view.show(other)
-    assert view.complete and view.about["title"] == "iterative"
-    assert len(view.about["nodes"]) == 3
-    view.sent.clear()
+    assert channel.complete and channel.about["title"] == "iterative"
+    assert view.feed.trace is other.trace and len(channel.about["nodes"]) == 3
+    channel.sent.clear()
     left._over.__self__.end()  # type: ignore[attr-defined]
     assert left.wait(30)
-    assert view.sent == [] and view.about["title"] == "iterative"
+    assert channel.sent == [] and channel.about["title"] == "iterative"
+
+
+def test_a_channel_without_what_a_view_needs_is_refused() -> None:
+    with pytest.raises(ValueError, match="got one without bars, waves, works"):
+        Timeline(Channel(TRACE, ["tokens"]))
+
+
+def test_what_is_to_be_done_at_the_end_is_done_for_each_trace() -> None:
+    source = Growing(TRACE)
+    channel = Channel(source)
+    ends: list[int] = []
+    channel.at_end.append(lambda: ends.append(channel.feed.count("tokens")))
+    source.end()
+    assert channel.feed.wait(30)
+    channel.show(simulate("iterative", stages=2, max_new_tokens=5))
+    assert ends == [60, 5]

@@ -19,13 +19,17 @@ function render({ model, el }) {
   el.append(make("div", { className: "pipeinfer-row" }, start, back, play, ahead, end, range, label, speed));
   let frame = 0;
   let before = 0;
+  const shown = hidePicture(model);
 
+  /** The moment that is seen: of what is over, the newest is the last. */
+  const now = () => (model.get("moment") < 0 ? model.get("last") : model.get("moment"));
   const draw = () => {
     const last = model.get("last");
-    const moment = model.get("moment");
+    const moment = now();
+    for (const control of [start, back, play, ahead, end, range, speed]) control.disabled = !last;
     range.max = last;
     range.value = moment;
-    label.textContent = `${ms(moment)} of ${ms(last)}`;
+    label.textContent = last ? `${ms(moment)} of ${ms(last)}` : "steps once it is over";
     range.setAttribute("aria-valuetext", label.textContent);
     play.textContent = frame ? "pause" : "play";
     play.setAttribute("aria-pressed", Boolean(frame));
@@ -41,16 +45,16 @@ function render({ model, el }) {
     frame = 0;
     draw();
   };
-  const tick = (now) => {
-    const moment = model.get("moment") + ((now - before) / 1e3) * model.get("speed");
-    before = now;
+  const tick = (time) => {
+    const moment = now() + ((time - before) / 1e3) * model.get("speed");
+    before = time;
     frame = requestAnimationFrame(tick);
     go(moment);
     if (moment >= model.get("last")) pause();
   };
   const toggle = () => {
     if (frame) return pause();
-    if (model.get("moment") >= model.get("last")) go(0);
+    if (now() >= model.get("last")) go(0);
     before = performance.now();
     frame = requestAnimationFrame(tick);
     return draw();
@@ -59,7 +63,7 @@ function render({ model, el }) {
   const step = (direction) => {
     pause();
     const steps = model.get("steps");
-    const moment = model.get("moment");
+    const moment = now();
     const slack = 1e-6;
     const found = direction > 0 ? steps.find((time) => time > moment + slack) : steps.findLast((time) => time < moment - slack);
     go(found ?? (direction > 0 ? model.get("last") : 0));
@@ -92,6 +96,7 @@ function render({ model, el }) {
   return () => {
     model.off("change", draw);
     cancelAnimationFrame(frame);
+    shown();
   };
 }
 

@@ -36,90 +36,162 @@ class Table {
 }
 
 /**
- * Follow a trace: `draw(trace)` is called, at most once a frame, when there is something new.
- * Returns {trace, redraw, stop}; `stop` is what `render` gives back to be called at the end.
+ * What all views of a channel share in a page: the tables, which are read once, and who draws them.
+ * `epoch` changes with the trace that is shown, and not when a live one is over.
  */
-function follow(model, element, draw) {
-  // `epoch` changes with the trace that is shown, and not when a live one is over.
-  const trace = { tables: {}, now: 0, complete: false, about: model.get("about"), epoch: 0 };
-  let live = false;
-  const clear = () => {
-    trace.about = model.get("about");
-    trace.now = 0;
-    trace.complete = false;
-    for (const [name, columns] of Object.entries(trace.about.schema)) {
-      trace.tables[name] = new Table(columns);
+class Story {
+  /** The story of a view's model; it is kept at the channel's, whichever module asks first. */
+  static async of(model) {
+    const id = model.get("channel").slice("IPY_MODEL_".length);
+    const channel = await model.widget_manager.get_model(id);
+    const key = Symbol.for("pipeinfer story");
+    channel[key] ??= new Story(channel);
+    return channel[key];
+  }
+
+  constructor(channel) {
+    this.channel = channel;
+    this.followers = new Set();
+    this.epoch = 0;
+    this.live = false;
+    this.updates = 0;
+    this.clear();
+    channel.on("msg:custom", (message, buffers) => message.kind === "rows" && this.take(buffers[0]));
+    channel.on("change", () => this.fromState());
+    if (channel.get("complete")) this.fromState();
+    else this.resync();
+  }
+
+  clear() {
+    this.about = this.channel.get("about");
+    this.now = 0;
+    this.complete = false;
+    this.tables = {};
+    for (const [name, columns] of this.about.schema) this.tables[name] = new Table(columns);
+  }
+
+  resync() {
+    this.channel.send({ kind: "resync" }, {});
+  }
+
+  renew() {
+    for (const follower of this.followers) follower();
+  }
+
+  fromState() {
+    const rows = this.channel.get("rows");
+    if (!this.channel.get("complete") || rows === this.rows) return;
+    this.rows = rows;
+    this.clear();
+    this.epoch += this.live ? 0 : 1;
+    this.live = false;
+    const texts = this.channel.get("texts");
+    for (const [name, table] of Object.entries(this.tables)) {
+      if (rows[name]) table.append(rows[name], texts[name]);
     }
-  };
+    this.now = this.about.now;
+    this.complete = true;
+    this.renew();
+  }
+
+  /** Take a message: a head, then for each table where its rows belong, the rows, and their texts as JSON. */
+  take(view) {
+    if (view.getUint8(4)) {
+      this.clear();
+      this.epoch += this.live ? 0 : 1;
+      this.live = true;
+    }
+    const part = (at, length) => new DataView(view.buffer, view.byteOffset + at, length);
+    for (let at = 5; at < view.byteLength; ) {
+      const [number, first, rows, texts] = [view.getUint8(at), ...[1, 5, 9].map((byte) => view.getUint32(at + byte, true))];
+      const table = this.tables[this.about.schema[number][0]];
+      if (table.count !== first) return this.resync(); // some rows are missing: ask for all
+      at += 13;
+      table.append(part(at, rows), texts && JSON.parse(new TextDecoder().decode(part(at + rows, texts))));
+      at += rows + texts;
+    }
+    this.now = view.getFloat32(0, true);
+    this.updates += 1;
+    return this.renew();
+  }
+}
+
+/**
+ * Follow a story: `draw(story)` is called, at most once a frame, when there is something to see, and
+ * for what is new at most once in `rest` milliseconds.
+ * Returns {redraw, stop}; `stop` is what `render` gives back to be called at the end.
+ */
+function follow(model, element, story, draw, rest = 0) {
   let frame = 0;
+  let timer = 0;
+  let last = -Infinity;
+  let inSight = true;
+  let stale = false;
+  let drawn = "";
   const redraw = () => {
-    if (!frame) {
-      frame = requestAnimationFrame(() => {
-        frame = 0;
-        draw(trace);
-        element.dataset.complete = trace.complete;
-        element.dataset.theme = isDark() ? "dark" : "light";
-        element.dataset.draws = 1 + Number(element.dataset.draws || 0);
-      });
-    }
+    // What nobody sees is drawn when another trace begins or ends, and when it comes into sight.
+    stale = !inSight && drawn === `${story.epoch} ${story.complete}`;
+    if (stale || frame) return;
+    frame = requestAnimationFrame(() => {
+      frame = 0;
+      last = performance.now();
+      drawn = `${story.epoch} ${story.complete}`;
+      draw(story);
+      element.dataset.complete = story.complete;
+      element.dataset.theme = isDark() ? "dark" : "light";
+      element.dataset.draws = 1 + Number(element.dataset.draws || 0);
+    });
   };
-  const fromState = () => {
-    if (!model.get("complete")) return;
-    clear();
-    trace.epoch += live ? 0 : 1;
-    live = false;
-    const rows = model.get("rows");
-    const texts = model.get("texts");
-    for (const name of Object.keys(trace.tables)) {
-      if (rows[name]) trace.tables[name].append(rows[name], texts[name]);
-    }
-    trace.now = trace.about.now;
-    trace.complete = true;
-    redraw();
+  const renew = () => {
+    element.dataset.updates = story.updates;
+    clearTimeout(timer);
+    const wait = story.complete ? 0 : last + rest - performance.now();
+    if (wait > 0) timer = setTimeout(redraw, wait);
+    else redraw();
   };
-  const onMessage = (message, buffers) => {
-    if (message.kind !== "rows") return;
-    if (message.reset) {
-      clear();
-      trace.epoch += live ? 0 : 1;
-      live = true;
-    }
-    for (const [index, [name, first, texts]] of message.tables.entries()) {
-      if (trace.tables[name].count !== first) {
-        model.send({ kind: "resync" }); // some rows are missing: ask for all
-        return;
-      }
-      trace.tables[name].append(buffers[index], texts);
-    }
-    trace.now = message.now;
-    element.dataset.updates = 1 + Number(element.dataset.updates || 0);
-    redraw();
-  };
-  model.on("msg:custom", onMessage);
-  model.on("change:complete", fromState);
+  story.followers.add(renew);
   model.on("change:moment", redraw);
+  const sight = new IntersectionObserver((entries) => {
+    inSight = entries[entries.length - 1].isIntersecting;
+    if (inSight && stale) redraw();
+  });
+  sight.observe(element);
   const themes = new MutationObserver(redraw);
   themes.observe(document.body, {
     attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class", "style"],
   });
-  clear();
-  if (model.get("complete")) fromState();
-  else {
-    model.send({ kind: "resync" });
-    redraw();
-  }
+  redraw();
+  const shown = hidePicture(model);
   const stop = () => {
-    model.off("msg:custom", onMessage);
-    model.off("change:complete", fromState);
+    story.followers.delete(renew);
     model.off("change:moment", redraw);
+    sight.disconnect();
     themes.disconnect();
     cancelAnimationFrame(frame);
+    clearTimeout(timer);
+    shown();
   };
-  return { trace, redraw, stop };
+  return { redraw, stop };
+}
+
+/** Hide the picture that stands for a view where it can't live; returns what shows it again. */
+function hidePicture(model) {
+  const sheet = make("style");
+  const hide = () => {
+    const name = model.get("picture");
+    sheet.textContent = name ? `.${name}, .jp-OutputArea-child:has(> .jp-OutputArea-output > .${name}) { display: none; }` : "";
+  };
+  model.on("change:picture", hide);
+  hide();
+  document.head.append(sheet);
+  return () => {
+    model.off("change:picture", hide);
+    sheet.remove();
+  };
 }
 
 /** The moment that is to be shown, in seconds: the chosen one, or else the newest. */
-function momentOf(model, trace) {
+function momentOf(model) {
   const chosen = model.get("moment");
   return chosen >= 0 ? chosen : Infinity;
 }
@@ -137,7 +209,9 @@ function upTo(column, moment) {
 }
 
 function isDark() {
-  return document.body.dataset.jpThemeLight === "false";
+  const { dataset, classList } = document.body;
+  const contrasty = classList.contains("vscode-high-contrast") && !classList.contains("vscode-high-contrast-light");
+  return dataset.jpThemeLight === "false" || classList.contains("vscode-dark") || contrasty;
 }
 
 /** Make an element; text goes in as text and never as markup. */
@@ -182,12 +256,12 @@ function ticks(from, to, most) {
 }
 
 /** A frame for a view: a heading and what it shows. */
-function frameOf(element, about) {
+function frameOf(element, label) {
   element.classList.add("pipeinfer");
   const heading = make("div", { className: "pipeinfer-heading" });
   element.append(heading);
   const update = (trace, note = "") => {
-    const { title, label } = trace.about;
+    const { title } = trace.about;
     const state = trace.complete ? "" : trace.now > 0 ? " · live" : " · waiting";
     heading.textContent = [label, title].filter(Boolean).join(" · ") + state + note;
   };

@@ -57,8 +57,9 @@ function columns(title, names, shares, notes) {
   return make("div", { className: "pipeinfer-chart" }, make("div", { className: "pipeinfer-muted" }, title), svg);
 }
 
-function render({ model, el }) {
-  const heading = frameOf(el, model.get("about"));
+async function render({ model, el }) {
+  const story = await Story.of(model);
+  const heading = frameOf(el, model.get("label"));
   const cards = make("div", { className: "pipeinfer-cards" });
   const charts = make("div", { className: "pipeinfer-charts" });
   el.append(cards, charts);
@@ -81,7 +82,7 @@ function render({ model, el }) {
   const draw = (trace) => {
     const { figures, busy, tokens } = trace.tables;
     const { nodes } = trace.about;
-    const moment = momentOf(model, trace);
+    const moment = momentOf(model);
     const count = upTo(figures.time, moment);
     const end = count ? figures.time[count - 1] : 0;
     const last = (name) => (count ? figures[name][count - 1] : 0);
@@ -133,7 +134,7 @@ function render({ model, el }) {
     });
   };
 
-  return follow(model, el, draw).stop;
+  return follow(model, el, story, draw, 250).stop;
 }
 
 export default { render };

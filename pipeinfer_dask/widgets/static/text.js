@@ -2,12 +2,13 @@
 
 const CLASSES = { accepted: "pipeinfer-accepted", corrected: "pipeinfer-corrected", plain: "" };
 
-function render({ model, el }) {
-  const heading = frameOf(el, model.get("about"));
+async function render({ model, el }) {
+  const story = await Story.of(model);
+  const heading = frameOf(el, model.get("label"));
   const box = make("div", { className: "pipeinfer-text", tabIndex: 0, role: "group", ariaLabel: "Generated text" });
   const shown = make("input", { type: "checkbox" });
   const key = make("div", { className: "pipeinfer-row pipeinfer-muted" });
-  for (const { name, meaning } of model.get("about").origins) {
+  for (const { name, meaning } of story.about.origins) {
     key.append(make("span", { className: CLASSES[name] }, meaning));
   }
   key.append(make("label", {}, shown, " show rejected guesses, ", make("s", {}, "struck through")));
@@ -33,7 +34,7 @@ function render({ model, el }) {
 
   const draw = (trace) => {
     const { tokens } = trace.tables;
-    const count = upTo(tokens.time, momentOf(model, trace));
+    const count = upTo(tokens.time, momentOf(model));
     if (source !== tokens || count < drawn || shown.checked || marked) {
       box.replaceChildren();
       drawn = 0;
@@ -56,7 +57,7 @@ function render({ model, el }) {
     Object.assign(el.dataset, { tokens: count, struck });
   };
 
-  const { redraw, stop } = follow(model, el, draw);
+  const { redraw, stop } = follow(model, el, story, draw);
   shown.addEventListener("change", redraw);
   return stop;
 }

@@ -6,14 +6,15 @@ const TEXT = 20;
 const AXIS = 20;
 const BARS_SEEN = 55; // so many bars of middle length are seen at first: single runs can be told apart
 
-function render({ model, el }) {
-  const heading = frameOf(el, model.get("about"));
+async function render({ model, el }) {
+  const story = await Story.of(model);
+  const heading = frameOf(el, model.get("label"));
   const canvas = make("canvas", { tabIndex: 0, role: "img", dataset: OWN_KEYS });
   const tip = make("div", { className: "pipeinfer-tip", hidden: true, role: "tooltip" });
   const buttons = make("div", { className: "pipeinfer-row" });
   const table = make("div", { className: "pipeinfer-scroll" });
   const details = make("details", {}, make("summary", {}, "The same as a table"), table);
-  el.append(legendOf(model.get("about").looks), canvas, tip, buttons, details);
+  el.append(legendOf(story.about.looks), canvas, tip, buttons, details);
   const context = canvas.getContext("2d");
 
   // What is seen, in seconds; `follow` keeps the newest in sight.
@@ -28,7 +29,7 @@ function render({ model, el }) {
 
   const plot = () => ({
     width: Math.max(50, canvas.clientWidth - GUTTER - 6),
-    row: Math.max(14, Math.min(26, Math.floor(360 / model.get("about").nodes.length))),
+    row: Math.max(14, Math.min(26, Math.floor(360 / story.about.nodes.length))),
   });
   const xOf = (time) => GUTTER + ((time - seen.from) / (seen.to - seen.from)) * plot().width;
   const timeAt = (x) => seen.from + ((x - GUTTER) / plot().width) * (seen.to - seen.from);
@@ -96,7 +97,7 @@ function render({ model, el }) {
 
   const draw = (trace) => {
     index(trace);
-    const moment = momentOf(model, trace);
+    const moment = momentOf(model);
     look(trace, moment);
     const { nodes, looks } = trace.about;
     const { works, bars, waves, tokens } = trace.tables;
@@ -308,7 +309,7 @@ function render({ model, el }) {
   // --- moving about ----------------------------------------------------------------
 
   const choose = (from, to, keep = false) => {
-    const most = Math.max(trace.now * 1.02, 1e-3);
+    const most = Math.max(story.now * 1.02, 1e-3);
     const span = Math.min(Math.max(to - from, 1e-5), most);
     seen.from = Math.max(0, Math.min(from, most - span));
     seen.to = seen.from + span;
@@ -324,7 +325,7 @@ function render({ model, el }) {
     const shift = share * (seen.to - seen.from);
     choose(seen.from + shift, seen.to + shift);
   };
-  const all = () => choose(0, Math.max(trace.now * 1.01, 1e-3));
+  const all = () => choose(0, Math.max(story.now * 1.01, 1e-3));
   const toggle = () => {
     seen.chosen = true;
     seen.follow = !seen.follow;
@@ -377,7 +378,7 @@ function render({ model, el }) {
   canvas.addEventListener("pointerleave", () => explain(-1, -1));
 
   const explain = (x, y) => {
-    const { nodes, looks } = trace.about;
+    const { nodes, looks } = story.about;
     const entries = byRow[Math.floor((y - TOP) / plot().row)];
     const time = timeAt(x);
     const slack = 2 * ((seen.to - seen.from) / plot().width);
@@ -389,7 +390,7 @@ function render({ model, el }) {
     tip.hidden = focused < 0;
     el.dataset.focused = focused;
     if (focused < 0) return;
-    const { works, bars } = trace.tables;
+    const { works, bars } = story.tables;
     const work = bars.work[focused];
     const { name, meaning } = looks[works.look[work]];
     const what = name === "draft" ? "draft" : "run";
@@ -426,8 +427,8 @@ function render({ model, el }) {
     make("span", { className: "pipeinfer-muted" }, "Drag to move. Click, then wheel or + − to zoom; ← → 0 F work, too."),
   );
 
-  const { trace, redraw, stop } = follow(model, el, draw);
-  details.addEventListener("toggle", () => details.open && fillTable(trace));
+  const { redraw, stop } = follow(model, el, story, draw);
+  details.addEventListener("toggle", () => details.open && fillTable(story));
   const sizes = new ResizeObserver(redraw);
   sizes.observe(canvas);
   return () => {

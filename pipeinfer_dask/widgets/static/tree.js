@@ -16,8 +16,9 @@ function frameAt({ colour, wide, dashes = "none" }, x, y, width, height) {
   });
 }
 
-function render({ model, el }) {
-  const heading = frameOf(el, model.get("about"));
+async function render({ model, el }) {
+  const story = await Story.of(model);
+  const heading = frameOf(el, model.get("label"));
   const holder = make("div", { className: "pipeinfer-scroll", tabIndex: 0, role: "group", ariaLabel: "Draft tree" });
   const key = make("div", { className: "pipeinfer-row" });
   for (const kind of Object.values(KINDS)) {
@@ -63,7 +64,7 @@ function render({ model, el }) {
 
   const draw = (trace) => {
     const { guesses, placed } = trace.tables;
-    const { text, children, runs, open, gone } = stateAt(trace, momentOf(model, trace));
+    const { text, children, runs, open, gone } = stateAt(trace, momentOf(model));
     const boxes = [];
     let row = 0;
     let left = BOX.most;
@@ -133,7 +134,7 @@ function render({ model, el }) {
     Object.assign(el.dataset, { open, gone, boxes: boxes.length });
   };
 
-  return follow(model, el, draw).stop;
+  return follow(model, el, story, draw, 250).stop;
 }
 
 export default { render };
