@@ -39,6 +39,7 @@ from pipeinfer_dask.runtime.placement import default_stages, head_worker, place,
 from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.recovery import Recovery
 from pipeinfer_dask.runtime.remote_head import RemoteHead
+from pipeinfer_dask.runtime.scaling import keep_nodes
 from pipeinfer_dask.runtime.serving import Driver, EngineClosedError, Serving
 from pipeinfer_dask.trace.picture import table_html
 
@@ -112,7 +113,8 @@ class Engine(Serving):
             same tokens earlier in the text is proposed (prompt lookup), beside the head and
             at next to no cost. A directory of that name is ``"./ngram"``.
         client : distributed.Client, optional
-            The cluster to use. Without one the engine starts a `LocalCluster` of processes
+            The cluster to use; one that scales itself leaves alone what holds a node, and the
+            spares. Without one the engine starts a `LocalCluster` of processes
             on this machine, and ends it when it is closed.
         stages : int, optional
             Stages of the pipeline. By default one for each worker, less one for the drafter;
@@ -237,6 +239,8 @@ class Engine(Serving):
                     known = workers_of(client)
                     workers = without_spares(known, spares)
                     placement = place(workers, stages, drafter=drafter, share=True)
+                else:
+                    keep_nodes(client, spares, resources)
                 loop = loop_of(client)
 
             if client is not None and placement is not None:

@@ -1,4 +1,4 @@
-"""The way from a cluster to an engine: jobs submitted, workers waited for, nodes protected."""
+"""The way from a cluster to an engine: jobs submitted, workers waited for, lost jobs replaced."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import os
 import platform
 from contextlib import ExitStack, suppress
 from typing import Any
-from uuid import uuid4
 
 import dask
 from dask.utils import parse_timedelta
 from distributed import Client
 from distributed.deploy import Cluster
-from distributed.diagnostics.plugin import SchedulerPlugin
-from distributed.scheduler import Scheduler, WorkerState
 
 from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.engine import Engine
@@ -153,7 +150,6 @@ def engine_from(
         if walltime is not None:
             check_runtime(walltime, least, ages_of(client))
         keeper = _keep_jobs(client, jobs, resources) if jobs is not None else None
-        _keep_nodes(client, spares, resources)
         places: dict[str, str] = {}
         with loading.shown(progress) as tell:
 
@@ -251,39 +247,3 @@ def _keep_jobs(client: Client, jobs: Jobs, resources: ExitStack) -> Keeper:
 
     resources.callback(end)
     return keeper
-
-
-class KeepNodes(SchedulerPlugin):
-    """Keeps clusters that scale themselves from taking workers that hold a node.
-
-    Parameters
-    ----------
-    spares : int
-        Further workers to leave.
-    """
-
-    def __init__(self, spares: int) -> None:
-        self.spares = spares
-
-    def valid_workers_downscaling(
-        self, scheduler: Scheduler, workers: list[WorkerState]
-    ) -> list[WorkerState]:
-        """Return those of the workers that may be taken."""
-        idle = [
-            worker
-            for worker in workers
-            # Looked up anew each time: a node may have moved to another worker.
-            if not any(str(task.key).startswith("pipeinfer-") for task in worker.actors)
-        ]
-        return idle[self.spares :]
-
-
-def _keep_nodes(client: Client, spares: int, resources: ExitStack) -> None:
-    name = f"pipeinfer-keep-nodes-{uuid4().hex}"
-    client.register_plugin(KeepNodes(spares), name=name)
-
-    def end() -> None:
-        if client.status == "running":
-            client.unregister_scheduler_plugin(name)
-
-    resources.callback(end)
