@@ -36,6 +36,7 @@ class ClusterEngine(Engine):
 
     _client: Client
     _places: dict[str, str]
+    _names: dict[str, str]
     _keeper: Keeper | None
     _kept: ExitStack
 
@@ -50,8 +51,15 @@ class ClusterEngine(Engine):
         places = sorted(self._places.items())
         if self._client.status != "running":
             return dict(places)
-        names = _names(self._client)
-        return {node: names.get(where, where) for node, where in places}
+        self._names = _names(self._client)
+        return {node: self._names.get(where, where) for node, where in places}
+
+    def _where(self) -> dict[str, str]:
+        # Without asking anybody: a worker that came later goes by its address until then.
+        return {
+            node.partition(" (")[0]: self._names.get(where, where)
+            for node, where in self._places.items()
+        }
 
     def close(self) -> None:
         """Release every model, thread and link. Jobs stay: the cluster's end cancels them."""
@@ -170,6 +178,7 @@ def engine_from(
         engine._client = client
         engine._places = places
         engine._keeper = keeper
+        engine._names = _names(client)
         engine._kept = resources.pop_all()
     return engine
 

@@ -201,7 +201,8 @@ class Serving:
                 **settings,
             )
             stream, stops = text_of(request, self.tokenizer)
-            trace, cancel = Trace(self.stages, texts=self._texts), self._head.cancel
+            trace = Trace(self.stages, texts=self._texts, places=self._where())
+            cancel = self._head.cancel
             generation = Generation(
                 request,
                 policy,
@@ -218,6 +219,10 @@ class Serving:
             except RuntimeError:
                 raise EngineClosedError("this engine is closed: open another one") from None
         return generation
+
+    def _where(self) -> Mapping[str, str]:
+        """Return machine and worker of each node, as far as known at once."""
+        return {}
 
     def chat(self, system: str | None = None, *, template: str | None = None) -> Chat:
         """Begin a conversation: its KV cache is kept from turn to turn.

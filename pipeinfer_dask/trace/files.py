@@ -42,6 +42,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         "records": len(records),
         "texts": texts,
         "pieces": list(trace.pieces),
+        "places": dict(trace.places),
     }
     with Path(path).open("w", encoding="ascii") as file:
         file.write(json.dumps(header) + "\n")
@@ -51,7 +52,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
 
 def load(
     path: str | os.PathLike[str],
-) -> tuple[int, list[tuple[float, Event | Command]], dict[int, str], list[str]]:
+) -> tuple[int, list[tuple[float, Event | Command]], dict[int, str], list[str], dict[str, str]]:
     """Return a trace's fields, in order.
 
     Raises
@@ -82,6 +83,8 @@ def load(
                 raise ValueError(f"{stages} stages")
             texts = {int(token): checked(str, text) for token, text in header["texts"].items()}
             pieces = [checked(str, piece) for piece in checked(list, header["pieces"])]
+            given = checked(dict, header.get("places", {}))  # which older files lack
+            places = {checked(str, node): checked(str, place) for node, place in given.items()}
             records: list[tuple[float, Event | Command]] = []
             for text in file:
                 lines += 1
@@ -92,7 +95,7 @@ def load(
             raise ValueError(
                 f"{os.fspath(path)} is damaged at line {lines} ({error}): save the trace again"
             ) from error
-    return stages, records, texts, pieces
+    return stages, records, texts, pieces, places
 
 
 def _tokens(what: Event | Command) -> tuple[int, ...]:

@@ -31,12 +31,16 @@ class Trace:
     pieces : list of str
         What each committed token added to the text, empty where it left a character
         incomplete; no entries where that is not known.
+    places : mapping of str to str
+        Machine and worker of each node when the request began, by the node's name, such as
+        ``stage 0``; as far as known.
     """
 
     stages: int
     records: list[tuple[float, Event | Command]] = field(default_factory=list)
     texts: Mapping[int, str] = field(default_factory=dict)
     pieces: list[str] = field(default_factory=list)
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, time: float, what: Event | Command) -> None:
         """Record an event or a command, at a time in seconds."""

@@ -155,6 +155,9 @@ class Channel(ipywidgets.Widget):  # type: ignore[misc]
             "title": feed.title,
             "now": feed.now,
             "nodes": [node_name(row) for row in range(feed.trace.stages + 1)],
+            "places": [
+                feed.trace.places.get(node_name(row), "") for row in range(feed.trace.stages + 1)
+            ],
             "layers": feed.history.layers,
             "finished": feed.history.finished,
             "looks": [{"name": name, **look._asdict()} for name, look in LOOKS.items()],

@@ -12,6 +12,7 @@ from distributed import Client, LocalCluster, Scheduler
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
 from pipeinfer_dask.engine import Loading
+from pipeinfer_dask.widgets import Timeline
 
 pytestmark = pytest.mark.cluster
 
@@ -47,7 +48,12 @@ def test_an_engine_knows_its_nodes_and_keeps_them_and_its_spares_until_it_is_clo
         with hpc.engine_from(
             cluster, target, draft, stages=2, spares=1, progress=steps.append
         ) as engine:
-            text = engine.generate("def main", max_new_tokens=16).text
+            result = engine.generate("def main", max_new_tokens=16)
+            text = result.text
+            places = {node.partition(" (")[0]: place for node, place in engine.nodes.items()}
+            assert result.trace.places == places
+            shown = Timeline(result).channel.about
+            assert dict(zip(shown["nodes"], shown["places"], strict=True)) == places
             assert sorted(engine.nodes) == [
                 "drafter (draft)",
                 "stage 0 (layers 0 to 2)",

@@ -378,7 +378,7 @@ async function render({ model, el }) {
   canvas.addEventListener("pointerleave", () => explain(-1, -1));
 
   const explain = (x, y) => {
-    const { nodes, looks } = story.about;
+    const { nodes, places, looks } = story.about;
     const entries = byRow[Math.floor((y - TOP) / plot().row)];
     const time = timeAt(x);
     const slack = 2 * ((seen.to - seen.from) / plot().width);
@@ -395,7 +395,9 @@ async function render({ model, el }) {
     const { name, meaning } = looks[works.look[work]];
     const what = name === "draft" ? "draft" : "run";
     const layers = bars.layers[focused];
+    const place = places[bars.row[focused]];
     const lines = [`${nodes[bars.row[focused]]}, ${what} ${works.number[work]}: ${meaning}`];
+    if (place) lines.push(place);
     if (works.text[work]) lines.push(`“${visible(works.text[work])}”`);
     if (name === "draft") {
       lines.push(`${works.size[work]} guesses in ${layers} passes of the draft model`);
