@@ -28,12 +28,28 @@ SMALL = 110
 """Columns of `window` that a small picture shows."""
 
 
+HATCHES = {
+    "dots": "dotted",
+    "plain": "plain",
+    "underline": "underlined",
+    "stripes": "striped",
+    "crosses": "crossed",
+    "outline": "pale",
+}
+"""What the patterns of bars are called, for whom colours tell nothing."""
+
+
 class Look(NamedTuple):
     """How bars of a kind are drawn: a colour, a pattern besides it, and what it means."""
 
     colour: str
     pattern: str
     meaning: str
+
+    @property
+    def legend(self) -> str:
+        """The pattern in words, and what it means."""
+        return f"{HATCHES[self.pattern]}: {self.meaning}"
 
 
 # Colours that can be told apart with any eyes (Okabe and Ito's), and patterns without any.
@@ -51,6 +67,9 @@ ORIGINS = {
     Origin.PLAIN: ("inherit", "none", "the target's own, nothing was guessed"),
 }
 """For each origin: a colour, a line below it, and what it means."""
+
+GROUND, INK = "#fff", "#222"
+"""Of text whose marks have colours: these can be read on no dark page."""
 
 INKS = {
     "plain": 'fill="#fff"',
@@ -137,10 +156,11 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         if count > 1 and next_mark - x(time) >= DIGIT * len(str(count)) + 8
     ]
     for moment in _ticks(began - history.began, ended - history.began):
-        where = x(moment + history.began)
+        where, label = x(moment + history.began), f"{moment * 1e3:g} ms"
+        middle = min(where, WIDTH - DIGIT * len(label) / 2 - 2)  # the last one is not cut
         parts.append(
-            f'<path d="M{where:g} {bottom}v4" stroke="#222"/><text x="{where:g}" y="{bottom + 15}" '
-            f'fill="#222" text-anchor="middle">{moment * 1e3:g} ms</text>'
+            f'<path d="M{where:g} {bottom}v4" stroke="#222"/><text x="{middle:g}" '
+            f'y="{bottom + 15}" fill="#222" text-anchor="middle">{label}</text>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -191,7 +211,7 @@ def _timeline_image(history: History, part: tuple[float, float] | None) -> str:
 def legend_html() -> str:
     """Return what the bars of a timeline mean."""
     swatches = [
-        f'<span style="white-space:nowrap;margin-right:1em">{_swatch(look)} {look.meaning}</span>'
+        f'<span style="white-space:nowrap;margin-right:1em">{_swatch(look)} {look.legend}</span>'
         for look in LOOKS.values()
     ]
     marks = [
@@ -249,7 +269,9 @@ def text_html(history: History) -> str:
         for colour, line, meaning in ORIGINS.values()
     )
     return (
-        f'<div><pre style="white-space:pre-wrap">{"".join(spans)}</pre><small>{key}</small></div>'
+        f'<div style="background:{GROUND};color:{INK};padding:4px 8px">'
+        f'<pre style="white-space:pre-wrap;color:inherit;background:inherit">{"".join(spans)}</pre>'
+        f"<small>{key}</small></div>"
     )
 
 
@@ -278,6 +300,21 @@ def metrics_html(metrics: Metrics) -> str:
         ("stages busy", " ".join(f"{share:.0%}" for share in metrics.stage_utilization)),
     ]
     return table_html(["figure", "value"], rows)
+
+
+def depths_html(history: History) -> str:
+    """Return for each distance ahead of the text how many guesses became text, as a table."""
+    counts: dict[int, list[int]] = {}
+    for guess in history.settled:
+        if guess.ahead:
+            count = counts.setdefault(guess.ahead, [0, 0])
+            count[0] += guess.kept
+            count[1] += 1
+    rows = [
+        [str(ahead), f"{kept} of {count}", f"{kept / count:.0%}"]
+        for ahead, (kept, count) in sorted(counts.items())
+    ]
+    return table_html(["places ahead", "guesses that became text", "share"], rows) if rows else ""
 
 
 def trace_html(trace: Trace) -> str:

@@ -160,7 +160,10 @@ class Channel(ipywidgets.Widget):  # type: ignore[misc]
             ],
             "layers": feed.history.layers,
             "finished": feed.history.finished,
-            "looks": [{"name": name, **look._asdict()} for name, look in LOOKS.items()],
+            "looks": [
+                {"name": name, **look._asdict(), "legend": look.legend}
+                for name, look in LOOKS.items()
+            ],
             "origins": [{"name": str(name), "meaning": ORIGINS[name][2]} for name in Origin],
             "schema": [[name, list(TABLES[name].columns.items())] for name in self.tables],
         }

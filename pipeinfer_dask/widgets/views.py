@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
 from html import escape
 
 import traitlets
 
 from pipeinfer_dask.trace import Guess, History
-from pipeinfer_dask.trace.picture import metrics_html, text_html, timeline_html
+from pipeinfer_dask.trace.picture import depths_html, metrics_html, text_html, timeline_html
 from pipeinfer_dask.widgets.still import module, style
 from pipeinfer_dask.widgets.view import TraceView
 
@@ -25,7 +25,7 @@ class Timeline(TraceView):
         How much is seen at first; 0 for as much as lets single runs be told apart.
     """
 
-    _esm = module("bars.js", "timeline.js")
+    _esm = module("bars.js", "marks.js", "timeline.js")
     _css = style()
     shows = ("works", "bars", "waves", "tokens")
     label = traitlets.Unicode("Timeline").tag(sync=True)
@@ -46,9 +46,10 @@ class Metrics(TraceView):
     label = traitlets.Unicode("Figures").tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the figures as a table."""
+        """Return the figures as a table, and acceptance by depth as another."""
         with self.feed.lock:
-            return metrics_html(self.feed.history.tally.metrics())
+            history = self.feed.history
+            return metrics_html(history.tally.metrics()) + depths_html(history)
 
 
 class TokenStream(TraceView):
@@ -106,17 +107,27 @@ def _tree_html(history: History) -> str:
 
     # A guess that has become text since was one then.
     reach = {root: 1.0}
+    below = defaultdict[Guess, list[Guess]](list)  # what is ruled out later was a child then, too
     for guess in history.guesses:  # parents first
         if guess.parent in reach and there(guess):
             reach[guess] = reach[guess.parent] * guess.confidence
+            below[guess.parent].append(guess)
     likeliest = set(sorted(reach, key=lambda guess: -reach[guess])[: LISTED + 1])
 
-    def listed(guesses: Iterable[Guess]) -> str:
+    def said(guess: Guess) -> str:
+        word = f"<code>{escape(_visible(history.trace.text_of(guess.token)))}</code>"
+        parts = [
+            f"{f'<s>{word}</s>' if guess.settled and not guess.kept else word} {guess.confidence:.0%}"
+        ]
+        if guess.placed is not None and guess.placed <= moment:
+            parts.append(f"run {guess.run} slot {guess.slot}")
+        later = "became text" if guess.kept else "ruled out later"
+        parts.append("still open" if guess.settled is None else later)
+        return ", ".join(parts)
+
+    def listed(guess: Guess) -> str:
         items = "".join(
-            f"<li><code>{escape(_visible(history.trace.text_of(guess.token)))}</code> "
-            f"{guess.confidence:.0%}{listed(guess.children)}</li>"
-            for guess in guesses
-            if guess in likeliest
+            f"<li>{said(each)}{listed(each)}</li>" for each in below[guess] if each in likeliest
         )
         return f"<ul>{items}</ul>" if items else ""
 
@@ -124,7 +135,7 @@ def _tree_html(history: History) -> str:
     return (
         f"<div>What was guessed to follow <code>{text}</code> at "
         f"{(moment - history.began) * 1e3:.0f} ms: {most} tokens, the likeliest "
-        f"{len(likeliest) - 1} of them{listed(root.children)}</div>"
+        f"{len(likeliest) - 1} of them{listed(root)}</div>"
     )
 
 

@@ -99,6 +99,19 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     until(tab, "[data-bars]", "data.focused !== undefined && data.focused !== '-1'")
     assert "stage 0, run 0: reading the prompt" in page.locator(".pipeinfer-tip").inner_text()
 
+    page.keyboard.press("ArrowDown")  # from bar to bar by keys: each is said
+    status = page.locator(".pipeinfer [role=status]")
+    first = status.inner_text()
+    assert first.startswith("drafter, draft ")
+    page.keyboard.press("ArrowDown")
+    assert status.inner_text().startswith("stage 0, run ")
+    before = status.inner_text()
+    page.keyboard.press("Shift+ArrowRight")
+    assert status.inner_text().startswith("stage 0, run ") and status.inner_text() != before
+    page.locator(".pipeinfer").get_by_text("The bars in view as a table").click()
+    page.locator(".pipeinfer td").get_by_text("stage 0, run 0: reading the prompt").wait_for()
+    page.keyboard.press("Escape")
+
 
 def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opened) -> None:
     tab = opened(SIMULATED, "Timeline(simulation)")
@@ -111,7 +124,7 @@ def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opene
     rows = tab.page.locator(".pipeinfer tbody tr")
     rows.first.wait_for()
     assert rows.all_inner_texts()[1].split("\t")[0] == "stage 0"
-    label = tab.page.locator(".pipeinfer canvas[role=img]").get_attribute("aria-label")
+    label = tab.page.locator(".pipeinfer canvas[role=application]").get_attribute("aria-label")
     assert label is not None and "bars of 4 nodes" in label
 
 
@@ -191,7 +204,7 @@ def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Op
 
     page.get_by_role("button", name="To the start").focus()
     reached = []
-    for _ in range(18):
+    for _ in range(19):
         reached.append(
             page.evaluate(
                 "() => { const at = document.activeElement;"
@@ -221,7 +234,7 @@ def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Op
         *("Zoom in", "Zoom out", "Earlier", "Later", "Show all", "Keep the newest in sight")
     ]
     assert reached[14:] == [
-        *("The same as a table", "Generated text"),
+        *("The same as a table", "The bars in view as a table", "Generated text"),
         *(" show rejected guesses, struck through", "Draft tree"),
     ]
 

@@ -8,12 +8,14 @@ function paintBar(context, look, x, y, width, height, patterns) {
     context.fillRect(x, y, width, height);
     context.globalAlpha /= 0.35;
   } else {
-    context.fillStyle = patterns[look.name] && width > 3 ? patterns[look.name] : look.colour;
+    const kind = width > 3 ? patterns.wide : patterns.narrow;
+    context.fillStyle = kind[look.name] ?? look.colour;
     context.fillRect(x, y, width, height);
   }
-  if (look.pattern === "underline" && width > 3) {
+  if (look.pattern === "underline") {
+    const edge = width > 3 ? 1 : 0;
     context.fillStyle = "#fff"; // as the text's accepted tokens are
-    context.fillRect(x + 1, y + height - 4, width - 2, 2);
+    context.fillRect(x + edge, y + height - 4, width - 2 * edge, 2);
   }
   if (width > 3) {
     context.strokeStyle = look.colour;
@@ -22,10 +24,12 @@ function paintBar(context, look, x, y, width, height, patterns) {
   }
 }
 
+/** Patterns for wide bars; for narrow ones bands, which can be told apart in a single column. */
 function makePatterns(context, looks) {
-  const patterns = {};
+  const bands = { dots: [3, 1], stripes: [2, 2], crosses: [1, 3] }; // heights of colour, and of white
+  const patterns = { wide: {}, narrow: {} };
   for (const look of looks) {
-    if (!["dots", "stripes", "crosses"].includes(look.pattern)) continue;
+    if (!(look.pattern in bands)) continue;
     const tile = document.createElement("canvas");
     tile.width = tile.height = 6;
     const paint = tile.getContext("2d");
@@ -39,7 +43,16 @@ function makePatterns(context, looks) {
       if (look.pattern === "crosses") paint.moveTo(0, 0), paint.lineTo(6, 6);
     }
     paint.stroke();
-    patterns[look.name] = context.createPattern(tile, "repeat");
+    patterns.wide[look.name] = context.createPattern(tile, "repeat");
+    const [coloured, white] = bands[look.pattern];
+    const band = document.createElement("canvas");
+    Object.assign(band, { width: 1, height: coloured + white });
+    const fill = band.getContext("2d");
+    fill.fillStyle = look.colour;
+    fill.fillRect(0, 0, 1, coloured);
+    fill.fillStyle = "#fff";
+    fill.fillRect(0, coloured, 1, white);
+    patterns.narrow[look.name] = context.createPattern(band, "repeat");
   }
   return patterns;
 }
@@ -52,7 +65,7 @@ function legendOf(looks) {
     const context = swatch.getContext("2d");
     context.scale(2, 2);
     paintBar(context, look, 0, 1, 20, 10, makePatterns(context, looks));
-    legend.append(make("span", { className: "pipeinfer-key" }, swatch, look.meaning));
+    legend.append(make("span", { className: "pipeinfer-key" }, swatch, look.legend));
   }
   legend.append(
     make("span", { className: "pipeinfer-key" }, "empty: idle"),

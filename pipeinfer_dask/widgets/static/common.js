@@ -228,6 +228,13 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+/** A table of texts. */
+function tableOf(headings, rows) {
+  const cells = (tag, texts) => make("tr", {}, ...texts.map((text) => make(tag, {}, text)));
+  const body = rows.map((row) => cells("td", row));
+  return make("table", {}, make("thead", {}, cells("th", headings)), make("tbody", {}, ...body));
+}
+
 function makeSvg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);

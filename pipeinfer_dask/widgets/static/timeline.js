@@ -5,16 +5,25 @@ const TOP = 16;
 const TEXT = 20;
 const AXIS = 20;
 const BARS_SEEN = 55; // so many bars of middle length are seen at first: single runs can be told apart
+const KEYS =
+  "Up and down go to the row above and below, Shift with left and right to the bar before and after; each is explained. " +
+  "Escape leaves it. Left and right move the picture, plus and minus zoom, 0 shows all, F follows.";
+const LISTED = 200; // bars that the table of those in view has at most
 
 async function render({ model, el }) {
   const story = await Story.of(model);
   const heading = frameOf(el, model.get("label"));
-  const canvas = make("canvas", { tabIndex: 0, role: "img", dataset: OWN_KEYS });
+  const canvas = make("canvas", { tabIndex: 0, role: "application", dataset: OWN_KEYS });
+  canvas.setAttribute("aria-roledescription", "timeline");
+  canvas.setAttribute("aria-description", KEYS);
+  const said = make("div", { className: "pipeinfer-unseen", role: "status" });
   const tip = make("div", { className: "pipeinfer-tip", hidden: true, role: "tooltip" });
   const buttons = make("div", { className: "pipeinfer-row" });
   const table = make("div", { className: "pipeinfer-scroll" });
   const details = make("details", {}, make("summary", {}, "The same as a table"), table);
-  el.append(legendOf(story.about.looks), canvas, tip, buttons, details);
+  const inView = make("div", { className: "pipeinfer-scroll" });
+  const single = make("details", {}, make("summary", {}, "The bars in view as a table"), inView);
+  el.append(legendOf(story.about.looks), canvas, tip, said, buttons, details, single);
   const context = canvas.getContext("2d");
 
   // What is seen, in seconds; `follow` keeps the newest in sight.
@@ -26,12 +35,14 @@ async function render({ model, el }) {
   let source = null;
   let epoch = -1;
   let focused = -1;
+  const chosen = { bar: -1 }; // by key
 
   const plot = () => ({
     width: Math.max(50, canvas.clientWidth - GUTTER - 6),
     row: Math.max(14, Math.min(26, Math.floor(360 / story.about.nodes.length))),
   });
   const xOf = (time) => GUTTER + ((time - seen.from) / (seen.to - seen.from)) * plot().width;
+  const { paintLabel, paintWaves, paintTokens, paintAxis } = marksFor(el, context, seen, plot, xOf);
   const timeAt = (x) => seen.from + ((x - GUTTER) / plot().width) * (seen.to - seen.from);
 
   /** Sort new bars into their rows; on each node they follow one another. */
@@ -45,6 +56,7 @@ async function render({ model, el }) {
     }
     if (epoch !== trace.epoch) {
       epoch = trace.epoch;
+      chosen.bar = -1;
       Object.assign(seen, { from: 0, to: 1, follow: true, chosen: false, live: false });
     }
     seen.live ||= !trace.complete;
@@ -148,6 +160,13 @@ async function render({ model, el }) {
         }
       }
     }
+    if (chosen.bar >= 0) {
+      const x = xOf(bars.began[chosen.bar]);
+      context.strokeStyle = ink;
+      context.lineWidth = 2;
+      const wide = Math.max(1, xOf(bars.ended[chosen.bar]) - x);
+      context.strokeRect(x - 2, TOP + bars.row[chosen.bar] * high, wide + 4, high);
+    }
     paintWaves(waves, moment, bottom);
     paintTokens(tokens, moment, bottom, ink, line);
     if (moment !== Infinity) {
@@ -167,8 +186,7 @@ async function render({ model, el }) {
     Object.assign(canvas, {
       ariaLabel:
         `Timeline: ${bars.count} bars of ${nodes.length} nodes, ${tokens.count} tokens of text, ` +
-        `${waves.count} times runs were called off; the table below says the same. ` +
-        `Plus and minus zoom, arrows move, 0 shows all, F follows.`,
+        `${waves.count} times runs were called off; the tables below say the same.`,
     });
     Object.assign(el.dataset, {
       bars: bars.count,
@@ -181,103 +199,7 @@ async function render({ model, el }) {
     });
     follower.setAttribute("aria-pressed", seen.follow);
     if (details.open) fillTable(trace);
-  };
-
-  const paintLabel = (text, { pattern }, x, y, width, high) => {
-    context.save();
-    context.beginPath();
-    context.rect(x + 1, y, width - 2, high);
-    context.clip();
-    context.font = "12px monospace";
-    context.textAlign = "left";
-    const label = visible(text);
-    const x0 = Math.max(x, GUTTER) + 4;
-    const solid = pattern === "plain" || pattern === "underline";
-    if (!solid && pattern !== "outline") {
-      context.fillStyle = "#fff";
-      context.fillRect(x0 - 2, y + 4, Math.min(width - 6, context.measureText(label).width + 4), high - 8);
-    }
-    context.fillStyle =
-      solid ? "#fff" : pattern === "outline" ? getComputedStyle(el).color : "#222";
-    context.fillText(label, x0, y + high / 2 + (pattern === "underline" ? -1 : 0.5));
-    context.restore();
-  };
-
-  const paintWaves = (waves, moment, bottom) => {
-    context.strokeStyle = "#d55e00";
-    context.fillStyle = "#d55e00";
-    context.lineWidth = 1;
-    context.textAlign = "left";
-    context.font = "10px sans-serif";
-    context.setLineDash([3, 3]);
-    let last = -Infinity;
-    for (let at = upTo(waves.time, seen.from); at < waves.count; at += 1) {
-      if (waves.time[at] > Math.min(seen.to, moment)) break;
-      const x = xOf(waves.time[at]);
-      context.beginPath();
-      context.moveTo(x, TOP - 6);
-      context.lineTo(x, bottom);
-      context.stroke();
-      if (x - last > 24) {
-        context.fillText(`✕${waves.runs[at]}`, x + 5, 7);
-        last = x;
-      }
-    }
-    context.setLineDash([]);
-  };
-
-  const paintTokens = (tokens, moment, bottom, ink) => {
-    context.font = "12px monospace";
-    context.textAlign = "left";
-    context.fillStyle = ink;
-    let free = -Infinity;
-    const first = upTo(tokens.time, seen.from - 1e-9);
-    for (let at = first; at < tokens.count; ) {
-      const time = tokens.time[at];
-      if (time > Math.min(seen.to, moment)) break;
-      const x = xOf(time);
-      let text = "";
-      for (; at < tokens.count && tokens.time[at] === time; at += 1) text += tokens.text[at];
-      context.beginPath();
-      context.moveTo(x, TOP - 3);
-      context.lineTo(x - 3.5, TOP - 10);
-      context.lineTo(x + 3.5, TOP - 10);
-      context.fill();
-      context.globalAlpha = 0.25;
-      context.fillRect(x, bottom, 1, 4);
-      context.globalAlpha = 1;
-      if (x < free) continue;
-      const next = at < tokens.count && tokens.time[at] <= seen.to ? xOf(tokens.time[at]) : GUTTER + plot().width;
-      let label = visible(text);
-      const room = next - x - 4;
-      if (context.measureText(label).width > room) {
-        const fits = Math.floor(room / context.measureText("m").width);
-        label = fits >= 2 ? `${label.slice(0, fits - 1)}…` : "";
-      }
-      context.fillText(label, x + 2, bottom + TEXT / 2 + 1);
-      free = x + context.measureText(label).width;
-    }
-  };
-
-  const paintAxis = (y, width, ink) => {
-    context.strokeStyle = ink;
-    context.lineWidth = 1;
-    context.textAlign = "center";
-    context.beginPath();
-    context.moveTo(GUTTER, y + 0.5);
-    context.lineTo(GUTTER + width, y + 0.5);
-    const marks = ticks(seen.from, seen.to, width / 90);
-    for (const time of marks) {
-      context.moveTo(xOf(time), y);
-      context.lineTo(xOf(time), y + 4);
-    }
-    context.stroke();
-    for (const time of marks) {
-      const x = Math.min(Math.max(xOf(time), GUTTER + 14), GUTTER + width - 22);
-      context.fillText(`${Number((1e3 * time).toPrecision(9))}`, x, y + 12);
-    }
-    context.textAlign = "left";
-    context.fillText("ms", 2, y + 12);
+    if (single.open) listBars(trace);
   };
 
   const fillTable = (trace) => {
@@ -289,21 +211,26 @@ async function render({ model, el }) {
       counts[bars.row[bar]][works.look[bars.work[bar]]] += 1;
       busy[bars.row[bar]] += bars.ended[bar] - bars.began[bar];
     }
-    const cells = (tag, texts) => make("tr", {}, ...texts.map((text) => make(tag, {}, text)));
+    const share = (row) => `${Math.round((100 * busy[row]) / trace.now || 0)}%`;
     table.replaceChildren(
-      make(
-        "table",
-        {},
-        make("thead", {}, cells("th", ["node", ...looks.map((each) => each.meaning), "busy"])),
-        make(
-          "tbody",
-          {},
-          ...nodes.map((name, row) =>
-            cells("td", [name, ...counts[row].map(String), `${Math.round((100 * busy[row]) / trace.now || 0)}%`]),
-          ),
-        ),
+      tableOf(
+        ["node", ...looks.map((each) => each.meaning), "busy"],
+        nodes.map((name, row) => [name, ...counts[row].map(String), share(row)]),
       ),
     );
+  };
+
+  const listBars = (trace) => {
+    const { bars } = trace.tables;
+    const rows = [];
+    for (const entries of byRow) {
+      for (let at = firstBar(entries, seen.from); at < entries.length && rows.length < LISTED; at += 1) {
+        if (bars.began[entries[at]] > seen.to) break;
+        rows.push(words(entries[at]));
+      }
+    }
+    const more = rows.length === LISTED ? `The first ${LISTED}; zoom in for the others.` : "";
+    inView.replaceChildren(tableOf(["bar", "text", "work", "layers", "time"], rows), more);
   };
 
   // --- moving about ----------------------------------------------------------------
@@ -337,13 +264,21 @@ async function render({ model, el }) {
     "-": () => zoom(2),
     ArrowLeft: () => pan(-0.2),
     ArrowRight: () => pan(0.2),
+    ArrowUp: () => step(-1, 0),
+    ArrowDown: () => step(1, 0),
+    "Shift ArrowUp": () => step(-1, 0),
+    "Shift ArrowDown": () => step(1, 0),
+    "Shift ArrowLeft": () => step(0, -1),
+    "Shift ArrowRight": () => step(0, 1),
+    Escape: () => leave(),
     Home: () => pan(-1e6),
     End: () => pan(1e6),
     0: all,
     f: toggle,
   };
   canvas.addEventListener("keydown", (event) => {
-    const action = keys[event.key] ?? keys[event.key.toLowerCase()];
+    const key = event.shiftKey && event.key.startsWith("Arrow") ? `Shift ${event.key}` : event.key;
+    const action = keys[key] ?? keys[key.toLowerCase()];
     if (!action || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     event.stopPropagation();
@@ -378,7 +313,6 @@ async function render({ model, el }) {
   canvas.addEventListener("pointerleave", () => explain(-1, -1));
 
   const explain = (x, y) => {
-    const { nodes, places, looks } = story.about;
     const entries = byRow[Math.floor((y - TOP) / plot().row)];
     const time = timeAt(x);
     const slack = 2 * ((seen.to - seen.from) / plot().width);
@@ -387,30 +321,70 @@ async function render({ model, el }) {
       const at = firstBar(entries, time - slack);
       if (at < entries.length && source.began[entries[at]] <= time + slack) focused = entries[at];
     }
-    tip.hidden = focused < 0;
     el.dataset.focused = focused;
-    if (focused < 0) return;
+    show(focused, x, y);
+  };
+
+  /** What a bar says: what it is, its text, what was computed, how much of it, and when. */
+  const words = (bar) => {
+    const { nodes, places, looks } = story.about;
     const { works, bars } = story.tables;
-    const work = bars.work[focused];
+    const work = bars.work[bar];
     const { name, meaning } = looks[works.look[work]];
-    const what = name === "draft" ? "draft" : "run";
-    const layers = bars.layers[focused];
-    const place = places[bars.row[focused]];
-    const lines = [`${nodes[bars.row[focused]]}, ${what} ${works.number[work]}: ${meaning}`];
-    if (place) lines.push(place);
-    if (works.text[work]) lines.push(`“${visible(works.text[work])}”`);
-    if (name === "draft") {
-      lines.push(`${works.size[work]} guesses in ${layers} passes of the draft model`);
-    } else {
-      lines.push(`${works.size[work]} tokens, ${works.kept[work]} of them text`);
-      const spared = bars.spared[focused];
-      lines.push(`${layers} layers computed${spared ? `, ${spared} saved by calling off` : ""}`);
-    }
-    const took = bars.ended[focused] - bars.began[focused];
-    lines.push(`${ms(bars.began[focused])} to ${ms(bars.ended[focused])} (${ms(took, 2)})`);
-    tip.textContent = lines.join("\n");
+    const drafting = name === "draft";
+    const spared = bars.spared[bar];
+    return [
+      `${nodes[bars.row[bar]]}, ${drafting ? "draft" : "run"} ${works.number[work]}: ${meaning}`,
+      places?.[bars.row[bar]] ?? "",
+      works.text[work] ? `“${visible(works.text[work])}”` : "",
+      drafting ? `${works.size[work]} guesses` : `${works.size[work]} tokens, ${works.kept[work]} of them text`,
+      drafting
+        ? `${bars.layers[bar]} passes of the draft model`
+        : `${bars.layers[bar]} layers computed${spared ? `, ${spared} saved by calling off` : ""}`,
+      `${ms(bars.began[bar])} to ${ms(bars.ended[bar])} (${ms(bars.ended[bar] - bars.began[bar], 2)})`,
+    ];
+  };
+
+  const show = (bar, x, y) => {
+    tip.hidden = bar < 0;
+    if (bar < 0) return;
+    tip.textContent = words(bar).filter(Boolean).join("\n");
     tip.style.left = `${Math.min(x + 12, Math.max(0, canvas.clientWidth - 280))}px`;
     tip.style.top = `${canvas.offsetTop + y + 14}px`;
+  };
+
+  /** Go to the bar so many rows and bars away, bring it into view, and say what it is. */
+  const step = (rows, along) => {
+    const { bars } = story.tables;
+    const middle = (seen.from + seen.to) / 2;
+    const from = chosen.bar >= 0 ? chosen.bar : undefined;
+    let row = from === undefined ? 0 : bars.row[from];
+    if (from !== undefined && rows) {
+      do row += rows;
+      while (byRow[row] && !byRow[row].length);
+    } else if (from === undefined) {
+      row = Math.max(0, byRow.findIndex((entries) => entries.length));
+    }
+    const entries = byRow[row];
+    if (!entries?.length) return;
+    const near = from === undefined ? middle : (bars.began[from] + bars.ended[from]) / 2;
+    const at = rows || from === undefined ? firstBar(entries, near) : entries.indexOf(from) + along;
+    chosen.bar = entries[Math.min(Math.max(0, at), entries.length - 1)];
+    const half = (seen.to - seen.from) / 2;
+    const time = bars.began[chosen.bar];
+    if (time < seen.from || bars.ended[chosen.bar] > seen.to) choose(time - half, time + half);
+    seen.chosen = true;
+    seen.follow = false;
+    said.textContent = words(chosen.bar).filter(Boolean).join(", ");
+    el.dataset.focused = chosen.bar;
+    show(chosen.bar, xOf(time), TOP + row * plot().row);
+    redraw();
+  };
+  const leave = () => {
+    chosen.bar = -1;
+    said.textContent = "";
+    show(-1);
+    redraw();
   };
 
   const button = (text, label, action) => {
@@ -426,11 +400,12 @@ async function render({ model, el }) {
   button("all", "Show all", all);
   const follower = button("follow", "Keep the newest in sight", toggle);
   buttons.append(
-    make("span", { className: "pipeinfer-muted" }, "Drag to move. Click, then wheel or + − to zoom; ← → 0 F work, too."),
+    make("span", { className: "pipeinfer-muted" }, "Drag to move. Click, then wheel or + − to zoom; ← → 0 F work, too; ↑ ↓ and Shift ← → go from bar to bar."),
   );
 
   const { redraw, stop } = follow(model, el, story, draw);
   details.addEventListener("toggle", () => details.open && fillTable(story));
+  single.addEventListener("toggle", () => single.open && listBars(story));
   const sizes = new ResizeObserver(redraw);
   sizes.observe(canvas);
   return () => {

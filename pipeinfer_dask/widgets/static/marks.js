@@ -1,0 +1,103 @@
+// What a timeline shows besides its bars: their labels, waves, tokens and the axis.
+
+/** Return what paints them; `seen`, `plot` and `xOf` say where moments are. */
+function marksFor(el, context, seen, plot, xOf) {
+  const paintLabel = (text, { pattern }, x, y, width, high) => {
+    context.save();
+    context.beginPath();
+    context.rect(x + 1, y, width - 2, high);
+    context.clip();
+    context.font = "12px monospace";
+    context.textAlign = "left";
+    const label = visible(text);
+    const x0 = Math.max(x, GUTTER) + 4;
+    const solid = pattern === "plain" || pattern === "underline";
+    if (!solid && pattern !== "outline") {
+      context.fillStyle = "#fff";
+      context.fillRect(x0 - 2, y + 4, Math.min(width - 6, context.measureText(label).width + 4), high - 8);
+    }
+    context.fillStyle =
+      solid ? "#fff" : pattern === "outline" ? getComputedStyle(el).color : "#222";
+    context.fillText(label, x0, y + high / 2 + (pattern === "underline" ? -1 : 0.5));
+    context.restore();
+  };
+
+  const paintWaves = (waves, moment, bottom) => {
+    context.strokeStyle = "#d55e00";
+    context.fillStyle = "#d55e00";
+    context.lineWidth = 1;
+    context.textAlign = "left";
+    context.font = "10px sans-serif";
+    context.setLineDash([3, 3]);
+    let last = -Infinity;
+    for (let at = upTo(waves.time, seen.from); at < waves.count; at += 1) {
+      if (waves.time[at] > Math.min(seen.to, moment)) break;
+      const x = xOf(waves.time[at]);
+      context.beginPath();
+      context.moveTo(x, TOP - 6);
+      context.lineTo(x, bottom);
+      context.stroke();
+      if (x - last > 24) {
+        context.fillText(`✕${waves.runs[at]}`, x + 5, 7);
+        last = x;
+      }
+    }
+    context.setLineDash([]);
+  };
+
+  const paintTokens = (tokens, moment, bottom, ink) => {
+    context.font = "12px monospace";
+    context.textAlign = "left";
+    context.fillStyle = ink;
+    let free = -Infinity;
+    const first = upTo(tokens.time, seen.from - 1e-9);
+    for (let at = first; at < tokens.count; ) {
+      const time = tokens.time[at];
+      if (time > Math.min(seen.to, moment)) break;
+      const x = xOf(time);
+      let text = "";
+      for (; at < tokens.count && tokens.time[at] === time; at += 1) text += tokens.text[at];
+      context.beginPath();
+      context.moveTo(x, TOP - 3);
+      context.lineTo(x - 3.5, TOP - 10);
+      context.lineTo(x + 3.5, TOP - 10);
+      context.fill();
+      context.globalAlpha = 0.25;
+      context.fillRect(x, bottom, 1, 4);
+      context.globalAlpha = 1;
+      if (x < free) continue;
+      const next = at < tokens.count && tokens.time[at] <= seen.to ? xOf(tokens.time[at]) : GUTTER + plot().width;
+      let label = visible(text);
+      const room = next - x - 4;
+      if (context.measureText(label).width > room) {
+        const fits = Math.floor(room / context.measureText("m").width);
+        label = fits >= 2 ? `${label.slice(0, fits - 1)}…` : "";
+      }
+      context.fillText(label, x + 2, bottom + TEXT / 2 + 1);
+      free = x + context.measureText(label).width;
+    }
+  };
+
+  const paintAxis = (y, width, ink) => {
+    context.strokeStyle = ink;
+    context.lineWidth = 1;
+    context.textAlign = "center";
+    context.beginPath();
+    context.moveTo(GUTTER, y + 0.5);
+    context.lineTo(GUTTER + width, y + 0.5);
+    const marks = ticks(seen.from, seen.to, width / 90);
+    for (const time of marks) {
+      context.moveTo(xOf(time), y);
+      context.lineTo(xOf(time), y + 4);
+    }
+    context.stroke();
+    for (const time of marks) {
+      const x = Math.min(Math.max(xOf(time), GUTTER + 14), GUTTER + width - 22);
+      context.fillText(`${Number((1e3 * time).toPrecision(9))}`, x, y + 12);
+    }
+    context.textAlign = "left";
+    context.fillText("ms", 2, y + 12);
+  };
+
+  return { paintLabel, paintWaves, paintTokens, paintAxis };
+}
