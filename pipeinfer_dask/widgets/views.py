@@ -116,9 +116,8 @@ def _tree_html(history: History) -> str:
 
     def said(guess: Guess) -> str:
         word = f"<code>{escape(_visible(history.trace.text_of(guess.token)))}</code>"
-        parts = [
-            f"{f'<s>{word}</s>' if guess.settled and not guess.kept else word} {guess.confidence:.0%}"
-        ]
+        out = guess.settled is not None and not guess.kept
+        parts = [f"{f'<s>{word}</s>' if out else word} {guess.confidence:.0%}"]
         if guess.placed is not None and guess.placed <= moment:
             parts.append(f"run {guess.run} slot {guess.slot}")
         later = "became text" if guess.kept else "ruled out later"

@@ -110,6 +110,25 @@ def test_a_frozen_tree_lists_the_likeliest_guesses_alone() -> None:
     tree = DraftTree(simulate("adaptive", stages=8, max_new_tokens=20)).to_html()
     guessed, listed = map(int, re.findall(r"(\d+) tokens, the likeliest (\d+)", tree)[0])
     assert tree.count("<li>") == listed == 20 < guessed
+    assert re.search(r"\d+%, run \d+ slot \d+, (became text|ruled out later)", tree)
+    assert tree.count("<s>") == tree.count("ruled out later") > 0
+
+
+def test_frozen_figures_say_how_many_guesses_became_text_at_each_depth() -> None:
+    simulation = simulate("adaptive", stages=4, max_new_tokens=30)
+    page = Metrics(simulation).to_html()
+    counts = re.findall(r"<td>\d+</td><td>(\d+) of (\d+)</td>", page)
+    settled = [guess for guess in Timeline(simulation).feed.history.settled if guess.ahead]
+    assert sum(int(kept) for kept, _ in counts) == sum(guess.kept for guess in settled) > 0
+    assert sum(int(count) for _, count in counts) == len(settled)
+
+
+def test_a_dashboard_steps_through_what_is_over(engine: pi.Engine) -> None:
+    board = engine.dashboard(max_new_tokens=12)
+    assert board.clock.last == 0
+    board.show(simulate("pipeinfer", stages=2, max_new_tokens=10))
+    assert board.clock.last >= board.channel.feed.now and len(board.clock.steps) > 10
+    assert board.clock.moment == -1
 
 
 def test_a_stepper_takes_only_what_is_over(engine: pi.Engine) -> None:
