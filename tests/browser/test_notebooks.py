@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeinfer_dask.bench.browser import Lab
+from pipeinfer_dask.bench.browser import Lab, Tab
 from tests.browser.conftest import Opened
 from tests.browser.test_views import data, until
 
@@ -17,6 +18,18 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NONE = pytest.param(None, marks=pytest.mark.skip(reason="notebooks/ holds no notebook"))
 TIMELINE = "[data-bars]"
 BOARD = "engine.dashboard("
+FROZEN = "img[alt]:not([alt=''])"
+"""Pictures that say what they show; swatches of a legend say nothing."""
+SEEN = """images => images.map(image => {
+  const box = image.getBoundingClientRect();
+  const clipped = [];
+  for (let e = image.parentElement; e; e = e.parentElement) {
+    const style = getComputedStyle(e), around = e.getBoundingClientRect();
+    const hides = style.overflowX !== "visible" && e.scrollWidth > e.clientWidth + 1;
+    if (hides && box.right > around.right + 1) clipped.push(e.className);
+  }
+  return {width: box.width, height: box.height, loaded: image.naturalWidth, clipped};
+})"""
 
 
 def with_its_engine_open(path: Path) -> str:
@@ -61,3 +74,32 @@ def test_a_notebook_runs_and_its_views_live(
     tab.open(lab.address_of(saved.name))  # again, as it was saved
     page.locator(".jp-OutputArea-output").first.wait_for()
     assert page.locator(".jp-CodeCell").count() == sum(c["cell_type"] == "code" for c in cells)
+
+
+def pictures_are_seen(page: Any) -> int:
+    """Check that each frozen picture is there in full; return how many there are."""
+    pictures = page.locator(f"{FROZEN} >> visible=true").evaluate_all(SEEN)
+    for picture in pictures:
+        assert picture["loaded"] > 0
+        assert picture["width"] > 300 and picture["height"] > 40
+        assert picture["clipped"] == []
+    return len(pictures)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS or [NONE], ids=lambda path: path and path.stem)
+def test_a_saved_notebook_is_a_page_whose_pictures_are_seen_offline(
+    path: Path, browser: Any, tmp_path: Path
+) -> None:
+    from nbconvert import HTMLExporter
+
+    # Formulas and widgets' state would come from the network; the lessons have neither.
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="")
+    file = tmp_path / "page.html"
+    file.write_text(exporter.from_filename(str(path))[0], "utf-8")
+    page = browser.new_page(viewport={"width": 1100, "height": 1600})
+    tab = Tab(page, file.as_uri())
+    page.goto(file.as_uri())
+    assert pictures_are_seen(page) > 0
+    page.close()
+    assert tab.foreign == []
+    assert tab.errors == []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +24,6 @@ pytestmark = pytest.mark.skipif(
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 MOST_BYTES = 1_500_000
-MOST_S = 120.0
-"""Of a whole lesson, on two cores that do little else; at this load they are not ours alone."""
-BUSY = 4.0
 PICTURE = "data:image/svg+xml;base64,"
 PLACES = re.compile(r"/(home|tmp|root|Users|work|var)/\w|[A-Z]:\\\\|site-packages")
 """Of one machine alone."""
@@ -74,10 +69,7 @@ def test_a_notebook_runs_from_a_clean_kernel_without_an_error_or_a_warning(
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    began = time.monotonic()
     run.execute(notebook)  # it raises what a cell raises
-    took = time.monotonic() - began
-    assert took < MOST_S or os.getloadavg()[0] > BUSY, f"{took:.0f} s"
     run.still(notebook)
     assert PICTURE in str(run.outputs_of(notebook))
 
