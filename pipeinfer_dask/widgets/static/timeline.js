@@ -230,7 +230,7 @@ async function render({ model, el }) {
       }
     }
     const more = rows.length === LISTED ? `The first ${LISTED}; zoom in for the others.` : "";
-    inView.replaceChildren(tableOf(["bar", "text", "work", "layers", "time"], rows), more);
+    inView.replaceChildren(tableOf(["bar", "worker", "text", "work", "layers", "time"], rows), more);
   };
 
   // --- moving about ----------------------------------------------------------------
