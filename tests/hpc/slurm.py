@@ -10,8 +10,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -97,6 +98,22 @@ class Slurm:
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE_S
         ).stdout
+
+    @contextmanager
+    def starting_nothing_until(self, holds: Callable[[], bool]) -> Iterator[None]:
+        """Have new jobs wait until something holds; those that run go on."""
+
+        def open_again() -> None:
+            try:
+                until(holds, "what jobs are held back for")
+            finally:
+                self.say("scontrol", "update", "PartitionName=debug", "State=UP")
+
+        self.say("scontrol", "update", "PartitionName=debug", "State=DOWN")
+        with ThreadPoolExecutor(1) as pool:
+            opened = pool.submit(open_again)
+            yield
+            opened.result()
 
     def _start(self) -> None:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
