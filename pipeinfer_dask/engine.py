@@ -21,6 +21,7 @@ from pipeinfer_dask.models.checkpoint import (
     open_checkpoint,
 )
 from pipeinfer_dask.models.devices import Dtype
+from pipeinfer_dask.models.layers import check_stages
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.runtime.admission import Admission
@@ -74,6 +75,14 @@ class Engine(Serving):
     layer_ranges : list of range
         The layers of each stage.
     """
+
+    def __init__(self, *parts: Any) -> None:
+        if not parts or not isinstance(parts[0], Admission):
+            raise TypeError(
+                "expected Engine.from_pretrained(target, draft=...), which loads the models, got "
+                "Engine(...)"
+            )
+        super().__init__(*parts)
 
     @classmethod
     def from_pretrained(
@@ -213,6 +222,7 @@ class Engine(Serving):
                 stages = len(layer_split)
             if len(places.names) > 1:
                 stages = len(places.names)
+        check_stages(opened.num_layers, stages)
         places.for_stages(stages)
         if max_concurrent is None:
             max_concurrent = 1 if places.on_gpu else MAX_CONCURRENT
@@ -292,7 +302,15 @@ class Engine(Serving):
             return cls(admission, opened_draft, ranges, driver, resources.pop_all())
 
     def dashboard(self, **options: Any) -> VBox:
-        """Return controls and live views for a notebook. Options as those of `pi.dashboard`."""
+        """Return controls and live views for a notebook. Options as those of `pi.dashboard`.
+
+        Raises
+        ------
+        EngineClosedError
+            If the engine is closed.
+        """
+        if self._closed:
+            raise EngineClosedError("this engine is closed: open another one")
         import pipeinfer_dask  # by its public name: the views lie above this layer
 
         return pipeinfer_dask.dashboard(self, **options)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console
 from rich.text import Text
 
 from pipeinfer_dask.protocol.messages import Span
-from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
+from pipeinfer_dask.trace import Fate, History, Run, Trace, tables, trace_of
 from pipeinfer_dask.trace.tables import node_name, work_of
 
 LABEL = 10
@@ -49,17 +50,29 @@ def window(trace: Trace, columns: int) -> tuple[float, float]:
     return tables.window(History(trace), columns)
 
 
-def draw(trace: Trace, columns: int, part: tuple[float, float] | None = None) -> Text:
+MOST_ROWS = 32
+"""Of a longer pipeline the picture shows both ends."""
+
+
+def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> Text:
     """Return the picture.
 
     Parameters
     ----------
-    trace : Trace
+    source : Trace, or a generation, result or simulation
     columns : int
         Signs in a row, at least 1.
     part : (float, float), seconds, optional
         What to show; by default what `window` says.
+
+    Raises
+    ------
+    ValueError
+        If the source has no trace, or there is no column.
     """
+    trace = trace_of(source)
+    if columns < 1:
+        raise ValueError(f"expected columns as a whole number of at least 1, got {columns!r}")
     history = History(trace)
     began, ended = part if part is not None else tables.window(history, columns)
     width = max(ended - began, 1e-12) / columns
@@ -70,7 +83,12 @@ def draw(trace: Trace, columns: int, part: tuple[float, float] | None = None) ->
             rows[work.row].append((work.span, sign))
     picture = Text()
     label = max(len(node_name(row)) for row in range(len(rows))) + 1
+    first, left_out = MOST_ROWS // 2, max(0, len(rows) - MOST_ROWS)
     for row, spans in enumerate(rows):
+        if first <= row < first + left_out:
+            if row == first:
+                picture.append(f"({left_out} stages more)\n", "dim")
+            continue
         picture.append(node_name(row).ljust(label))
         for sign in _cells(spans, began, width, columns):
             picture.append(sign.character, sign.style)

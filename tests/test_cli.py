@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from distributed import Client, LocalCluster
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.cli import _settings, main
+from pipeinfer_dask.cli import main
+from pipeinfer_dask.cli.values import settings_of
 from tests.tiny import make_tiny
 
 METRICS = {
@@ -205,7 +206,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a knob that is an argument": (
         ["generate", "x", "--target", "{target}", "--set", "strategy=2"],
-        "'iterative' has no knob 'strategy'",
+        "or a knob of a strategy",
     ),
     "no temperature": (
         ["generate", "x", "--target", "{target}", "--temperature", "-1"],
@@ -229,7 +230,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "negative stages": (
         ["generate", "x", "--target", "{target}", "--stages", "-1"],
-        "at least one stage, not -1",
+        "Invalid value for '--stages': -1 is not in the range x>=1",
     ),
     "stages of text": (["generate", "x", "--stages", "two"], "'two' is not a valid integer"),
     "negative share": (
@@ -250,11 +251,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no new tokens": (
         ["generate", "x", "--target", "{target}", "--max-new-tokens", "0"],
-        "max_new_tokens of at least 1, got 0",
+        "Invalid value for '--max-new-tokens': 0 is not in the range x>=1",
     ),
     "fewer than none": (
         ["generate", "x", "--target", "{target}", "--max-new-tokens", "-3"],
-        "max_new_tokens of at least 1, got -3",
+        "Invalid value for '--max-new-tokens': -3 is not in",
     ),
     "longer than the context": (
         ["generate", "x", "--target", "{target}", "--max-new-tokens", "512"],
@@ -284,6 +285,38 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["generate", "x", "--in-process", "--scheduler", "tcp://h:1"],
         "expected --in-process or --scheduler, got both",
     ),
+    "more stages than memory": (
+        ["generate", "x", "--target", "{target}", "--in-process", "--stages", "99999999999999"],
+        "the model has 3: use at most 3 stages",
+    ),
+    "a seed below 0": (
+        ["generate", "x", "--seed", "-1"],
+        "Invalid value for '--seed': -1 is not in the range 0<=x<=9223372036854775807",
+    ),
+    "a setting without a name": (
+        ["generate", "x", "--set", "=1"],
+        "expected --set NAME=VALUE, got '=1'",
+    ),
+    "a setting given in two ways": (
+        ["generate", "x", "--temperature", "0.9", "--set", "temperature=0.5"],
+        "expected temperature once, got it as an option and by --set: leave one out",
+    ),
+    "a setting given twice": (
+        ["generate", "x", "--set", "k=1", "--set", "k=2"],
+        "expected --set k=... once, got it twice: leave one out",
+    ),
+    "log-probabilities that nothing shows": (
+        ["generate", "x", "--logprobs", "3"],
+        "expected --logprobs along with --json, which shows them: add --json",
+    ),
+    "more log-probabilities than tokens": (
+        ["generate", "x", "--target", "{target}", "--json", "--logprobs", "99999999"],
+        "expected logprobs from 0 to 288, the tokens that there are, got 99999999",
+    ),
+    "a dial beyond all": (
+        ["bench", "compute", "--dial", "500"],
+        "Invalid value for '--dial': 500 is not in the range 0<=x<=100",
+    ),
     "unknown suite": (["bench", "speed"], "'speed' is not one of"),
     "a head elsewhere in process": (
         ["generate", "x", "--target", "{target}", "--in-process", "--head", "worker"],
@@ -310,6 +343,21 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(
     (line,) = ran.stderr.splitlines()
     assert line.startswith("Error: ")
     assert message in line
+
+
+def test_mistakes_that_need_no_model_are_told_before_torch_is_imported() -> None:
+    script = """
+import sys
+from click.testing import CliRunner
+from pipeinfer_dask.cli import main
+for mistake in (
+    [""], ["x", "--max-new-tokens", "0"], ["x", "--layer-split", "1,2,x"], ["x", "--strategy", "y"]
+):
+    assert CliRunner().invoke(main, ["generate", *mistake]).exit_code == 2, mistake
+print("torch" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stdout == "False\n", ran.stderr
 
 
 @pytest.mark.cluster
@@ -418,12 +466,17 @@ def test_simulate_gives_json_as_the_other_commands_do() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stages", "0"], "Error: expected stages as a whole number of at least 1, got 0"),
+        (
+            ["--stages", "0"],
+            "Error: Invalid value for '--stages': 0 is not in the range 1<=x",
+        ),
+        (["--stages", "100000"], "Error: Invalid value for '--stages': 100000 is not in the range"),
+        (["--stage-ms", "1e300"], "Error: expected --stage-ms from 1e-6 to 1e9, got 1e+300"),
         (["--acceptance", "2"], "Error: expected an acceptance from 0 to 1, got 2.0"),
-        (["--stage-ms", "-1"], "Error: expected stage_s above 0 seconds"),
+        (["--stage-ms", "-1"], "Error: expected --stage-ms from 1e-6 to 1e9, got -1"),
         (["--hop-cost", "nan"], "Error: expected hop_cost as a share of at least 0, got nan"),
         (["--strategy", "fast"], "Error: unknown strategy 'fast'"),
-        (["--max-new-tokens", "0"], "Error: expected max_new_tokens as a whole number"),
+        (["--max-new-tokens", "0"], "Error: Invalid value for '--max-new-tokens': 0 is"),
         (["--seed", "x"], "Error: Invalid value for '--seed'"),
     ],
 )
@@ -471,7 +524,7 @@ def test_the_demo_shows_that_all_strategies_generate_the_same() -> None:
     [
         (["--strategy", "magic"], "unknown strategy 'magic'"),
         (["--prompt", ""], "a prompt of at least one token, got an empty one"),
-        (["--max-new-tokens", "0"], "max_new_tokens of at least 1, got 0"),
+        (["--max-new-tokens", "0"], "'--max-new-tokens': 0 is not in the range x>=1"),
         (["--max-new-tokens", "100000"], "shorten the prompt or ask for fewer tokens"),
         (["--stages", "100"], "100 stages need at least 100 layers"),
     ],
@@ -487,4 +540,4 @@ def test_mistakes_with_the_demo_are_told_before_its_cluster_starts(
 
 def test_texts_that_are_set_keep_their_capitals() -> None:
     options = ('stop_strings=["RETURN"]', "cancellation=True", "k=2")
-    assert _settings(options) == {"stop_strings": ["RETURN"], "cancellation": True, "k": 2}
+    assert settings_of(options) == {"stop_strings": ["RETURN"], "cancellation": True, "k": 2}

@@ -105,6 +105,21 @@ def test_an_empty_trace_is_an_empty_picture() -> None:
     assert set("".join(picture.values())) <= {".", " "}
 
 
+def test_whatever_has_a_trace_can_be_drawn_and_nothing_else() -> None:
+    assert draw(PLAIN, 12).plain == draw(PLAIN.trace, 12).plain
+    with pytest.raises(ValueError, match="expected a trace, or a generation, result or simulation"):
+        draw("trace.json", 12)
+    with pytest.raises(ValueError, match="expected columns as a whole number of at least 1, got 0"):
+        draw(PLAIN, 0)
+
+
+def test_of_a_long_pipeline_both_ends_are_drawn() -> None:
+    lines = draw(simulate("iterative", stages=100, max_new_tokens=2), 20).plain.splitlines()
+    assert len(lines) == 32 + 3  # what is left out, the cancels and the tokens
+    assert lines[16] == "(69 stages more)"
+    assert [line.split()[1] for line in (lines[15], lines[17], lines[-3])] == ["14", "84", "99"]
+
+
 def test_no_sign_means_two_things_and_each_is_explained() -> None:
     assert len({sign.character for sign in Sign}) == len(Sign)
     for sign in Sign:

@@ -142,7 +142,8 @@ class Chain:
             self._done.set_result(None)
 
     def _lost(self, error: Exception) -> None:
-        self._done.set_exception(error)
+        if not self._done.done():  # an interrupt has cancelled it
+            self._done.set_exception(error)
 
 
 async def _measure(

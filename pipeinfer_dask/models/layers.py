@@ -36,13 +36,7 @@ def split_layers(
     ValueError
         If there are fewer layers than stages, or the weights are no sensible shares.
     """
-    if stages < 1:
-        raise ValueError(f"a pipeline needs at least one stage, not {stages}")
-    if stages > num_layers:
-        raise ValueError(
-            f"{stages} stages need at least {stages} layers, but the model has {num_layers}: "
-            f"use at most {num_layers} stages"
-        )
+    check_stages(num_layers, stages)
     parts = [1.0] * stages if weights is None else _checked(weights, stages)
     total = math.fsum(parts)
     ideal = [num_layers * (part / total) for part in parts]
@@ -53,6 +47,17 @@ def split_layers(
         givers = [stage for stage in range(stages) if shares[stage] > 1]
         shares[max(givers, key=lambda stage: shares[stage] - ideal[stage])] -= 1
     return _ranges(shares)
+
+
+def check_stages(num_layers: int, stages: int) -> None:
+    """Raise a ValueError unless each of so many stages can have a layer."""
+    if stages < 1:
+        raise ValueError(f"expected stages as a whole number of at least 1, got {stages}")
+    if stages > num_layers:
+        raise ValueError(
+            f"{stages} stages need at least {stages} layers, but the model has {num_layers}: "
+            f"use at most {num_layers} stages"
+        )
 
 
 def balanced_layers(

@@ -64,6 +64,12 @@ def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
     ValueError
         If strategy and knobs are not to be had, or there are knobs beside a policy.
     """
+    if isinstance(strategy, type) and issubclass(strategy, Policy):
+        name = strategy.__name__
+        raise ValueError(
+            f"expected a strategy's name or a policy, got the class {name}: give an instance, "
+            f"{name}()"
+        )
     if not isinstance(strategy, Policy):
         return make_policy(strategy, **knobs)
     if knobs:

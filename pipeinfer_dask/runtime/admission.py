@@ -104,10 +104,11 @@ class Admission:
         if max_new_tokens < 1:
             raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
         if len(tokens) + max_new_tokens > self.target.context:
+            shorter = "shorten the prompt" if cache is None else "undo() a turn, begin another chat"
             raise ValueError(
                 f"expected prompt and new tokens to fit the model's context of "
-                f"{self.target.context}, got {len(tokens)} + {max_new_tokens}: shorten the prompt "
-                f"or ask for fewer tokens"
+                f"{self.target.context}, got {len(tokens)} + {max_new_tokens}: {shorter} or ask "
+                f"for fewer tokens"
             )
         return Request(
             id=number,
@@ -156,7 +157,10 @@ class Admission:
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"expected a prompt that is valid Unicode text: {error}") from None
+                raise ValueError(
+                    f"expected a prompt that is valid Unicode text, got one that is not ({error}): "
+                    "save it as UTF-8"
+                ) from None
             tokens = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
         else:
             try:

@@ -57,6 +57,8 @@ class Chat:
                 "expected a tokenizer with a chat template, got one without: give template=, or "
                 "template='plain' to go on with the text as it stands"
             )
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"expected template as Jinja text, or 'plain', got {template!r}")
         self._tokenizer = tokenizer
         self._start = start
         self._release = release
@@ -71,6 +73,10 @@ class Chat:
             self._messages.append(_message("system", system))
             if template == PLAIN:
                 self._tokens = self._encode(system, first=True)
+        if template != PLAIN:
+            # A first question shows here what is wrong with the template, before one is asked.
+            first = [*self._messages, _message("user", "Hello")]
+            self._render(first, "a conversation's first messages", "give another template=")
 
     @property
     def messages(self) -> list[Message]:
@@ -190,6 +196,9 @@ class Chat:
     def _prompt(self, messages: list[Message]) -> list[int]:
         if self._template == PLAIN:
             return self._tokens + self._encode(messages[-1]["content"], first=not self._tokens)
+        return self._render(messages, "these messages", "correct them, or give another template=")
+
+    def _render(self, messages: list[Message], what: str, remedy: str) -> list[int]:
         try:
             tokens: Any = self._tokenizer.apply_chat_template(
                 messages,
@@ -200,8 +209,7 @@ class Chat:
         except Exception as error:  # whatever a template raises, and jinja itself
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"expected a chat template that takes these messages, got {reason}: correct them, "
-                "or give another template="
+                f"expected a chat template that takes {what}, got {reason}: {remedy}"
             ) from error
         return list(tokens)
 

@@ -67,8 +67,7 @@ def check_asked(
             "expected a client made with asynchronous=False: this engine's calls block "
             "(its generations can be awaited all the same)"
         )
-    if stages is not None and (isinstance(stages, bool) or not isinstance(stages, int)):
-        raise ValueError(f"expected stages to be a whole number, got {stages!r}")
+    check_count("stages", stages)
     if layer_split not in (None, "auto") and (
         isinstance(layer_split, (str, bytes)) or not isinstance(layer_split, Sized)
     ):
@@ -79,6 +78,11 @@ def check_asked(
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise ValueError(f"expected progress as a callable, True, False or None, got {progress!r}")
     for model in models:
+        if isinstance(model, tuple):
+            raise ValueError(
+                f"expected a model's directory or hub name, got {model!r}: give the models of a "
+                "pair one by one, as from_pretrained(pair.target, draft=pair.draft)"
+            )
         if not isinstance(model, (str, os.PathLike)):
             raise ValueError(f"expected a model's directory or hub name, got {model!r}")
 

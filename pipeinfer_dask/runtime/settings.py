@@ -67,15 +67,26 @@ def split(options: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises
     ------
     ValueError
-        If a name is neither, but nearly a field.
+        If a name is neither.
     """
     fields_and_ours = FIELDS | {"seed", "logprobs"}
     settings = {name: value for name, value in options.items() if name in fields_and_ours}
     knobs = {name: value for name, value in options.items() if name not in fields_and_ours}
-    known = {knob.name for kind in STRATEGIES.values() for knob in fields(kind)}  # type: ignore[arg-type]
-    for name in knobs.keys() - known:
-        if near := get_close_matches(name, HONOURED, n=1, cutoff=0.8):
+    known = {
+        knob.name: None
+        for kind in STRATEGIES.values()
+        for knob in fields(kind)  # type: ignore[arg-type]
+        if knob.init
+    }
+    for name in knobs:
+        if name in known:
+            continue
+        if near := get_close_matches(name, (*HONOURED, *known), n=1, cutoff=0.8):
             raise ValueError(f"there is no setting {name!r}: did you mean {near[0]!r}?")
+        raise ValueError(
+            "expected a field of GenerationConfig, such as temperature, or a knob of a strategy "
+            f"({', '.join(known)}), got {name!r}"
+        )
     return settings, knobs
 
 
@@ -180,8 +191,12 @@ def sampling_of(
         if name in both:
             read = count if name == "top_k" else number
             values[name] = read(name, both[name])
-    if seed is not None:
-        count("seed", seed)
+    if seed is not None and not 0 <= whole("seed", seed) < 2**63:
+        raise ValueError(f"expected seed from 0 to 2**63 - 1, got {seed}")
+    if count("logprobs", logprobs) > vocab_size:
+        raise ValueError(
+            f"expected logprobs from 0 to {vocab_size}, the tokens that there are, got {logprobs}"
+        )
     if samples:
         values["seed"] = secrets.randbits(32) if seed is None else seed
     if "repetition_penalty" in both:
@@ -201,7 +216,7 @@ def sampling_of(
         shortest = max(shortest, prompt_length + new if new else 0)
     if shortest > prompt_length:
         values["min_length"] = shortest
-    values["logprobs"] = min(count("logprobs", logprobs), vocab_size)
+    values["logprobs"] = logprobs
     sampling = Sampling(**values)
     if sampling == Sampling():
         return None
@@ -218,17 +233,21 @@ def number(name: str, value: object) -> float:
         raise ValueError(f"expected {name} as a number, got {value!r}") from None
 
 
-def count(name: str, value: object) -> int:
-    """Return a setting as a whole number of at least 0."""
+def whole(name: str, value: object) -> int:
+    """Return a setting as a whole number."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        whole = operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"expected {name} as a whole number, got {value!r}") from None
-    if whole < 0:
+
+
+def count(name: str, value: object) -> int:
+    """Return a setting as a whole number of at least 0."""
+    if (number := whole(name, value)) < 0:
         raise ValueError(f"expected {name} of at least 0, got {value!r}")
-    return whole
+    return number
 
 
 def listed(name: str, value: object) -> list[Any]:

@@ -84,7 +84,7 @@ class Simulation:
 def simulate(
     strategy: str | Policy = "adaptive",
     *,
-    stages: int = 8,
+    stages: int | None = None,
     acceptance: float = 0.8,
     costs: Costs | None = None,
     max_new_tokens: int = 200,
@@ -101,8 +101,8 @@ def simulate(
     ----------
     strategy : str or Policy
         As for `Engine.generate`.
-    stages : int
-        Equal stages of 50 ms, unless ``costs`` says otherwise.
+    stages : int, optional
+        Equal stages of 50 ms; by default 8, unless ``costs`` says otherwise.
     acceptance : float
         Mean chance, from 0 to 1, that the draft model's first choice is the target's. At each
         place it is drawn anew, from a Beta distribution.
@@ -132,7 +132,7 @@ def simulate(
     ValueError
         If an argument is out of its range, or strategy and knobs are not to be had.
     """
-    _check_counts(stages=stages, max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
+    _check_counts(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
     policy = policy_of(strategy, knobs)
     costs = _checked(costs, stages)
     pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)
@@ -147,7 +147,7 @@ def simulate_together(
     strategy: str | Policy = "adaptive",
     requests: int = 4,
     *,
-    stages: int = 8,
+    stages: int | None = None,
     acceptance: float = 0.8,
     costs: Costs | None = None,
     max_new_tokens: int = 200,
@@ -177,7 +177,6 @@ def simulate_together(
     """
     _check_counts(
         requests=requests,
-        stages=stages,
         max_new_tokens=max_new_tokens,
         prompt_tokens=prompt_tokens,
     )
@@ -205,10 +204,17 @@ def _check_counts(**counts: Any) -> None:
             raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
 
 
-def _checked(costs: Costs | None, stages: int) -> Costs:
-    if costs is not None and not isinstance(costs, Costs):
+def _checked(costs: Costs | None, stages: int | None) -> Costs:
+    if costs is None:
+        return Costs.even(8 if stages is None else stages)
+    if not isinstance(costs, Costs):
         raise ValueError(f"expected costs as made by Costs.even, got {costs!r}")
-    return costs if costs is not None else Costs.even(stages)
+    if stages is not None:
+        raise ValueError(
+            f"expected stages or costs, got stages={stages!r} and costs of {len(costs.stages)}: "
+            "leave one out"
+        )
+    return costs
 
 
 def _simulations(world: World, policy: Policy, costs: Costs) -> list[Simulation]:

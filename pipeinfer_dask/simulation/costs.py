@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Self
+
+MOST_STAGES = 1024
+"""A longer pipeline is not simulated: no model has so many layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,8 @@ class Costs:
     rebuild_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("expected at least one stage, got none")
+        if not 1 <= len(self.stages) <= MOST_STAGES:
+            raise ValueError(f"expected 1 to {MOST_STAGES} stages, got {len(self.stages)}")
         if not 0 <= self.hop_s < math.inf:
             raise ValueError(f"expected hop_s of at least 0 seconds, got {self.hop_s!r}")
         if not 0 <= self.rebuild_s < math.inf:
@@ -155,12 +159,15 @@ class Costs:
             "hop_cost": hop_cost,
         }
         count: object = stages
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"expected stages as a whole number of at least 1, got {stages!r}")
-        if not 0 < stage_s < math.inf:
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if not whole or not 1 <= stages <= MOST_STAGES:
+            raise ValueError(
+                f"expected stages as a whole number from 1 to {MOST_STAGES}, got {stages!r}"
+            )
+        if not _is_number(stage_s) or not 0 < stage_s < math.inf:
             raise ValueError(f"expected stage_s above 0 seconds, got {stage_s!r}")
         for name, share in shares.items():
-            if not 0 <= share < math.inf:
+            if not _is_number(share) or not 0 <= share < math.inf:
                 raise ValueError(f"expected {name} as a share of at least 0, got {share!r}")
         return cls(
             (Curve.line(stage_s, token_cost),) * stages,
@@ -175,6 +182,10 @@ class Costs:
     def hop(self, tokens: int) -> float:
         """Return the seconds for which a run of ``tokens`` tokens occupies a link."""
         return tokens * self.token_bytes / self.bandwidth
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)

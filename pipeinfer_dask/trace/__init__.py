@@ -3,6 +3,17 @@
 from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
 from pipeinfer_dask.trace.parts import Draft, Fate, Guess, Run, Token, Wave
-from pipeinfer_dask.trace.record import Trace
+from pipeinfer_dask.trace.record import Trace, trace_of
 
-__all__ = ["Draft", "Fate", "Guess", "History", "Metrics", "Run", "Token", "Trace", "Wave"]
+__all__ = [
+    "Draft",
+    "Fate",
+    "Guess",
+    "History",
+    "Metrics",
+    "Run",
+    "Token",
+    "Trace",
+    "Wave",
+    "trace_of",
+]

@@ -27,7 +27,13 @@ VERSION = 1
 
 
 def save(trace: Trace, path: str | os.PathLike[str]) -> None:
-    """Write a trace."""
+    """Write a trace.
+
+    Raises
+    ------
+    ValueError
+        If the path is none, or a directory's.
+    """
     records = list(trace.records)
     texts = {}
     for token in {token for _, what in records for token in _tokens(what)}:
@@ -44,7 +50,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         "pieces": list(trace.pieces),
         "places": dict(trace.places),
     }
-    with Path(path).open("w", encoding="ascii") as file:
+    with _file(path).open("w", encoding="ascii") as file:
         file.write(json.dumps(header) + "\n")
         for time, what in records:
             file.write(written(time, what) + "\n")
@@ -60,9 +66,10 @@ def load(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it holds no trace, a damaged one, or one of a later version.
+        If the path is none, or a directory's; if the file holds no trace, a damaged one, or one
+        of a later version.
     """
-    with Path(path).open(encoding="ascii") as file:
+    with _file(path).open(encoding="ascii") as file:
         try:
             header = json.loads(file.readline())
             if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -96,6 +103,14 @@ def load(
                 f"{os.fspath(path)} is damaged at line {lines} ({error}): save the trace again"
             ) from error
     return stages, records, texts, pieces, places
+
+
+def _file(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"expected the path of a file, got {path!r}")
+    if (file := Path(path)).is_dir():
+        raise ValueError(f"expected the path of a file, got the directory {file}: name one in it")
+    return file
 
 
 def _tokens(what: Event | Command) -> tuple[int, ...]:

@@ -139,3 +139,20 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def trace_of(source: Any) -> Trace:
+    """Return the trace of a generation, a result or a simulation, or one as it is.
+
+    Raises
+    ------
+    ValueError
+        If the source has no trace.
+    """
+    trace = source if isinstance(source, Trace) else getattr(source, "trace", None)
+    if not isinstance(trace, Trace):
+        raise ValueError(
+            f"expected a trace, or a generation, result or simulation that has one, got "
+            f"{source!r:.60}"
+        )
+    return trace

@@ -14,7 +14,7 @@ from threading import RLock, Thread
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeinfer_dask.protocol.messages import Origin
-from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
+from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace, trace_of
 from pipeinfer_dask.trace.picture import LOOKS
 from pipeinfer_dask.trace.tables import work_of
 
@@ -134,14 +134,8 @@ class Feed:
     """
 
     def __init__(self, source: Any) -> None:
-        trace = source if isinstance(source, Trace) else getattr(source, "trace", None)
-        if not isinstance(trace, Trace):
-            raise ValueError(
-                f"expected a trace, or a generation, result or simulation that has one, got "
-                f"{source!r:.60}"
-            )
-        self.trace = trace
-        self.history = History(trace)
+        self.trace: Trace = trace_of(source)
+        self.history = History(self.trace)
         self.title = str(getattr(source, "strategy", ""))
         self.lock = RLock()
         self._over: Callable[[], bool] = getattr(source, "done", lambda: True)

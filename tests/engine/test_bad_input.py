@@ -18,6 +18,7 @@ from distributed import Client, LocalCluster
 from transformers import GenerationConfig
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.engine import EngineClosedError
 from pipeinfer_dask.policies import PipeInfer
 from tests.engine.pairs import LAYERS, PROMPT, Pair
 from tests.tiny import make_tiny
@@ -179,6 +180,24 @@ def test_what_is_neither_path_nor_name_is_no_model(nothing_starts: None) -> None
         pi.Engine.from_pretrained(None)  # type: ignore[arg-type]
 
 
+def test_a_pair_in_one_is_refused_with_the_way_to_give_it(nothing_starts: None) -> None:
+    with pytest.raises(ValueError, match=r"from_pretrained\(pair\.target, draft=pair\.draft\)"):
+        pi.Engine.from_pretrained(pi.demo_pair())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("parts", [(), ("model",)])
+def test_an_engine_that_is_made_directly_names_the_way_to_open_one(parts: tuple[str, ...]) -> None:
+    with pytest.raises(TypeError, match=r"expected Engine\.from_pretrained\(target, draft="):
+        pi.Engine(*parts)
+
+
+def test_a_closed_engine_has_no_dashboard(pair: Pair) -> None:
+    with pi.Engine.from_pretrained(pair.target, in_process=True) as engine:
+        pass
+    with pytest.raises(EngineClosedError, match="this engine is closed: open another one"):
+        engine.dashboard()
+
+
 def test_settings_that_are_not_applied_are_told(pair: Pair, tmp_path: Path) -> None:
     model = shutil.copytree(pair.target, tmp_path / "model")
     (model / "generation_config.json").write_text(
@@ -212,16 +231,21 @@ def test_vocabularies_that_differ_in_one_token_are_refused(
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "more stages than layers": ({"stages": 5}, "5 stages .* model has 4: use at most 4 stages"),
-    "no stages": ({"stages": 0}, "at least one stage, not 0"),
-    "negative stages": ({"stages": -1}, "at least one stage, not -1"),
-    "half a stage": ({"stages": 1.5}, r"stages to be a whole number, got 1\.5"),
-    "yes as stages": ({"stages": True}, "stages to be a whole number, got True"),
+    "more stages than memory": ({"stages": 10**14}, "model has 4: use at most 4 stages"),
+    "more stages than memory to share out": (
+        {"stages": 10**14, "layer_split": "auto"},
+        "model has 4: use at most 4 stages",
+    ),
+    "no stages": ({"stages": 0}, "expected stages as a whole number of at least 1, got 0"),
+    "negative stages": ({"stages": -1}, "stages as a whole number of at least 1, got -1"),
+    "half a stage": ({"stages": 1.5}, r"stages as a whole number of at least 1, got 1\.5"),
+    "yes as stages": ({"stages": True}, "stages as a whole number of at least 1, got True"),
     "negative share": ({"layer_split": [2, -1, 1]}, "not negative, not -1"),
     "share of nan": ({"layer_split": [1, float("nan")]}, "must be finite .* not nan"),
     "endless share": ({"layer_split": [1, float("inf")]}, "must be finite .* not inf"),
     "share of text": ({"layer_split": [1, "2"]}, "made of numbers, not of '2'"),
     "no share": ({"layer_split": [0, 0]}, "at least one weight .* above zero"),
-    "empty split": ({"layer_split": []}, "at least one stage, not 0"),
+    "empty split": ({"layer_split": []}, "stages as a whole number of at least 1, got 0"),
     "one number as split": (
         {"layer_split": 3},
         "layer_split as numbers, one a stage, or as 'auto', got 3",
@@ -268,7 +292,10 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "bytes": ({"prompt": b"def"}, "a prompt as text or token ids, got b'def'"),
     "half a token": ({"prompt": [1, 1.5]}, "token ids as whole numbers"),
     "yes as a token": ({"prompt": [1, True]}, "token ids as whole numbers, got True"),
-    "half a letter": ({"prompt": "a\ud800"}, "a prompt that is valid Unicode text: .* surrogates"),
+    "half a letter": (
+        {"prompt": "a\ud800"},
+        "a prompt that is valid Unicode text, .* surrogates.*: save it as UTF-8",
+    ),
     "a token of text": ({"prompt": [1, "2"]}, "token ids as whole numbers"),
     "a list of prompts": ({"prompt": ["a", "b"]}, "token ids as whole numbers"),
     "a token beyond 64 bits": ({"prompt": [2**70]}, "token ids from 0 to 287, got 1180"),
@@ -293,6 +320,17 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "length in all": ({"max_length": 99}, "max_length=99 is not supported: use max_new_tokens"),
     "no such field": ({"generation_config": {"temp": 1}}, "fields of GenerationConfig, got 'temp'"),
     "no configuration": ({"generation_config": 3}, "as a GenerationConfig or a dict, got 3"),
+    "a policy that is not made yet": (
+        {"strategy": PipeInfer},
+        r"got the class PipeInfer: give an instance, PipeInfer\(\)",
+    ),
+    "neither setting nor knob": (
+        {"banana": 1},
+        "a field of GenerationConfig, such as temperature, or a knob of a strategy .*micro_batch",
+    ),
+    "a knob's slip": ({"micro_bach": 1}, "no setting 'micro_bach': did you mean 'micro_batch'"),
+    "more logprobs than tokens": ({"logprobs": 289}, "expected logprobs from 0 to 288, .* got 289"),
+    "large seed that is not used": ({"seed": 2**63}, r"expected seed from 0 to 2\*\*63 - 1, got 9"),
     "a slip": ({"temprature": 1.0}, "no setting 'temprature': did you mean 'temperature'"),
     "cold": ({"temperature": -1}, r"expected temperature from 1e-6 to 1e6, got -1\.0"),
     "warm in words": ({"temperature": "warm"}, "expected temperature as a number, got 'warm'"),
@@ -300,7 +338,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "perhaps": ({"do_sample": "yes"}, "do_sample to be true or false, got 'yes'"),
     "all and more": ({"top_p": 1.1}, r"expected top_p above 0 and up to 1, got 1\.1"),
     "half a token kept": ({"top_k": 1.5}, r"expected top_k as a whole number, got 1\.5"),
-    "negative seed": ({"seed": -1}, "expected seed of at least 0, got -1"),
+    "negative seed": ({"seed": -1}, r"expected seed from 0 to 2\*\*63 - 1, got -1"),
     "large seed": ({"seed": 2**63, "top_k": 5}, r"expected seed from 0 to 2\*\*63 - 1"),
     "unknown bad word": ({"bad_words_ids": [[1], [288]]}, "bad_words_ids up to 287, got 288"),
     "a bad word alone": ({"bad_words_ids": [7]}, "expected bad_words_ids as a list, got 7"),

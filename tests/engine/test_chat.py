@@ -195,6 +195,11 @@ def test_what_is_closed_says_so(pair: Pair) -> None:
     [
         ({}, "expected a tokenizer with a chat template"),
         ({"system": 3, "template": "plain"}, "expected a message as text"),
+        ({"template": 3}, "expected template as Jinja text, or 'plain', got 3"),
+        (
+            {"template": "{{ foo"},
+            "template that takes a conversation's first messages, got .*: give another",
+        ),
     ],
 )
 def test_what_is_no_conversation_is_refused(

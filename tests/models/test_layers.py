@@ -47,7 +47,7 @@ def test_the_shares_are_the_whole_model_in_order(weights: list[float], spare: in
     ("num_layers", "stages", "weights", "message"),
     [
         (2, 3, None, "3 stages need at least 3 layers, but the model has 2"),
-        (2, 0, None, "at least one stage, not 0"),
+        (2, 0, None, "stages as a whole number of at least 1, got 0"),
         (4, 2, [1], "one weight for each of the 2 stages, not [1]"),
         (4, 2, "12", "one weight for each of the 2 stages, not '12'"),
         (4, 2, [1, -1], "finite and not negative, not -1"),

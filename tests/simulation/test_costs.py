@@ -60,8 +60,9 @@ def test_bytes_occupy_a_link_by_its_bandwidth() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stages": 0}, "expected stages as a whole number of at least 1, got 0"),
+        ({"stages": 0}, "expected stages as a whole number from 1 to 1024, got 0"),
         ({"stages": 2.5}, "expected stages as a whole number"),
+        ({"stage_s": "x"}, "expected stage_s above 0 seconds, got 'x'"),
         ({"stage_s": 0}, "expected stage_s above 0 seconds, got 0"),
         ({"token_cost": -0.1}, "expected token_cost as a share of at least 0, got -0.1"),
         ({"draft_cost": math.nan}, "expected draft_cost"),

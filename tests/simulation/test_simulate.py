@@ -312,7 +312,12 @@ def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stages": 0}, "expected stages as a whole number of at least 1, got 0"),
+        ({"stages": 0}, "expected stages as a whole number from 1 to 1024, got 0"),
+        ({"stages": 10**14}, "expected stages as a whole number from 1 to 1024, got 1000"),
+        (
+            {"stages": 5, "costs": pi.Costs.even(4)},
+            "expected stages or costs, got stages=5 and costs of 4: leave one out",
+        ),
         ({"max_new_tokens": 0}, "expected max_new_tokens as a whole number of at least 1"),
         ({"prompt_tokens": 1.5}, "expected prompt_tokens as a whole number"),
         ({"acceptance": -0.1}, "expected an acceptance from 0 to 1"),

@@ -141,3 +141,12 @@ def test_a_trace_of_a_later_version_says_so(lines: list[str], tmp_path: Path) ->
 def test_a_file_that_is_not_there_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Trace.load(tmp_path / "nothing")
+
+
+def test_a_path_that_is_no_files_is_refused(tmp_path: Path) -> None:
+    trace = simulate("iterative", stages=1, max_new_tokens=2).trace
+    for call in (trace.save, Trace.load):
+        with pytest.raises(ValueError, match="expected the path of a file, got the directory"):
+            call(tmp_path)
+        with pytest.raises(ValueError, match="expected the path of a file, got None"):
+            call(None)  # type: ignore[arg-type]

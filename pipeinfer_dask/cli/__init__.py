@@ -11,60 +11,22 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from inspect import signature
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeinfer_dask.bench import SUITES
+from pipeinfer_dask.cli.errors import Commands
+from pipeinfer_dask.cli.values import settings_of, shares_of
 from pipeinfer_dask.drafting.ngram import NGRAM
+from pipeinfer_dask.policies import STRATEGIES, make_policy
+from pipeinfer_dask.simulation.costs import MOST_STAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeinfer_dask.engine import Engine, Result
     from pipeinfer_dask.runtime.admission import Admission
-
-
-class Failure(click.ClickException):
-    """An error as one line on stderr, and exit status 1."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"Error: {self.format_message()}", file=file, err=file is None)
-
-
-class Mistake(Failure):
-    """A user's mistake: exit status 2."""
-
-    exit_code = 2
-
-
-class Commands(click.Group):
-    """A group whose errors are one line each, also where another program mounts it."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Mistake(error.format_message()) from error
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        # click's own ways to end are RuntimeErrors, too.
-        except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.Abort):
-            raise
-        except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx is not None else "pipeinfer"
-            raise Mistake(f"{error.format_message()} (see `{where} --help`)") from error
-        except (ValueError, FileNotFoundError, MemoryError) as error:
-            raise Mistake(str(error)) from error
-        except (RuntimeError, OSError) as error:
-            raise Failure(str(error) or type(error).__name__) from error
 
 
 @click.group("pipeinfer", cls=Commands)
@@ -76,18 +38,19 @@ def main() -> None:
 as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."
 )
-max_new_tokens_option = click.option(
-    "--max-new-tokens", default=64, show_default=True, help="Tokens to generate."
-)
 timeline_option = partial(
     click.option, "--timeline/--no-timeline", help="Draw who worked on what, and when."
 )
-stages_option = click.option("--stages", type=int, help="Stages of the pipeline.")
+SEED = click.IntRange(0, 2**63 - 1)
+COUNT = click.IntRange(min=1)
+stages_option = click.option("--stages", type=COUNT, help="Stages of the pipeline.")
 
 
 @main.command()
 @click.option("--prompt", help="Text to continue. By default some Python.")
-@max_new_tokens_option
+@click.option(
+    "--max-new-tokens", type=COUNT, default=64, show_default=True, help="Tokens to generate."
+)
 @stages_option
 @click.option(
     "--strategy",
@@ -107,7 +70,6 @@ def demo(
 ) -> None:
     """Generate with the embedded models on a cluster of this machine, by every strategy."""
     from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
-    from pipeinfer_dask.policies import STRATEGIES
 
     names = strategies or tuple(STRATEGIES)
     prompt = DEMO_PROMPT if prompt is None else prompt
@@ -156,13 +118,15 @@ def demo(
 @click.option(
     "--set", "options", multiple=True, metavar="NAME=VALUE", help="A knob, or a generation setting."
 )
-@max_new_tokens_option
+@click.option("--max-new-tokens", type=COUNT, help="Tokens to generate. By default 64.")
 @click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
 @click.option("--top-k", type=int, help="Sample from so many best tokens.")
 @click.option("--top-p", type=float, help="Sample from the best tokens of this probability.")
-@click.option("--seed", type=int, help="Of the sampling. By default a random one.")
+@click.option("--seed", type=SEED, help="Of the sampling. By default a random one.")
 @click.option("--stop", "stop_strings", multiple=True, help="End the text with this string.")
-@click.option("--logprobs", type=int, default=0, help="With --json: of so many tokens.")
+@click.option(
+    "--logprobs", type=click.IntRange(min=0), help="With --json: of so many tokens, up to all."
+)
 @stages_option
 @click.option(
     "--layer-split",
@@ -189,7 +153,6 @@ def generate(
     draft: str | None,
     strategy: str | None,
     options: tuple[str, ...],
-    max_new_tokens: int,
     stop_strings: tuple[str, ...],
     stages: int | None,
     layer_split: str | None,
@@ -205,23 +168,43 @@ def generate(
     **asked: Any,
 ) -> None:
     """Continue PROMPT ("-" reads it from stdin)."""
-    from pipeinfer_dask.models.demo_pair import demo_pair
-    from pipeinfer_dask.models.linears import check_weights
-    from pipeinfer_dask.runtime.clusters import connected
-    from pipeinfer_dask.runtime.settings import split
-
+    # What needs no model is looked at before torch is imported, which takes seconds.
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"expected a prompt in UTF-8, got one that is not ({error}): save it as UTF-8"
+            ) from error
+    if not prompt:
+        raise ValueError("expected a prompt of at least one token, got an empty one")
+    if strategy is not None:
+        make_policy(strategy)
+    shares = shares_of(layer_split)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if stop_strings:
+        asked["stop_strings"] = stop_strings
+    given = settings_of(options)
+    if twice := asked.keys() & given.keys():
+        name = min(twice)
+        raise ValueError(f"expected {name} once, got it as an option and by --set: leave one out")
+    asked |= given
+    if asked.get("logprobs") and not as_json:
+        raise ValueError("expected --logprobs along with --json, which shows them: add --json")
     if in_process and scheduler is not None:
         raise ValueError("expected --in-process or --scheduler, got both: leave one out")
     if target is None:
         if draft not in (None, NGRAM):
             raise ValueError("expected --target along with --draft, got a draft alone")
+        from pipeinfer_dask.models.demo_pair import demo_pair
+
         pair = demo_pair()
         target, draft = str(pair.target), draft or str(pair.draft)
-    asked |= {"stop_strings": stop_strings or None, "max_new_tokens": max_new_tokens}
-    settings, knobs = split(asked | _settings(options))
-    shares = _split(layer_split)
+    from pipeinfer_dask.models.linears import check_weights
+    from pipeinfer_dask.runtime.clusters import connected
+    from pipeinfer_dask.runtime.settings import split
+
+    settings, knobs = split(asked)
     check_weights(weights)
     admission = _admission(target, draft, elsewhere=scheduler is not None)
     admission.policy(strategy, knobs)
@@ -261,9 +244,18 @@ def generate(
 
 
 @main.command()
-@click.option("--stages", default=8, show_default=True, help="Equal stages.")
 @click.option(
-    "--acceptance", default=0.8, show_default=True, help="Mean chance of the draft's first choice."
+    "--stages",
+    type=click.IntRange(1, MOST_STAGES),
+    default=8,
+    show_default=True,
+    help="Equal stages.",
+)
+@click.option(
+    "--acceptance",
+    default=0.8,
+    show_default=True,
+    help="Mean chance of the draft's first choice; at 0 second choices may still be right.",
 )
 @click.option("--stage-ms", default=50.0, show_default=True, help="A one-token run on a stage.")
 @click.option(
@@ -274,7 +266,9 @@ def generate(
 )
 @click.option("--hop-cost", default=0.02, show_default=True, help="A hop, relative to that.")
 @click.option("--strategy", "strategies", multiple=True, help="May be given several times.")
-@click.option("--max-new-tokens", default=200, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--max-new-tokens", type=COUNT, default=200, show_default=True, help="Tokens to generate."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the synthetic text.")
 @timeline_option(default=True)
 @as_json
@@ -293,11 +287,12 @@ def simulate(
 ) -> None:
     """Show in virtual time what each strategy would do on a pipeline that you describe."""
     from pipeinfer_dask import timeline as pictures
-    from pipeinfer_dask.policies import STRATEGIES
     from pipeinfer_dask.simulation import Costs, best_chain
     from pipeinfer_dask.simulation import simulate as run
     from pipeinfer_dask.terminal import table
 
+    if not 1e-6 <= stage_ms <= 1e9:
+        raise ValueError(f"expected --stage-ms from 1e-6 to 1e9, got {stage_ms:g}")
     costs = Costs.even(
         stages,
         stage_s=stage_ms / 1e3,
@@ -337,7 +332,12 @@ def simulate(
 
 @main.command()
 @click.argument("suite", type=click.Choice(SUITES))
-@click.option("--dial", type=int, multiple=True, help="compute: only this agreement, in percent.")
+@click.option(
+    "--dial",
+    type=click.IntRange(0, 100),
+    multiple=True,
+    help="compute: only this agreement, in percent.",
+)
 @click.option("--quick", is_flag=True, help="compute: small models and short texts, once.")
 @click.option("--faults", type=click.IntRange(0), help="faults: so many in all.")
 @click.option("--generations", type=click.IntRange(1), help="faults, soak: so many texts.")
@@ -430,31 +430,3 @@ def _print_json(results: Sequence[Result]) -> None:
             }
         )
     )
-
-
-def _settings(options: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"expected --set NAME=VALUE, got {option!r}")
-        try:
-            # Python's True, False and None mean the same; other texts stay as they are.
-            settings[name] = json.loads(value.lower() if value.isalpha() else value)
-        except json.JSONDecodeError:
-            told = f"expected a number, true or false for {name}, got {value!r}"
-            raise ValueError(told) from None
-    return settings
-
-
-def _split(text: str | None) -> list[float] | Literal["auto"] | None:
-    if text is None:
-        return None
-    if text == "auto":
-        return "auto"
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"expected --layer-split as numbers like 2,1,1 or as auto, got {text!r}"
-        ) from None
