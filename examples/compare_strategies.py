@@ -13,8 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import matplotlib
 
+try:
+    import matplotlib
+except ImportError:
+    raise SystemExit(
+        "this needs matplotlib: pip install -c constraints.txt '.[examples]'"
+    ) from None
 matplotlib.use("Agg")  # files only: no window
 import matplotlib.pyplot as plt
 

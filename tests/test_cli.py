@@ -328,7 +328,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "scheduler without port": (
         ["generate", "x", "--target", "{target}", "--scheduler", "somewhere"],
-        "such as tcp://host:8786, got 'somewhere', where none answers within 10 s: missing port",
+        "expected --scheduler as an address like tcp://host:8786, got 'somewhere': missing port",
+    ),
+    "scheduler without a name": (
+        ["generate", "x", "--target", "{target}", "--scheduler", ""],
+        "expected --scheduler as an address like tcp://host:8786, got ''",
+    ),
+    "scheduler by other means": (
+        ["generate", "x", "--target", "{target}", "--scheduler", "pigeon://host:8786"],
+        "expected --scheduler as an address like tcp://host:8786, got 'pigeon://host:8786'",
     ),
 }
 

@@ -22,8 +22,9 @@ from typing import Any, Self, TypeVar
 
 import dask
 from dask.utils import parse_timedelta
-from distributed import Client, LocalCluster
-from distributed.comm.addressing import get_address_host
+from distributed import Client, LocalCluster, Security
+from distributed.comm import connect, get_address_host, parse_address, parse_host_port
+from distributed.comm.registry import get_backend
 from distributed.utils import get_mp_context
 
 from pipeinfer_dask.runtime.gpus import CPUS, Devices, gpu_count
@@ -117,23 +118,45 @@ CONNECT_TIMEOUT_S = 10.0
 """How long to wait for a scheduler whose address somebody typed."""
 
 
+def check_address(address: str) -> None:
+    """Raise a ValueError unless this may be the address of a scheduler."""
+    try:
+        scheme, place = parse_address(address)
+        get_backend(scheme)
+        host, port = parse_host_port(place)
+        if not host or not 0 < port < 65536:
+            raise ValueError(f"no host or port in {place!r}")
+    except ValueError as error:
+        raise ValueError(
+            f"expected --scheduler as an address like tcp://host:8786, got {address!r}: {error}"
+        ) from error
+
+
 def connected(address: str) -> Client:
     """Return a client of the cluster whose scheduler has this address.
 
     Raises
     ------
     ValueError
-        If nobody answers there.
+        If this is no address, or nobody answers there.
     """
+    check_address(address)
     configured = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
     seconds = min(CONNECT_TIMEOUT_S, configured)
     try:
+        # A client that finds nobody goes on trying while it is thrown away: first a look.
+        asyncio.run(_answers(address, seconds))
         return Client(address, timeout=seconds, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"expected --scheduler as the address of a running Dask scheduler, such as "
             f"tcp://host:8786, got {address!r}, where none answers within {seconds:g} s: {error}"
         ) from error
+
+
+async def _answers(address: str, seconds: float) -> None:
+    comm = await connect(address, timeout=seconds, **Security().get_connection_args("client"))
+    await comm.close()
 
 
 def loop_of(client: Client) -> asyncio.AbstractEventLoop:

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from pipeinfer_dask.cli import main
 
 MARKED = re.compile(r"^<!-- command: (\w+) -->\n```bash\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 
@@ -31,6 +34,16 @@ def test_ci_begins_with_the_commands_of_the_readme(root: Path) -> None:
         "ruff format --check .",
         "mypy",
     ]
+
+
+def test_the_simulation_in_the_readme_is_what_its_command_prints(root: Path) -> None:
+    readme = (root / "README.md").read_text()
+    shown = re.search(
+        r"^\.venv/bin/pipeinfer (simulate .*)\n```\n\n```text\n(.*?)^```$", readme, re.M | re.S
+    )
+    assert shown is not None
+    ran = CliRunner().invoke(main, shown[1].split(), env={"COLUMNS": "80"})
+    assert [line.rstrip() for line in ran.stdout.splitlines()] == shown[2].splitlines()
 
 
 @pytest.mark.cluster
