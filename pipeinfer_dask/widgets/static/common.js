@@ -102,14 +102,17 @@ class Story {
       this.live = true;
     }
     const part = (at, length) => new DataView(view.buffer, view.byteOffset + at, length);
+    const parts = [];
     for (let at = 5; at < view.byteLength; ) {
       const [number, first, rows, texts] = [view.getUint8(at), ...[1, 5, 9].map((byte) => view.getUint32(at + byte, true))];
       const table = this.tables[this.about.schema[number][0]];
-      if (table.count !== first) return this.resync(); // some rows are missing: ask for all
+      // Some rows are missing: ask for all, and take none, since tables point into one another.
+      if (table.count !== first) return this.resync();
       at += 13;
-      table.append(part(at, rows), texts && JSON.parse(new TextDecoder().decode(part(at + rows, texts))));
+      parts.push([table, part(at, rows), texts && JSON.parse(new TextDecoder().decode(part(at + rows, texts)))]);
       at += rows + texts;
     }
+    for (const [table, rows, texts] of parts) table.append(rows, texts);
     this.now = view.getFloat32(0, true);
     this.updates += 1;
     return this.renew();
