@@ -244,6 +244,11 @@ def _check_script() -> None:
         )
 
 
+LOST_WORKER_TIMEOUT = "1 hour"
+"""Dask gives a nanny up whose worker is not back by then, for good. By default after 15 seconds,
+which a busy machine needs to start one."""
+
+
 def own_cluster(
     count: int,
     resources: ExitStack,
@@ -285,5 +290,9 @@ def own_cluster(
                 dashboard_address="127.0.0.1:0",
             )
         )
+    # Read whenever a worker is lost.
+    resources.enter_context(
+        dask.config.set({"distributed.deploy.lost-worker-timeout": LOST_WORKER_TIMEOUT})
+    )
     client: Client = resources.enter_context(Client(cluster, set_as_default=False))
     return client

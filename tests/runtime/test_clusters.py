@@ -8,10 +8,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
+import dask
 import pytest
 
-from pipeinfer_dask.runtime.clusters import LoopThread, _interrupts_held, call_on
+from pipeinfer_dask.runtime.clusters import LoopThread, _interrupts_held, call_on, own_cluster
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +114,15 @@ def test_an_error_of_the_call_is_the_callers() -> None:
 
     with LoopThread() as thread, pytest.raises(LookupError, match="gone"):
         call_on(thread.loop, work())
+
+
+@pytest.mark.cluster
+def test_a_worker_of_our_own_that_is_killed_comes_back_however_long_that_takes() -> None:
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": 0}), ExitStack() as resources:
+        client = own_cluster(1, resources)
+        ((address, process),) = client.run(os.getpid).items()
+        os.kill(process, signal.SIGKILL)
+        while address in client.scheduler_info()["workers"]:
+            threading.Event().wait(0.01)
+        client.wait_for_workers(1, timeout=60)
+        assert address not in client.run(os.getpid)
