@@ -137,10 +137,10 @@ def test_a_text_ends_with_its_end_token_before_all_else() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"micro_batch": -1}, "micro_batch must be a whole number of at least 0, not -1"),
-        ({"micro_batch": True}, "micro_batch must be a whole number of at least 0, not True"),
-        ({"floor": 1.5}, "floor must be a number from 0 to 1, not 1.5"),
-        ({"tree": 1}, "tree must be true or false, not 1"),
+        ({"micro_batch": -1}, "expected micro_batch as a whole number from 0 to 256, got -1"),
+        ({"micro_batch": True}, "expected micro_batch as a whole number from 0 to 256, got True"),
+        ({"floor": 1.5}, "expected floor as a number from 0 to 1, got 1.5"),
+        ({"tree": 1}, "expected tree to be true or false, got 1"),
     ],
 )
 def test_settings_of_policies_are_checked(settings: dict[str, float], told: str) -> None:
