@@ -43,6 +43,7 @@ from pipeinfer_dask.runtime.nodes import PipelineError, Seat
 from pipeinfer_dask.runtime.peers import SUSPICION_S, Peer, Trouble
 from pipeinfer_dask.runtime.pipeline import PipelineCommand
 from pipeinfer_dask.runtime.recovery import NONE, Recovery
+from pipeinfer_dask.runtime.replacement import known_workers
 from pipeinfer_dask.runtime.wire import Message, WireError
 
 __all__ = ["DaskPipeline", "PipelineError"]
@@ -150,6 +151,8 @@ class DaskPipeline:
         ValueError
             The specs and workers do not fit together, there is no such worker, or the
             client is closed.
+        NoSchedulerError
+            The scheduler does not name its workers.
         PipelineError
             A node could not load, was lost meanwhile, or can't be reached.
         """
@@ -163,7 +166,7 @@ class DaskPipeline:
             raise ValueError(f"expected a draft spec for the worker {draft_worker}, got none")
         if client.scheduler is None:
             raise ValueError("expected a client that is connected to a cluster, got a closed one")
-        known = (await client.scheduler.identity())["workers"]
+        known = await known_workers(client)
         for address in workers:
             if address not in known:
                 raise ValueError(

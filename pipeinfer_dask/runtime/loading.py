@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +56,19 @@ class Steps:
         self._where = where
         self._progress = progress
         self._last = (0, 0)
+        self._news = time.monotonic()
+
+    @property
+    def quiet(self) -> float:
+        """Seconds since the node last told of anything."""
+        return time.monotonic() - self._news
+
+    def note(self) -> None:
+        """Take note that the node has told of something."""
+        self._news = time.monotonic()
 
     def read(self, nbytes: int, total: int) -> None:
+        self.note()
         self._last = nbytes, total
         self._tell(stands=False)
 

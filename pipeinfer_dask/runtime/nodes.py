@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from distributed import Client
 from distributed import Future as DaskFuture
@@ -23,11 +23,20 @@ from pipeinfer_dask.runtime.loading import Progress, Steps
 from pipeinfer_dask.runtime.peers import SUSPICION_S, LoadError, Peer, Trouble
 from pipeinfer_dask.runtime.wire import Message
 
+T = TypeVar("T")
+
 CLOSE_TIMEOUT_S = 15.0
 """How long to wait for a node that is asked to end: longer than it waits for its thread."""
 
 LOADING_PING_S = 1.0
 """While a worker loads a node, ask it for a sign of life so often."""
+
+
+STANDSTILL_S = 600.0
+"""A worker that reads nothing more of its model for so long, and has not loaded it, never will."""
+
+ANSWER_TIMEOUT_S = 30.0
+"""How long nodes that live may take to say something of themselves."""
 
 
 class PipelineError(RuntimeError):
@@ -123,7 +132,7 @@ class Nodes:
         Raises
         ------
         NodeLostError
-            The worker was lost, or can't be reached.
+            The worker was lost, can't be reached, or does not get on with loading.
         PipelineError
             The node could not be made, or its model not be loaded.
         LinkError
@@ -151,7 +160,7 @@ class Nodes:
         )
         steps = Steps(seat.title, worker, progress)
         loading = asyncio.create_task(self._load(seat, title, node, session, steps))
-        death = asyncio.create_task(_death(tripwire, self._deadline))
+        death = asyncio.create_task(_death(tripwire, self._deadline, steps))
         try:
             await asyncio.wait([loading, death], return_when=asyncio.FIRST_COMPLETED)
             if loading.done() and isinstance(loading.exception(), LinkError):
@@ -180,14 +189,26 @@ class Nodes:
             _keep(self._dropping, self._cancel([future]))
 
     async def actors(self) -> list[Any]:
-        """Return what holds the nodes."""
+        """Return what holds the nodes.
+
+        Raises
+        ------
+        PipelineError
+            They do not arrive.
+        """
         # An actor binds itself to whichever client is the current one when it arrives.
         with self._client.as_current():
-            return list(await asyncio.gather(*self._futures.values()))
+            return await _answers(self._futures.values())
 
     async def stats(self) -> list[dict[str, int]]:
-        """Return what each node says of itself."""
-        return list(await asyncio.gather(*(actor.stats() for actor in await self.actors())))
+        """Return what each node says of itself.
+
+        Raises
+        ------
+        PipelineError
+            One does not answer.
+        """
+        return await _answers([actor.stats() for actor in await self.actors()])
 
     async def close(self) -> None:
         """End all nodes, whatever has become of client and cluster."""
@@ -213,6 +234,10 @@ class Nodes:
             raise PipelineError(f"{title} could not be made: its actor is {future.status}")
         link = await self.dial(seat.worker, node, CONTROL, session)
 
+        def report(message: Message) -> None:
+            steps.note()
+            self._report(message)
+
         def lost(trouble: Trouble, reason: str) -> None:
             self._lost(seat, peer, trouble, reason)
 
@@ -222,7 +247,7 @@ class Nodes:
             seat.worker,
             link,
             session.generation,
-            report=self._report,
+            report=report,
             read=steps.read,
             lost=lost,
         )
@@ -246,13 +271,25 @@ def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> No
     task.add_done_callback(tasks.discard)
 
 
-async def _death(tripwire: Comm, deadline: float) -> str:
-    """Ask a worker for signs of life until it gives none for ``deadline`` seconds: why."""
+async def _answers(asked: Iterable[Awaitable[T]]) -> list[T]:
     try:
-        while True:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            return list(await asyncio.gather(*asked))
+    except TimeoutError:
+        raise PipelineError(
+            f"expected all nodes to answer within {ANSWER_TIMEOUT_S:g} s, but one does not: see "
+            "whether its worker is busy with tasks of others"
+        ) from None
+
+
+async def _death(tripwire: Comm, deadline: float, steps: Steps) -> str:
+    """Ask a worker for signs of life until it gives none, or gets no further: why."""
+    try:
+        while steps.quiet < STANDSTILL_S:
             await tripwire.write({"op": "echo", "data": "", "reply": True})
             await asyncio.wait_for(tripwire.read(), deadline)
             await asyncio.sleep(min(LOADING_PING_S, deadline / 3))
+        return f"the worker lives, but has got no further with loading for {STANDSTILL_S:g} s"
     except TimeoutError:
         return f"the worker gave no sign of life for {deadline:g} s while it was loading"
     except OSError:

@@ -33,6 +33,9 @@ from pipeinfer_dask.runtime.wire import (
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.trace.entries import earlier, read_entry
 
+MEASURE_TIMEOUT_S = 300.0
+"""How long the head may take to measure what its pipeline costs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -146,7 +149,14 @@ class RemoteHead:
 
     async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
         """Measure what each part of the pipeline costs, its hops from the head on: see `Head`."""
-        costs: Costs = await self._actor.measure_costs(request, drafter=drafter)
+        try:
+            async with asyncio.timeout(MEASURE_TIMEOUT_S):
+                costs: Costs = await self._actor.measure_costs(request, drafter=drafter)
+        except TimeoutError:
+            raise PipelineError(
+                f"expected costs within {MEASURE_TIMEOUT_S:g} s, got none from "
+                f"{self._peer.title}: try again once the pipeline is idle"
+            ) from None
         return costs
 
     def end(self, error: Exception) -> None:

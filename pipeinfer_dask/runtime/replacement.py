@@ -65,9 +65,10 @@ async def known_workers(client: Client) -> dict[str, dict[str, Any]]:
             raise OSError(f"the client is {client.status}")
         async with asyncio.timeout(SCHEDULER_TIMEOUT_S):
             identity = await client.scheduler.identity()
-    except OSError as error:
+    except OSError as error:  # a timeout is one, of no words
+        reason = str(error) or f"it gave no answer within {SCHEDULER_TIMEOUT_S:g} s"
         raise NoSchedulerError(
-            f"the cluster's scheduler can't be asked for workers: {error}"
+            f"the cluster's scheduler can't be asked for workers: {reason}"
         ) from error
     workers: dict[str, dict[str, Any]] = identity["workers"]
     return workers

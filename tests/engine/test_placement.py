@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import pytest
+from distributed import Client
 
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.runtime.gpus import Devices
 from pipeinfer_dask.runtime.placement import default_stages, place, spread, without_spares
-from pipeinfer_dask.runtime.planning import Models
+from pipeinfer_dask.runtime.planning import Models, _ask
 
 FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
 
@@ -149,3 +151,17 @@ def test_stages_of_one_process_take_turns_unless_there_are_two_cores_for_each(
     specs, _ = models.specs(models.split(2, None), None)
     assert models.take_turns(2) == (shared is not None)
     assert {(spec.sharers, spec.threads) for spec in specs} == {(shared, alone)}
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.cluster
+def test_workers_that_do_not_tell_what_they_have_are_named(
+    inproc_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.planning.ANSWER_TIMEOUT_S", 0.1)
+    worker = min(inproc_client.scheduler_info()["workers"])
+    with pytest.raises(RuntimeError, match=f"expected {worker} to answer within 0.1 s"):
+        _ask(inproc_client, [worker], never)

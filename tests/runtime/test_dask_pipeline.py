@@ -248,6 +248,34 @@ def test_a_drafter_in_the_clients_process_that_fails_is_lost_alone() -> None:
     asyncio.run(main())
 
 
+def test_a_worker_that_lives_but_gets_no_further_with_loading_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.nodes.STANDSTILL_S", 0.2)
+    gate = tmp_path / "gate"
+
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            with pytest.raises(PipelineError, match=r"waiting.* has got no further with loading"):
+                await DaskPipeline.open(client, [WaitingSpec(str(gate))], workers)
+            gate.touch()
+
+    asyncio.run(main())
+
+
+def test_a_node_that_does_not_tell_of_itself_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.nodes.ANSWER_TIMEOUT_S", 0)
+
+    async def main() -> None:
+        async with cluster(workers=1) as (client, workers):
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers)
+            with pytest.raises(PipelineError, match="expected all nodes to answer within 0 s"):
+                await pipeline.stats()
+            await pipeline.close()
+
+    asyncio.run(main())
+
+
 def test_two_pipelines_share_the_workers_without_meeting() -> None:
     async def main() -> None:
         async with cluster(workers=2) as (client, workers):
