@@ -7,14 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from distributed import Client, LocalCluster, Worker
+from distributed import Client, LocalCluster, Scheduler, Worker
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
@@ -84,21 +84,48 @@ def held_by(dask_worker: Worker) -> dict[str, Any]:
         "actors": len(dask_worker.state.actors),
         "tasks": len(dask_worker.state.tasks),
         "handlers": [name for name in dask_worker.handlers if name.startswith("pipeinfer")],
+        "shared memory": shared_memory(),
         **held_by_engines(),
     }
     return {what: count for what, count in held.items() if count}
 
 
-def wait_until_workers_hold_nothing(client: Client) -> None:
-    """Wait, for workers hear of what is released a moment later."""
+def shared_memory() -> list[str]:
+    """Return what this process has mapped of /dev/shm, but for the locks of multiprocessing."""
+    paths = [Path(mapped.path) for mapped in psutil.Process().memory_maps()]
+    there = [path for path in paths if path.is_relative_to("/dev/shm")]
+    return [str(path) for path in there if not path.name.startswith("sem.")]
+
+
+def descriptors(client: Client) -> dict[str, int]:
+    """Return how many files and sockets each worker has open."""
+    return client.run(lambda: psutil.Process().num_fds())
+
+
+def wait_until_workers_hold_nothing(client: Client, files: Mapping[str, int] = {}) -> None:
+    """Wait, for workers hear of what is released a moment later.
+
+    Workers of these addresses may have so many ``files`` open.
+    """
 
     def held() -> dict[str, Any]:
         by_workers = {worker: held for worker, held in client.run(held_by).items() if held}
-        tasks = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
-        by_others = {"scheduler": tasks, "client": list(client.futures)}
+        tasks, clients = client.run_on_scheduler(known_by)
+        by_others = {
+            "scheduler": tasks,
+            "client": list(client.futures),
+            "clients": [other for other in clients if other != client.id],
+            "files": [w for w, count in descriptors(client).items() if count > files.get(w, count)],
+        }
         return by_workers | {who: keys for who, keys in by_others.items() if keys}
 
     until_empty(held)
+
+
+def known_by(dask_scheduler: Scheduler) -> tuple[list[str], list[str]]:
+    """Return a scheduler's tasks, and its clients without the one that it has for itself."""
+    clients = [str(client) for client in dask_scheduler.clients if client != "fire-and-forget"]
+    return [str(task) for task in dask_scheduler.tasks], clients
 
 
 def use(pair: Pair, **options: Any) -> None:
