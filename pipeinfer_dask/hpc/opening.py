@@ -32,13 +32,15 @@ NAMES_S = 5.0
 
 
 class ClusterEngine(Engine):
-    """An engine that knows where its nodes are. Made by `engine_from`."""
+    """An engine that knows where its nodes are. Made by `engine_from`.
+
+    Closing it leaves jobs alone: the cluster's end cancels them.
+    """
 
     _client: Client
     _places: dict[str, str]
     _names: dict[str, str]
     _keeper: Keeper | None
-    _kept: ExitStack
 
     @property
     def lacking(self) -> tuple[JobState, ...]:
@@ -60,11 +62,6 @@ class ClusterEngine(Engine):
             node.partition(" (")[0]: self._names.get(where, where)
             for node, where in self._places.items()
         }
-
-    def close(self) -> None:
-        """Release every model, thread and link. Jobs stay: the cluster's end cancels them."""
-        super().close()
-        self._kept.close()
 
     def _repr_html_(self) -> str:
         return table_html([repr(self), ""], list(self.nodes.items()))
@@ -179,7 +176,10 @@ def engine_from(
         engine._places = places
         engine._keeper = keeper
         engine._names = _names(client)
-        engine._kept = resources.pop_all()
+        # Below all else that the engine has: a client of ours is closed last.
+        above = engine._resources.pop_all()
+        engine._resources.enter_context(resources.pop_all())
+        engine._resources.enter_context(above)
     return engine
 
 

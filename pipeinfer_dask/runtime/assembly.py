@@ -241,7 +241,7 @@ class Assembly:
             self._fail(lost)
         elif part.generation == AWAY:
             part.lose(lost)
-        elif part.left > 0 and trouble is not Trouble.FAILED:
+        elif part.left > 0 and trouble is not Trouble.FAILED and self._client.status == "running":
             part.left -= 1
             self._begin_recovery(part, lost)
         elif part is self.stages:

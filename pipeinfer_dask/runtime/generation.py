@@ -130,6 +130,10 @@ class GenerationInterrupted(RuntimeError):  # noqa: N818
         self.request = request
 
 
+def _over(generation: Generation) -> None:
+    """Cancel what is done: nothing is to be done, and so no engine is held."""
+
+
 def _is_wait(timeout: Any) -> bool:
     try:
         return not isinstance(timeout, (bool, str, bytes)) and float(timeout) >= 0
@@ -361,7 +365,7 @@ class Generation:
             if (rest := self._stream.flush()) and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
                 self.trace.pieces[-1] += rest
-            self._position = None
+            self._position, self._cancel = None, _over
             self._status = "stopped" if reason == "stopped" else "finished"
             sampling = self.request.sampling
             self._future.set_result(
@@ -381,7 +385,7 @@ class Generation:
     def fail(self, error: BaseException) -> None:
         """Let whoever waits have the text so far, as a `GenerationInterrupted`."""
         with self._changed:
-            self._position, self._status = None, "failed"
+            self._position, self._status, self._cancel = None, "failed", _over
             interrupted = GenerationInterrupted(str(error), self.text, self.token_ids, self.request)
             interrupted.__cause__ = error
             self._future.set_exception(interrupted)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import warnings
 from asyncio import AbstractEventLoop
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from weakref import WeakSet, finalize
 
 from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.policies import Policy
@@ -98,6 +101,9 @@ class Serving:
         self._requests = itertools.count()
         self._lock = Lock()
         self._closed = False
+        self._forgotten = finalize(self, _let_go, head, resources, repr(self))
+        self._forgotten.atexit = False
+        _open.add(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -202,13 +208,12 @@ class Serving:
             )
             stream, stops = text_of(request, self.tokenizer)
             trace = Trace(self.stages, texts=self._texts, places=self._where())
-            cancel = self._head.cancel
             generation = Generation(
                 request,
                 policy,
                 stream,
                 trace,
-                cancel=cancel,
+                cancel=self._cancel,
                 stops=stops,
                 conversation=conversation,
             )
@@ -303,11 +308,12 @@ class Serving:
             closed, self._closed = self._closed, True
         if closed:
             return
-        with suppress(RuntimeError):  # a loop that has ended has failed all generations
-            self._head.loop.call_soon_threadsafe(
-                self._head.end, EngineClosedError("the engine was closed meanwhile")
-            )
-        self._resources.close()
+        self._forgotten.detach()
+        _close(self._head, self._resources)
+
+    def _cancel(self, generation: Generation) -> None:
+        # Through us: who holds a generation that is on its way holds its engine, too.
+        self._head.cancel(generation)
 
     def __enter__(self) -> Self:
         if self._closed:
@@ -316,3 +322,31 @@ class Serving:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_open: WeakSet[Serving] = WeakSet()
+
+
+@atexit.register
+def _close_open() -> None:
+    """Close what is open when Python ends, while its loop still runs: before Dask ends that."""
+    for serving in list(_open):
+        # Whatever goes wrong, nobody is left who could do anything about it.
+        with suppress(Exception):
+            serving.close()
+
+
+def _close(head: Driver, resources: ExitStack) -> None:
+    with suppress(RuntimeError):  # a loop that has ended has failed all generations
+        head.loop.call_soon_threadsafe(
+            head.end, EngineClosedError("the engine was closed meanwhile")
+        )
+    resources.close()
+
+
+def _let_go(head: Driver, resources: ExitStack, name: str) -> None:
+    """Close what nobody can close any more."""
+    # Garbage is collected in any thread, maybe in that which closing has to wait for.
+    closing = Thread(target=_close, args=(head, resources), name="pipeinfer-forgotten", daemon=True)
+    closing.start()
+    warnings.warn(f"{name} was never closed: use a with block", ResourceWarning, stacklevel=2)

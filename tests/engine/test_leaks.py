@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -319,6 +320,58 @@ def test_workers_are_freed_when_the_process_of_a_client_is_killed(pair: Pair) ->
             assert any(observer.run(held_by).values())
             process.kill()
         wait_until_workers_hold_nothing(observer)
+
+
+LEAVER = """
+import sys
+from distributed import Client
+import pipeinfer_dask as pi
+
+if __name__ == "__main__":
+    engine = pi.Engine.from_pretrained(sys.argv[2], client=Client(sys.argv[1]), stages=1)
+    next(iter(engine.start("def", max_new_tokens=480)))
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.cluster
+def test_a_process_that_ends_with_an_open_engine_ends_in_silence_and_frees_the_workers(
+    pair: Pair,
+) -> None:
+    with small_cluster() as cluster, Client(cluster, set_as_default=False) as observer:
+        command = [sys.executable, "-c", LEAVER, cluster.scheduler_address, str(pair.target)]
+        left = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert (left.returncode, left.stdout, left.stderr) == (3, "", "")
+        wait_until_workers_hold_nothing(observer)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("head", ["client", "worker"])
+def test_an_engine_that_is_forgotten_is_closed_once_its_text_is_over(
+    pair: Pair, inproc_client: Client, head: str
+) -> None:
+    running = pi.Engine.from_pretrained(
+        pair.target, pair.draft, client=inproc_client, stages=2, head=head
+    ).start(PROMPT, max_new_tokens=50)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert running.result().token_ids == pair.greedy[:50]
+        until_empty(lambda: {} if never_closed(told) else {"warnings": told})
+    wait_until_workers_hold_nothing(inproc_client)
+
+
+def never_closed(told: list[warnings.WarningMessage]) -> bool:
+    gc.collect()
+    return any("was never closed" in str(warning.message) for warning in told)
+
+
+def test_an_engine_of_threads_that_is_forgotten_is_closed(pair: Pair) -> None:
+    engine = pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, in_process=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        del engine
+        assert never_closed(told)
+    until_empty(lambda: {"threads": left} if (left := threads_of_engines()) else {})
 
 
 @pytest.mark.cluster
