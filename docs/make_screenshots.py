@@ -83,7 +83,8 @@ def take(lab: Lab, tab: Tab) -> None:
     page = tab.page
     tab.run_all()
     board, stepper, timeline, tree = (
-        page.locator(".jp-Cell").nth(cell).locator(".jp-OutputArea-output") for cell in range(2, 6)
+        page.locator(".jp-Cell").nth(cell).locator(".jp-OutputArea-output").first
+        for cell in range(2, 6)
     )
     tree.locator("[data-complete=true]").wait_for(timeout=600_000)
     board.get_by_label("Strategy").select_option("pipeinfer")
@@ -99,6 +100,8 @@ def take(lab: Lab, tab: Tab) -> None:
         if theme == "Light":
             save(stepper, "stepper")
             save(timeline, "timeline")
+            if tree.locator(".pipeinfer-scroll").evaluate("it => it.scrollWidth > it.clientWidth"):
+                raise SystemExit("the tree is wider than its picture: choose another moment")
             save(tree, "tree")
 
 

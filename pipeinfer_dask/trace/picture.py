@@ -22,6 +22,8 @@ from pipeinfer_dask.trace.tables import node_name, window, work_of
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
 """Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
+MARGIN = 20
+"""To the right of its end, in pixels: the last mark may have a number."""
 DIGIT = 6
 """Width of a figure in a label, in pixels."""
 SMALL = 110
@@ -101,7 +103,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         What to show; by default all. A part that ends later leaves room.
     """
     began, ended = part if part is not None else (history.began, history.ended)
-    scale = (WIDTH - GUTTER - 8) / max(ended - began, 1e-12)
+    scale = (WIDTH - GUTTER - MARGIN) / max(ended - began, 1e-12)
     rows = history.trace.stages + 1
     bottom = HEAD + rows * ROW
 
@@ -134,7 +136,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         middle = HEAD + row * ROW + ROW // 2
         parts.append(
             f'<text x="4" y="{middle + 4}" fill="#222">{node_name(row)}</text>'
-            f'<path d="M{GUTTER} {middle}H{WIDTH - 8}" stroke="#ddd"/>'
+            f'<path d="M{GUTTER} {middle}H{WIDTH - MARGIN}" stroke="#ddd"/>'
         )
     for name, shapes in paths.items():
         if shapes:

@@ -239,9 +239,11 @@ def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Op
     ]
 
 
-def test_a_tree_says_of_each_guess_what_it_is(opened: Opened) -> None:
+def test_a_tree_is_seen_in_full_and_says_of_each_guess_what_it_is(opened: Opened) -> None:
     tab = opened(SIMULATED, "DraftTree(simulation, moment=2.0)")
     shown = until(tab, "[data-boxes]", "Number(data.boxes) > 3")
+    cut = "it => it.scrollWidth > it.clientWidth"
+    assert not tab.page.locator(".pipeinfer-scroll").evaluate(cut)
     items = tab.page.get_by_role("listitem").filter(has=tab.page.locator("rect"))
     said = [item.get_attribute("aria-label") or "" for item in items.all()]
     assert len(said) == int(shown["boxes"])

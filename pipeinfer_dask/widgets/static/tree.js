@@ -1,6 +1,7 @@
 // The tree: the end of the text, and the tokens that are guessed to follow it.
 
-const BOX = { width: 122, height: 34, gapX: 26, gapY: 8, before: 3, most: 80 };
+const BOX = { width: 96, height: 47, gapX: 18, gapY: 6, before: 2, most: 80 };
+const SMALLEST = 0.7; // a tree that is too wide is drawn smaller as far as it can be read, and then scrolls
 
 const KINDS = {
   text: { meaning: "text", colour: "var(--pipeinfer-accepted)", wide: 3 },
@@ -90,16 +91,17 @@ async function render({ model, el }) {
       return box;
     };
     if (text.length) chain(0);
-    const wide = (BOX.width + BOX.gapX) * (1 + Math.max(0, ...boxes.map((box) => box.depth)));
+    const wide = (BOX.width + BOX.gapX) * (1 + Math.max(0, ...boxes.map((box) => box.depth))) - BOX.gapX + 4;
     const high = (BOX.height + BOX.gapY) * Math.max(1, row) + 8;
-    const svg = makeSvg("svg", { width: wide, height: high, role: "list", "aria-label": `Draft tree: ${open} guesses open, ${gone} ruled out just now` });
+    const svg = makeSvg("svg", { viewBox: `0 0 ${wide} ${high}`, role: "list", "aria-label": `Draft tree: ${open} guesses open, ${gone} ruled out just now` });
+    Object.assign(svg.style, { width: "100%", minWidth: `${SMALLEST * wide}px`, maxWidth: `${wide}px` });
     const x = (box) => 2 + box.depth * (BOX.width + BOX.gapX);
     const y = (box) => 4 + box.row * (BOX.height + BOX.gapY);
     for (const box of boxes) {
       if (box.parent) {
         const middle = BOX.height / 2;
         svg.append(makeSvg("path", {
-          d: `M${x(box.parent) + BOX.width} ${y(box.parent) + middle}C${x(box) - 8} ${y(box.parent) + middle} ${x(box) - 18} ${y(box) + middle} ${x(box)} ${y(box) + middle}`,
+          d: `M${x(box.parent) + BOX.width} ${y(box.parent) + middle}C${x(box) - 5} ${y(box.parent) + middle} ${x(box) - 13} ${y(box) + middle} ${x(box)} ${y(box) + middle}`,
           fill: "none", stroke: "currentColor", "stroke-opacity": 0.5,
           "stroke-width": 0.7 + 2.5 * guesses.confidence[box.guess],
         }));
@@ -121,10 +123,10 @@ async function render({ model, el }) {
         makeSvg("text", {
           x: x(box) + 7, y: y(box) + 14, "font-family": "monospace", "font-weight": "bold",
           "text-decoration": kind.struck ? "line-through" : "none",
-        }, word.slice(0, 14)),
-        makeSvg("text", { x: x(box) + 7, y: y(box) + 28, opacity: 0.8 },
-          [sure,
-            run !== undefined ? `run ${placed.run[run]} slot ${placed.slot[run]}` : ""].filter(Boolean).join(" · ")),
+        }, word.slice(0, 11)),
+        makeSvg("text", { x: x(box) + 7, y: y(box) + 27, opacity: 0.8 }, sure),
+        makeSvg("text", { x: x(box) + 7, y: y(box) + 40, opacity: 0.8 },
+          run !== undefined ? `run ${placed.run[run]} slot ${placed.slot[run]}` : ""),
       );
       svg.append(group);
     }
