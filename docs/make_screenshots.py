@@ -54,7 +54,9 @@ Stepper(plain, piped)""",
     """story = History(piped.trace)
 
 def guessed(token):
-    return sum(g.ahead > 0 and g.made <= token.time < g.settled for g in story.guesses)
+    there = [g for g in story.guesses if g.ahead > 0 and g.made <= token.time < g.settled]
+    depth = max((g.position for g in there), default=0) - token.guess.position
+    return len(there) if depth <= 7 else 0  # deeper ones are wider than the picture
 
 fullest = max(story.tokens, key=guessed)
 DraftTree(piped, moment=fullest.time - story.began + 1e-4)""",
