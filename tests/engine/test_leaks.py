@@ -100,7 +100,8 @@ def shared_memory() -> list[str]:
 
 def descriptors(client: Client) -> dict[str, int]:
     """Return how many files and sockets each worker has open."""
-    return client.run(lambda: psutil.Process().num_fds())
+    counts: dict[str, int] = client.run(lambda: psutil.Process().num_fds())
+    return counts
 
 
 def wait_until_workers_hold_nothing(client: Client, files: Mapping[str, int] = {}) -> None:
@@ -295,6 +296,7 @@ def test_workers_are_freed_when_the_client_of_an_open_engine_is_closed(
         assert engine.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
         client.close()
         wait_until_workers_hold_nothing(observer)
+        engine.close()
 
 
 CLIENT = """

@@ -77,9 +77,8 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def test_a_client_that_is_killed_takes_nothing_from_another_one_on_the_same_workers(
     pair: Pair, client: Client
 ) -> None:
-    address = client.scheduler.address
     with (
-        running(PROGRAM, address, str(pair.target)) as other,
+        running(PROGRAM, address_of(client), str(pair.target)) as other,
         pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=2) as engine,
     ):
         assert line_of(other) == "generates\n"
@@ -92,6 +91,10 @@ def test_a_client_that_is_killed_takes_nothing_from_another_one_on_the_same_work
         until_empty(lambda: {} if actors(client) == WORKERS else {"actors": actors(client)})
 
 
+def address_of(client: Client) -> str:
+    return str(client.scheduler_info()["address"])
+
+
 def actors(client: Client) -> int:
     return sum(held.get("actors", 0) for held in Saboteur(client).left().values())
 
@@ -100,7 +103,7 @@ def actors(client: Client) -> int:
 def test_a_program_that_ends_with_an_open_engine_frees_its_workers(
     pair: Pair, client: Client
 ) -> None:
-    with running(PROGRAM, client.scheduler.address, str(pair.target)) as program:
+    with running(PROGRAM, address_of(client), str(pair.target)) as program:
         assert line_of(program) == "generates\n"
         assert actors(client) == 2
         assert program.stdin is not None
