@@ -34,7 +34,12 @@ PACKAGES = {
     "simulation": "the same machine in virtual time",
     "models": "what computes: shards, KV caches, checkpoints, devices, the embedded pair",
     "testing": "synthetic pairs whose agreement is set by a dial",
-    "runtime": "what carries: links, threads, workers, memory checks, the head",
+    "runtime.links": "messages, their bytes, and the connections that carry them",
+    "runtime.nodes": "a stage or a drafter on its worker: thread, links, loading",
+    "runtime.planning": "what is asked, and who is to hold what: checked before any is loaded",
+    "runtime.pipeline": "all nodes as one pipeline: opened, watched, mended",
+    "runtime.head": "who drives it; requests, generations, conversations",
+    "runtime.emulation": "real pipelines of emulated models, and emulated distance",
     "engine": "what users call from Python",
     "terminal": "a generation in a terminal",
     "timeline": "a trace as a picture of characters",
@@ -171,7 +176,7 @@ def summary(thing: object) -> str:
 
 def modules(package: str) -> list[Path]:
     """Return the modules of a package, or the one module of that name."""
-    folder = PACKAGE / package
+    folder = PACKAGE.joinpath(*package.split("."))
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
@@ -189,16 +194,20 @@ def imports(package: str) -> list[str]:
     for path in modules(package):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module is not None:
-                parts = node.module.split(".")
                 # `from pipeinfer_dask import x`: x is a package, or a public name
-                names = [alias.name for alias in node.names] if len(parts) == 1 else parts[1:2]
-                found |= set(names) if parts[0] == PACKAGE.name else set()
+                names = [f"{node.module}.{alias.name}." for alias in node.names]
+                found |= {
+                    name
+                    for name in PACKAGES
+                    if any(each.startswith(f"{PACKAGE.name}.{name}.") for each in names)
+                }
     return [name for name in PACKAGES if name in found - {package}]
 
 
 def packages_table(shown: str) -> str:
     """Return the packages; a line count that the page shows stays while it is about right."""
-    said = {name: int(count) for name, count in re.findall(r"^\| `(\w+)` \| (\d+) \|", shown, re.M)}
+    rows_shown = re.findall(r"^\| `([\w.]+)` \| (\d+) \|", shown, re.M)
+    said = {name: int(count) for name, count in rows_shown}
     rows = []
     for name in there():
         count = lines(name)

@@ -24,24 +24,40 @@ from pipeinfer_dask.models.devices import Dtype
 from pipeinfer_dask.models.layers import check_stages
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
-from pipeinfer_dask.runtime.admission import Admission
-from pipeinfer_dask.runtime.chat import Chat
-from pipeinfer_dask.runtime.clusters import LoopThread, call_on, loop_of, own_cluster, workers_of
-from pipeinfer_dask.runtime.generation import Generation, GenerationInterrupted, Piece, Result
-from pipeinfer_dask.runtime.gpus import Devices
-from pipeinfer_dask.runtime.head import MAX_CONCURRENT, Head
-from pipeinfer_dask.runtime.head_actor import PipelinePlan
-from pipeinfer_dask.runtime.loading import Loading, Progress, shown
-from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
-from pipeinfer_dask.runtime.opening import check_asked, check_count, check_recovery, open_on
-from pipeinfer_dask.runtime.pauses import short_collections
-from pipeinfer_dask.runtime.pipeline import Pipeline
-from pipeinfer_dask.runtime.placement import default_stages, head_worker, place, without_spares
-from pipeinfer_dask.runtime.planning import AUTO, Draft, LayerSplit, Models
-from pipeinfer_dask.runtime.recovery import Recovery
-from pipeinfer_dask.runtime.remote_head import RemoteHead
-from pipeinfer_dask.runtime.scaling import keep_nodes
-from pipeinfer_dask.runtime.serving import Driver, EngineClosedError, Serving
+from pipeinfer_dask.runtime.head.chat import Chat
+from pipeinfer_dask.runtime.head.generation import Generation, GenerationInterrupted, Piece, Result
+from pipeinfer_dask.runtime.head.head import MAX_CONCURRENT, Head
+from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
+from pipeinfer_dask.runtime.head.remote_head import RemoteHead
+from pipeinfer_dask.runtime.head.serving import Driver, EngineClosedError, Serving
+from pipeinfer_dask.runtime.nodes.loading import Loading, Progress, shown
+from pipeinfer_dask.runtime.nodes.pauses import short_collections
+from pipeinfer_dask.runtime.pipeline.interface import Pipeline
+from pipeinfer_dask.runtime.pipeline.local_pipeline import LocalPipeline
+from pipeinfer_dask.runtime.pipeline.recovery import Recovery
+from pipeinfer_dask.runtime.pipeline.scaling import keep_nodes
+from pipeinfer_dask.runtime.planning.admission import Admission
+from pipeinfer_dask.runtime.planning.clusters import (
+    LoopThread,
+    call_on,
+    loop_of,
+    own_cluster,
+    workers_of,
+)
+from pipeinfer_dask.runtime.planning.gpus import Devices
+from pipeinfer_dask.runtime.planning.models import AUTO, Draft, LayerSplit, Models
+from pipeinfer_dask.runtime.planning.opening import (
+    check_asked,
+    check_count,
+    check_recovery,
+    open_on,
+)
+from pipeinfer_dask.runtime.planning.placement import (
+    default_stages,
+    head_worker,
+    place,
+    without_spares,
+)
 from pipeinfer_dask.trace.picture import table_html
 
 if TYPE_CHECKING:

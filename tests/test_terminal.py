@@ -3,7 +3,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from pipeinfer_dask.runtime.loading import Loading
+from pipeinfer_dask.runtime.nodes.loading import Loading
 from pipeinfer_dask.terminal import loading
 
 STEPS = (

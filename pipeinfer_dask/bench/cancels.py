@@ -22,7 +22,7 @@ from pipeinfer_dask.bench.soak import (
 )
 from pipeinfer_dask.engine import Engine
 from pipeinfer_dask.models.demo_pair import demo_pair
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 
 LOOK_S = 0.0002
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from pipeinfer_dask.runtime.emulation import Emulation
+from pipeinfer_dask.runtime.emulation.emulation import Emulation
 from pipeinfer_dask.simulation import CHAINS, Costs, simulate
 
 MICRO_BATCHES = (1, 2, 3, 4)

@@ -21,7 +21,7 @@ from pipeinfer_dask.engine import Engine, Generation, GenerationInterrupted
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 
 PROMPTS = ("def main", "import os\n", "class Node:", "for line in")
 LONG_PROMPT = 3 * DEMO_PROMPT

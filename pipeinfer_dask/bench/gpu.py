@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from pipeinfer_dask.engine import Engine
 from pipeinfer_dask.models.devices import CPU, Dtype
-from pipeinfer_dask.runtime.gpus import gpu_count
+from pipeinfer_dask.runtime.planning.gpus import gpu_count
 from pipeinfer_dask.testing import byte_tokenizer
 
 LATER = 0.1

@@ -22,8 +22,8 @@ from pipeinfer_dask.bench.floor import Floor
 from pipeinfer_dask.models.stage import CountBytes, HiddenStates, Intake, StageOutput
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch, Event, Kind, RunDone, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
-from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 
 HIDDEN_SIZE = 2048
 """8 KiB a token: a payload is a run of one token or more through a model of this width."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from pipeinfer_dask.runtime.clusters import own_cluster
-from pipeinfer_dask.runtime.emulation import Emulation, default_processes
+from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs, simulate_together
 from pipeinfer_dask.trace import Metrics
 

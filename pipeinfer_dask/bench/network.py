@@ -14,9 +14,9 @@ from typing import Any, Literal
 from distributed import Client
 
 from pipeinfer_dask.bench.comparison import HOP_ROUNDS, compare
-from pipeinfer_dask.runtime.clusters import own_cluster
-from pipeinfer_dask.runtime.emulation import Emulation, default_processes
-from pipeinfer_dask.runtime.lags import Distance
+from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
+from pipeinfer_dask.runtime.emulation.lags import Distance
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs
 
 NETWORKS = (

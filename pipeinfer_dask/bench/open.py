@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pipeinfer_dask.bench.hop import PassingSpec
 from pipeinfer_dask.engine import Engine
-from pipeinfer_dask.runtime.clusters import call_on, loop_of, own_cluster, workers_of
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.planning.clusters import call_on, loop_of, own_cluster, workers_of
 
 LAYERS = 80
 STAGES = 8

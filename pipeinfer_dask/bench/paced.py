@@ -11,8 +11,8 @@ from itertools import product
 from typing import Any
 
 from pipeinfer_dask.bench.comparison import compare
-from pipeinfer_dask.runtime.clusters import own_cluster
-from pipeinfer_dask.runtime.emulation import Emulation, default_processes
+from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs
 
 TIMEOUT_S = 600.0

@@ -23,7 +23,7 @@ from pipeinfer_dask.engine import Engine, Generation
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 from pipeinfer_dask.models.sequences import Sequences
 from pipeinfer_dask.policies import STRATEGIES
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 
 STAGES = 2
 PROMPTS = (

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeinfer_dask.engine import Engine, Result
-    from pipeinfer_dask.runtime.admission import Admission
+    from pipeinfer_dask.runtime.planning.admission import Admission
 
 
 @click.group("pipeinfer", cls=Commands)
@@ -201,8 +201,8 @@ def generate(
         pair = demo_pair()
         target, draft = str(pair.target), draft or str(pair.draft)
     from pipeinfer_dask.models.linears import check_weights
-    from pipeinfer_dask.runtime.clusters import connected
-    from pipeinfer_dask.runtime.settings import split
+    from pipeinfer_dask.runtime.planning.clusters import connected
+    from pipeinfer_dask.runtime.planning.settings import split
 
     settings, knobs = split(asked)
     check_weights(weights)
@@ -385,7 +385,7 @@ def _admission(
 ) -> Admission:
     """Return who can say, before a cluster is started, whether a request can be served."""
     from pipeinfer_dask.models.checkpoint import load_tokenizer, open_checkpoint
-    from pipeinfer_dask.runtime.admission import Admission
+    from pipeinfer_dask.runtime.planning.admission import Admission
 
     checkpoint = open_checkpoint(os.fspath(target), elsewhere=elsewhere)
     return Admission(checkpoint, load_tokenizer(checkpoint), has_draft=draft is not None)

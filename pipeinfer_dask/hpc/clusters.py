@@ -13,7 +13,7 @@ from pipeinfer_dask.hpc.queues import SYSTEMS
 if TYPE_CHECKING:
     from dask_jobqueue import JobQueueCluster
 
-PRELOAD = "pipeinfer_dask.runtime.actors"
+PRELOAD = "pipeinfer_dask.runtime.nodes.actors"
 """What every worker needs, and takes seconds to import."""
 
 

@@ -22,9 +22,9 @@ from pipeinfer_dask.hpc.queues import JobState
 from pipeinfer_dask.hpc.waiting import JobError, Progress, StartTimeoutError
 from pipeinfer_dask.models.checkpoint import check_pair, open_checkpoint
 from pipeinfer_dask.models.layers import split_layers
-from pipeinfer_dask.runtime import loading
-from pipeinfer_dask.runtime.clusters import call_on, loop_of
-from pipeinfer_dask.runtime.loading import Loading
+from pipeinfer_dask.runtime.nodes import loading
+from pipeinfer_dask.runtime.nodes.loading import Loading
+from pipeinfer_dask.runtime.planning.clusters import call_on, loop_of
 from pipeinfer_dask.trace.picture import table_html
 
 NAMES_S = 5.0

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pipeinfer_dask.hpc.jobs import Jobs
 from pipeinfer_dask.hpc.queues import ASK_S, JobState
-from pipeinfer_dask.runtime.loading import Loading, in_notebook
+from pipeinfer_dask.runtime.nodes.loading import Loading, in_notebook
 
 GLANCE_S = 0.1
 """The scheduler is asked for its workers so often."""

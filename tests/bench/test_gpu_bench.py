@@ -1,7 +1,7 @@
 import pytest
 
 from pipeinfer_dask.bench.gpu import run_gpu_bench
-from pipeinfer_dask.runtime.gpus import gpu_count
+from pipeinfer_dask.runtime.planning.gpus import gpu_count
 
 
 @pytest.mark.skipif(gpu_count() > 0, reason="says what a machine without a GPU says")

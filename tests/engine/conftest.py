@@ -10,7 +10,7 @@ import pytest
 import torch
 from distributed import Client, LocalCluster
 
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import LAYERS, Pair, PairOf, make_pair
 
 # Operations on such small models only lose by being shared out among cores.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
-from pipeinfer_dask.runtime.chat import Chat
+from pipeinfer_dask.runtime.head.chat import Chat
 from tests.engine.pairs import Pair, greedy_tokens
 
 TEMPLATE = (

@@ -21,8 +21,9 @@ from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.protocol.messages import Batch, DrafterLost, Kind, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
-from pipeinfer_dask.runtime.clusters import own_cluster
-from pipeinfer_dask.runtime.compute import RunPass, StageThread
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.nodes.compute import StageThread
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 
 LONG = 480

@@ -20,7 +20,7 @@ from distributed import Client, LocalCluster, Scheduler, Worker
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
-from pipeinfer_dask.runtime.links import Link
+from pipeinfer_dask.runtime.links.links import Link
 from tests.engine.pairs import PROMPT, Pair
 from tests.tiny import make_tiny
 

@@ -7,7 +7,7 @@ from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError
-from pipeinfer_dask.runtime.head import PipelineBusyError
+from pipeinfer_dask.runtime.head.head import PipelineBusyError
 from tests.engine.pairs import PROMPT, Pair
 
 

@@ -10,9 +10,9 @@ from distributed import Client
 
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
-from pipeinfer_dask.runtime.gpus import Devices
-from pipeinfer_dask.runtime.placement import default_stages, place, spread, without_spares
-from pipeinfer_dask.runtime.planning import Models, _ask
+from pipeinfer_dask.runtime.planning.gpus import Devices
+from pipeinfer_dask.runtime.planning.models import Models, _ask
+from pipeinfer_dask.runtime.planning.placement import default_stages, place, spread, without_spares
 
 FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
 
@@ -161,7 +161,7 @@ async def never() -> None:
 def test_workers_that_do_not_tell_what_they_have_are_named(
     inproc_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.planning.ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pipeinfer_dask.runtime.planning.models.ANSWER_TIMEOUT_S", 0.1)
     worker = min(inproc_client.scheduler_info()["workers"])
     with pytest.raises(RuntimeError, match=f"expected {worker} to answer within 0.1 s"):
         _ask(inproc_client, [worker], never)

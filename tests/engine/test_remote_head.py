@@ -14,7 +14,7 @@ from distributed import Client
 import pipeinfer_dask as pi
 from pipeinfer_dask.policies import STRATEGIES, Iterative
 from pipeinfer_dask.protocol.messages import Begin, Commit, Kind, RunDone, StartRun
-from pipeinfer_dask.runtime.head import PipelineBusyError
+from pipeinfer_dask.runtime.head.head import PipelineBusyError
 from pipeinfer_dask.widgets import Feed
 from pipeinfer_dask.widgets.feed import TABLES
 from tests.engine.pairs import PROMPT, Pair

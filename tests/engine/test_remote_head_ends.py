@@ -12,9 +12,9 @@ from distributed import Client, Worker
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
-from pipeinfer_dask.runtime.clusters import own_cluster
-from pipeinfer_dask.runtime.head_actor import HeadNode
-from pipeinfer_dask.runtime.loading import Loading
+from pipeinfer_dask.runtime.head.head_actor import HeadNode
+from pipeinfer_dask.runtime.nodes.loading import Loading
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_failure import break_after
 from tests.engine.test_leaks import wait_until_workers_hold_nothing

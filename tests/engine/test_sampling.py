@@ -29,7 +29,7 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.models.sampling import gumbel_noise
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Commit
-from pipeinfer_dask.runtime.settings import FIELDS
+from pipeinfer_dask.runtime.planning.settings import FIELDS
 from tests.engine.pairs import PROMPT, Pair
 
 NEW_TOKENS = 100

@@ -19,8 +19,8 @@ from distributed.comm import connect
 from distributed.comm.addressing import get_address_host_port
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.runtime.carriers import StreamCarrier
-from pipeinfer_dask.runtime.clusters import _is_exposed
+from pipeinfer_dask.runtime.links.carriers import StreamCarrier
+from pipeinfer_dask.runtime.planning.clusters import _is_exposed
 from tests.engine.pairs import PROMPT, Pair
 
 pytestmark = pytest.mark.cluster

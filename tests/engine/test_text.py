@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipeinfer_dask.runtime.text import DecodedText
+from pipeinfer_dask.runtime.head.text import DecodedText
 from tests.engine.pairs import Pair
 from tests.tiny import END_OF_TEXT
 

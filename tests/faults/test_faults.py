@@ -14,7 +14,7 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.engine import GenerationInterrupted
 from pipeinfer_dask.protocol.messages import DrafterLost, StageLost, StagesBack
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]

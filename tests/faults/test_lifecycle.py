@@ -12,7 +12,7 @@ from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_leaks import descriptors, until_empty, wait_until_workers_hold_nothing
 

@@ -8,7 +8,7 @@ import pytest
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
-from pipeinfer_dask.runtime.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair, greedy_tokens
 
 PATIENCE_S = 60.0

@@ -37,13 +37,13 @@ def test_a_job_is_one_worker_with_all_its_cores_and_no_limit_that_kills_it(syste
     assert "--nworkers" not in command
     assert "--death-timeout 120 " in command
     assert "--interface lo" in command
-    assert "--preload pipeinfer_dask.runtime.actors " in command
+    assert "--preload pipeinfer_dask.runtime.nodes.actors " in command
 
 
 def test_condors_jobs_have_no_walltime() -> None:
     with hpc.job_cluster("htcondor", disk="1 GB", **JOB) as cluster:
         script = cluster.job_script()
-    assert "--preload pipeinfer_dask.runtime.actors --memory-limit 0" in script
+    assert "--preload pipeinfer_dask.runtime.nodes.actors --memory-limit 0" in script
 
 
 def test_whatever_else_a_cluster_takes_is_passed_on() -> None:

@@ -8,9 +8,9 @@ import atheris
 
 with atheris.instrument_imports(include=["pipeinfer_dask.runtime"]):
     from pipeinfer_dask.models.stage import Intake
-    from pipeinfer_dask.runtime.framing import CHUNK, Inflow
-    from pipeinfer_dask.runtime.reading import decode, read_header
-    from pipeinfer_dask.runtime.wire import WireError
+    from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow
+    from pipeinfer_dask.runtime.links.reading import decode, read_header
+    from pipeinfer_dask.runtime.links.wire import WireError
 
 INTAKE = Intake(tokens=16, width=4)
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipeinfer_dask.runtime import actors, compute
-from pipeinfer_dask.runtime.clocks import PeerClock
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.pipeline.clocks import PeerClock
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from tests.runtime.chain import run_of
 from tests.runtime.test_dask_pipeline import STAGES, Listener, cluster
 

@@ -13,7 +13,12 @@ from contextlib import ExitStack
 import dask
 import pytest
 
-from pipeinfer_dask.runtime.clusters import LoopThread, _interrupts_held, call_on, own_cluster
+from pipeinfer_dask.runtime.planning.clusters import (
+    LoopThread,
+    _interrupts_held,
+    call_on,
+    own_cluster,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +86,7 @@ def test_an_interrupt_before_the_loop_has_begun_waits_for_nothing(
 
         def interrupted(begin: Callable[[], None]) -> None:
             patched.undo()
-            patched.setattr("pipeinfer_dask.runtime.clusters.CLEANUP_TIMEOUT_S", math.inf)
+            patched.setattr("pipeinfer_dask.runtime.planning.clusters.CLEANUP_TIMEOUT_S", math.inf)
             if handed_over:
                 hand_over(begin)
             raise KeyboardInterrupt

@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeinfer_dask.models.stage import StageOutput
 from pipeinfer_dask.protocol.messages import CancelReason, CancelRuns, Release
-from pipeinfer_dask.runtime.compute import RunPass, StageThread
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.nodes.compute import StageThread
 from tests.runtime.chain import CountingStage, run_of
 
 

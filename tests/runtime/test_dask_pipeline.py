@@ -30,14 +30,14 @@ from pipeinfer_dask.protocol.messages import (
     RunTaken,
     StartDraft,
 )
-from pipeinfer_dask.runtime.actors import CONTROL, INPUT, StageSpec
-from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline, PipelineError
-from pipeinfer_dask.runtime.links import Link, dial
-from pipeinfer_dask.runtime.loading import Loading
-from pipeinfer_dask.runtime.peers import Peer
-from pipeinfer_dask.runtime.recovery import Recovery
-from pipeinfer_dask.runtime.wire import DialNext
+from pipeinfer_dask.runtime.links.links import Link, dial
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.links.wire import DialNext
+from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, StageSpec
+from pipeinfer_dask.runtime.nodes.loading import Loading
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline, PipelineError
+from pipeinfer_dask.runtime.pipeline.peers import Peer
+from pipeinfer_dask.runtime.pipeline.recovery import Recovery
 from tests.runtime.chain import (
     BROKEN,
     READ_BYTES,
@@ -251,7 +251,7 @@ def test_a_drafter_in_the_clients_process_that_fails_is_lost_alone() -> None:
 def test_a_worker_that_lives_but_gets_no_further_with_loading_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.nodes.STANDSTILL_S", 0.2)
+    monkeypatch.setattr("pipeinfer_dask.runtime.pipeline.assembled.STANDSTILL_S", 0.2)
     gate = tmp_path / "gate"
 
     async def main() -> None:
@@ -264,7 +264,7 @@ def test_a_worker_that_lives_but_gets_no_further_with_loading_is_given_up(
 
 
 def test_a_node_that_does_not_tell_of_itself_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.nodes.ANSWER_TIMEOUT_S", 0)
+    monkeypatch.setattr("pipeinfer_dask.runtime.pipeline.assembled.ANSWER_TIMEOUT_S", 0)
 
     async def main() -> None:
         async with cluster(workers=1) as (client, workers):
@@ -419,7 +419,7 @@ def test_a_worker_that_stops_while_it_loads_does_not_keep_us_waiting() -> None:
 def test_a_worker_that_stops_while_another_loads_does_not_keep_us_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.nodes.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pipeinfer_dask.runtime.pipeline.assembled.CLOSE_TIMEOUT_S", 0.5)
     go = tmp_path / "go"
 
     async def links(dask_worker: Worker) -> int:

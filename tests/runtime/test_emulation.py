@@ -5,9 +5,9 @@ import pytest
 from distributed import Client
 
 from pipeinfer_dask.policies import STRATEGIES, Adaptive
-from pipeinfer_dask.runtime.clusters import own_cluster
-from pipeinfer_dask.runtime.emulation import Emulation, default_processes
-from pipeinfer_dask.runtime.lags import Distance
+from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
+from pipeinfer_dask.runtime.emulation.lags import Distance
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs, simulate
 
 COSTS = Costs.even(2, stage_s=0.005, token_bytes=1024, layers=4)

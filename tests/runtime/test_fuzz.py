@@ -21,12 +21,20 @@ from distributed import LocalCluster, Worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeinfer_dask.runtime.actors import CONTROL, INPUT, StageNode
-from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.framing import CHUNK, Inflow, pack
-from pipeinfer_dask.runtime.links import Link, Session, dial
-from pipeinfer_dask.runtime.reading import decode, read_header
-from pipeinfer_dask.runtime.wire import Envelope, Failed, Message, Ping, Pong, WireError, encode
+from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow, pack
+from pipeinfer_dask.runtime.links.links import Link, Session, dial
+from pipeinfer_dask.runtime.links.reading import decode, read_header
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.links.wire import (
+    Envelope,
+    Failed,
+    Message,
+    Ping,
+    Pong,
+    WireError,
+    encode,
+)
+from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, StageNode
 from tests.runtime.chain import CountingSpec, run_of
 from tests.runtime.test_wire import INTAKE, messages
 

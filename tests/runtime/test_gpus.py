@@ -14,10 +14,10 @@ from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.models.probe import cache_width
 from pipeinfer_dask.models.shard import Shard
-from pipeinfer_dask.runtime.admission import SPECULATIVE_SLOTS
-from pipeinfer_dask.runtime.gpus import CPUS, Devices, check_gpus, gpu_count
-from pipeinfer_dask.runtime.memory import Pool
-from pipeinfer_dask.runtime.planning import Models
+from pipeinfer_dask.runtime.planning.admission import SPECULATIVE_SLOTS
+from pipeinfer_dask.runtime.planning.gpus import CPUS, Devices, check_gpus, gpu_count
+from pipeinfer_dask.runtime.planning.memory import Pool
+from pipeinfer_dask.runtime.planning.models import Models
 from tests.families import FAMILIES
 from tests.models.pipelines import linear, never
 from tests.tiny import make_tiny

@@ -18,12 +18,12 @@ from distributed.protocol import ToPickle
 from distributed.protocol.core import dumps
 
 from pipeinfer_dask.protocol.messages import Batch, Kind, Prune, StartRun
-from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.framing import CHUNK, MOST_HEADER, PREFIX, Inflow
-from pipeinfer_dask.runtime.links import Counts, Link, LinkError, Session, accept
-from pipeinfer_dask.runtime.reading import decode, read_header
-from pipeinfer_dask.runtime.typed import is_a
-from pipeinfer_dask.runtime.wire import Envelope, Message, Ping, Pong, WireError, encode
+from pipeinfer_dask.runtime.links.framing import CHUNK, MOST_HEADER, PREFIX, Inflow
+from pipeinfer_dask.runtime.links.links import Counts, Link, LinkError, Session, accept
+from pipeinfer_dask.runtime.links.reading import decode, read_header
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.links.typed import is_a
+from pipeinfer_dask.runtime.links.wire import Envelope, Message, Ping, Pong, WireError, encode
 from tests.runtime.test_links import INTAKE, NODE, SESSION, Inbox, linked, payload_of
 
 OVER_A_NETWORK = ["tcp", "tls"]

@@ -13,10 +13,10 @@ from distributed.comm import Comm
 from distributed.core import Server
 
 from pipeinfer_dask.models.stage import Intake
-from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.framing import PREFIX
-from pipeinfer_dask.runtime.links import Counts, Link, LinkError, Session, accept, dial
-from pipeinfer_dask.runtime.wire import Message, Ping, Pong, WireError
+from pipeinfer_dask.runtime.links.framing import PREFIX
+from pipeinfer_dask.runtime.links.links import Counts, Link, LinkError, Session, accept, dial
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.links.wire import Message, Ping, Pong, WireError
 from tests.runtime.chain import run_of
 
 SESSION = Session.new()
@@ -184,7 +184,7 @@ def test_a_node_that_does_not_know_the_secret_is_not_trusted() -> None:
 
 
 def test_nobody_at_the_address_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.links.DIAL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipeinfer_dask.runtime.links.links.DIAL_TIMEOUT_S", 0.2)
 
     async def main() -> None:
         with pytest.raises(LinkError, match=f"could not connect to {NODE} at tcp://127.0.0.1:9"):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.models.stage import CountBytes, Stage, StageOutput
-from pipeinfer_dask.runtime.local_pipeline import LocalPipeline
+from pipeinfer_dask.runtime.pipeline.local_pipeline import LocalPipeline
 from tests.runtime.chain import BROKEN, CountingStage, run_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeinfer_dask.runtime.memory import Need, Pool, check_memory, pools_here
+from pipeinfer_dask.runtime.planning.memory import Need, Pool, check_memory, pools_here
 
 GIB = 1 << 30
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.runtime.opening import check_recovery
+from pipeinfer_dask.runtime.planning.opening import check_recovery
 
 GOOD: dict[str, Any] = {
     "spares": 0,

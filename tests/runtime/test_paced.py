@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
-from pipeinfer_dask.runtime.paced import PacedDraft, PacedStage, paced_specs
+from pipeinfer_dask.runtime.emulation.paced import PacedDraft, PacedStage, paced_specs
 from pipeinfer_dask.simulation import Costs, Curve, SyntheticPair
 from pipeinfer_dask.simulation.truth import ELSEWHERE
 
@@ -87,7 +87,7 @@ def test_an_acceptance_that_is_no_chance_is_refused_before_anything_is_loaded() 
 
 
 def test_paced_models_load_neither_torch_nor_dask() -> None:
-    script = "import sys, pipeinfer_dask.runtime.paced; print(*sys.modules)"
+    script = "import sys, pipeinfer_dask.runtime.emulation.paced; print(*sys.modules)"
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert {"torch", "distributed", "dask"}.isdisjoint(child.stdout.split())

@@ -1,6 +1,6 @@
 import gc
 
-from pipeinfer_dask.runtime.pauses import short_collections
+from pipeinfer_dask.runtime.nodes.pauses import short_collections
 
 
 def test_what_is_there_is_passed_over_until_the_last_block_ends() -> None:

@@ -11,7 +11,8 @@ import pytest
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.protocol.messages import LEFT_OUT, Batch, Prune
 from pipeinfer_dask.protocol.sampling import Sampling
-from pipeinfer_dask.runtime.compute import Cancellations, RunPass, StageThread
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.nodes.compute import Cancellations, StageThread
 from tests.runtime.chain import run_of
 
 HIDDEN = np.arange(8, dtype=np.float32).reshape(4, 2)

@@ -13,8 +13,8 @@ from distributed import Client, LocalCluster, Worker
 
 from pipeinfer_dask.models.stage import CountBytes
 from pipeinfer_dask.protocol.messages import AWAY, DrafterBack, DrafterLost, StageLost, StagesBack
-from pipeinfer_dask.runtime.dask_pipeline import DaskPipeline
-from pipeinfer_dask.runtime.recovery import NONE, Recovery
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.pipeline.recovery import NONE, Recovery
 from tests.runtime.chain import (
     CountingSpec,
     EchoingDraft,
@@ -31,7 +31,7 @@ STAGE = (CountingSpec("end", last=True),)
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again after seconds is tried again at once."""
-    monkeypatch.setattr("pipeinfer_dask.runtime.assembly.RETRY_S", 0.05)
+    monkeypatch.setattr("pipeinfer_dask.runtime.pipeline.assembly.RETRY_S", 0.05)
 
 
 @asynccontextmanager

@@ -26,9 +26,9 @@ from pipeinfer_dask.protocol.messages import (
     TreePlan,
 )
 from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
-from pipeinfer_dask.runtime.compute import RunPass
-from pipeinfer_dask.runtime.reading import decode
-from pipeinfer_dask.runtime.wire import (
+from pipeinfer_dask.runtime.links.reading import decode
+from pipeinfer_dask.runtime.links.runs import RunPass
+from pipeinfer_dask.runtime.links.wire import (
     Close,
     Dialled,
     DialNext,

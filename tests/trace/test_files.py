@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.protocol.messages import LEFT_OUT, Command, Event, RunDone
 from pipeinfer_dask.protocol.sampling import Sampling
-from pipeinfer_dask.runtime.text import TokenTexts
+from pipeinfer_dask.runtime.head.text import TokenTexts
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import History, Trace
 

@@ -1,0 +1,1 @@
+"""Real pipelines with emulated models, or with emulated distance."""

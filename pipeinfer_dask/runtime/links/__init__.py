@@ -1,0 +1,1 @@
+"""What passes between nodes: messages, their bytes, and the connections that carry them."""

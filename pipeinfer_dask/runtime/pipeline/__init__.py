@@ -1,0 +1,1 @@
+"""All nodes as one pipeline, from the client's side: opened, watched, and mended."""

@@ -1,0 +1,298 @@
+"""Where an engine runs: the caller's cluster, one of its own, or a loop in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
+from ipaddress import ip_address
+from math import inf
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread, current_thread, main_thread
+from time import monotonic
+from typing import Any, Self, TypeVar
+
+import dask
+from dask.utils import parse_timedelta
+from distributed import Client, LocalCluster, Security
+from distributed.comm import connect, get_address_host, parse_address, parse_host_port
+from distributed.comm.registry import get_backend
+from distributed.utils import get_mp_context
+
+from pipeinfer_dask.runtime.planning.gpus import CPUS, Devices, gpu_count
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for an engine that has no client's."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._run, name="pipeinfer-head", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run_forever()
+            self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        finally:
+            self.loop.close()
+
+
+CLEANUP_TIMEOUT_S = 30.0
+"""How long an interrupted call waits for what it has begun to be taken back."""
+
+GLANCE_S = 0.5
+"""Who waits looks up so often: a signal that comes just before the thread sleeps wakes nobody."""
+
+
+def call_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on a loop of another thread, and wait for it.
+
+    An interrupt cancels the coroutine, and waits until it has cleaned up.
+
+    Raises
+    ------
+    CancelledError
+        If the coroutine was cancelled.
+    RuntimeError
+        If the loop has ended.
+    """
+    # `Future.result` is not safe to interrupt: the exception may leave the future's lock held,
+    # on which the loop would then wait for ever, or come out as another one. A `SimpleQueue`
+    # waits in one step, and holds nothing.
+    begun: list[asyncio.Task[T]] = []
+    ended: SimpleQueue[None] = SimpleQueue()
+
+    def begin() -> None:
+        begun.append(loop.create_task(work))
+        begun[0].add_done_callback(lambda _: ended.put(None))
+
+    def cancel() -> None:
+        if not begun:  # nor will it be
+            begin()
+        begun[0].cancel()
+
+    def wait(deadline: float = inf) -> None:
+        while not (begun and begun[0].done()) and monotonic() < deadline:
+            if loop.is_closed():
+                raise RuntimeError("the event loop has ended")
+            with suppress(Empty):
+                ended.get(timeout=GLANCE_S)
+
+    try:
+        loop.call_soon_threadsafe(begin)
+        wait()
+    except BaseException:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(cancel)
+            wait(monotonic() + CLEANUP_TIMEOUT_S)
+        if not begun and loop.is_closed():
+            work.close()  # nobody will begin it any more
+        raise
+    try:
+        if begun[0].cancelled():
+            raise CancelledError
+        return begun[0].result()
+    finally:
+        begun.clear()  # or an error would hold itself, by the frame that it passed through
+
+
+CONNECT_TIMEOUT_S = 10.0
+"""How long to wait for a scheduler whose address somebody typed."""
+
+
+def check_address(address: str) -> None:
+    """Raise a ValueError unless this may be the address of a scheduler."""
+    try:
+        scheme, place = parse_address(address)
+        get_backend(scheme)
+        host, port = parse_host_port(place)
+        if not host or not 0 < port < 65536:
+            raise ValueError(f"no host or port in {place!r}")
+    except ValueError as error:
+        raise ValueError(
+            f"expected --scheduler as an address like tcp://host:8786, got {address!r}: {error}"
+        ) from error
+
+
+def connected(address: str) -> Client:
+    """Return a client of the cluster whose scheduler has this address.
+
+    Raises
+    ------
+    ValueError
+        If this is no address, or nobody answers there.
+    """
+    check_address(address)
+    configured = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    seconds = min(CONNECT_TIMEOUT_S, configured)
+    try:
+        # A client that finds nobody goes on trying while it is thrown away: first a look.
+        asyncio.run(_answers(address, seconds))
+        return Client(address, timeout=seconds, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected --scheduler as the address of a running Dask scheduler, such as "
+            f"tcp://host:8786, got {address!r}, where none answers within {seconds:g} s: {error}"
+        ) from error
+
+
+async def _answers(address: str, seconds: float) -> None:
+    comm = await connect(address, timeout=seconds, **Security().get_connection_args("client"))
+    await comm.close()
+
+
+def loop_of(client: Client) -> asyncio.AbstractEventLoop:
+    """Return the loop that the client runs on."""
+
+    async def running() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    loop: asyncio.AbstractEventLoop = client.sync(running)
+    return loop
+
+
+def workers_of(client: Client) -> dict[str, int]:
+    """Return address and threads of each worker.
+
+    Warns if other machines can reach the workers without TLS.
+
+    Raises
+    ------
+    ValueError
+        If the client is closed.
+    """
+    if client.status != "running":
+        raise ValueError(
+            f"expected a client that is connected to a cluster, got one that is {client.status}: "
+            f"make another one"
+        )
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    if exposed := [address for address in workers if _is_exposed(address)]:
+        # Python shows a warning of the same text and place once.
+        warnings.warn(
+            f"other machines can reach this cluster's workers, such as {exposed[0]}, without TLS: "
+            "who can connect can run code there, and read what is generated. Give scheduler, "
+            "workers and client a distributed.Security, or have them listen on 127.0.0.1",
+            stacklevel=3,
+        )
+    return {address: int(info["nthreads"]) for address, info in workers.items()}
+
+
+def _is_exposed(address: str) -> bool:
+    """Whether a worker listens where others than this machine can hear it, and understand."""
+    if not address.startswith(("tcp://", "ws://")):
+        return False
+    host = get_address_host(address)
+    try:
+        return not ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait: processes that lose their parent while they start end in tracebacks."""
+    ours = current_thread() is main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # whoever ignores interrupts, or handles them otherwise, goes on doing so
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
+def _check_script() -> None:
+    """Refuse a script that each worker process would run again when it imports it.
+
+    Raises
+    ------
+    RuntimeError
+        If it has no main guard.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    try:
+        source = "__name__" if script is None else Path(script).read_text(errors="replace")
+    except OSError:
+        return
+    if "__name__" not in source:
+        raise RuntimeError(
+            f'expected `if __name__ == "__main__":` in {script}: worker processes import the '
+            "script again, so put what it does behind that line"
+        )
+
+
+LOST_WORKER_TIMEOUT = "1 hour"
+"""Dask gives a nanny up whose worker is not back by then, for good. By default after 15 seconds,
+which a busy machine needs to start one."""
+
+
+def own_cluster(
+    count: int,
+    resources: ExitStack,
+    devices: Devices = CPUS,
+    *,
+    spares: int = 0,
+    memory_limit: str | int = 0,
+) -> Client:
+    """Start ``count`` worker processes on this machine, to be ended with ``resources``.
+
+    There are ``spares`` more, which idle until one of the others is lost.
+
+    Where each worker is to use its own GPU, and dask-cuda is there to give it one, they are no
+    more than there are GPUs.
+    """
+    _check_script()
+    kind: type[LocalCluster] = LocalCluster
+    # Importing torch and transformers takes seconds of a core in every process. With a fork
+    # server one process does it, and the workers are forks of that one. What has been forked
+    # can't use a GPU that its parent may have touched, though.
+    method = "spawn" if devices.on_gpus else "forkserver"
+    if devices.own_gpus and find_spec("dask_cuda") is not None:
+        kind = import_module("dask_cuda").LocalCUDACluster
+        count = min(count, gpu_count())
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": method}),
+        _interrupts_held(),
+    ):
+        get_mp_context().set_forkserver_preload(
+            ["pipeinfer_dask.runtime.nodes.apart", "distributed", "pipeinfer_dask.models.shard"]
+        )
+        cluster = resources.enter_context(
+            kind(
+                n_workers=count + spares,
+                threads_per_worker=max(1, (os.cpu_count() or 1) // count),
+                processes=True,
+                memory_limit=memory_limit,
+                # None would mean port 8787, which may be taken.
+                dashboard_address="127.0.0.1:0",
+            )
+        )
+    # Read whenever a worker is lost.
+    resources.enter_context(
+        dask.config.set({"distributed.deploy.lost-worker-timeout": LOST_WORKER_TIMEOUT})
+    )
+    client: Client = resources.enter_context(Client(cluster, set_as_default=False))
+    return client

@@ -1,0 +1,146 @@
+"""What an engine is asked to open: checked as far as that needs no look at anything, and opened."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Sized
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from math import isfinite
+from typing import Any, Protocol, TypeVar
+
+from distributed import Client
+
+from pipeinfer_dask.models.linears import check_weights
+from pipeinfer_dask.runtime.planning.clusters import call_on
+from pipeinfer_dask.runtime.planning.placement import CLIENT, WORKER
+
+
+class Closable(Protocol):
+    """What is to be closed on the loop that it lives on."""
+
+    async def close(self) -> None:
+        """Release all that it has."""
+        ...
+
+
+T = TypeVar("T", bound=Closable)
+
+
+def check_asked(
+    models: tuple[object, ...],
+    client: Any,
+    in_process: bool,
+    stages: object,
+    layer_split: object,
+    weights: object,
+    progress: object,
+    head: object,
+) -> None:
+    """Check what a user gives to `Engine.from_pretrained`, by kind.
+
+    Raises
+    ------
+    ValueError
+        If anything is of a wrong kind.
+    """
+    if client is not None and in_process:
+        raise ValueError("expected a client or in_process=True, got both: leave one out")
+    if not isinstance(head, str):
+        raise ValueError(
+            f"expected head as 'client', 'worker' or the address of a worker, got {head!r}"
+        )
+    if in_process and head != CLIENT:
+        raise ValueError(f"expected in_process=True or head={head!r}, got both: leave one out")
+    if client is None and head not in (CLIENT, WORKER):
+        raise ValueError(
+            f"expected head as 'client' or 'worker' where the engine brings its own workers, got "
+            f"{head!r}: give the client of the cluster that has this worker, too"
+        )
+    if client is not None and not isinstance(client, Client):
+        raise ValueError(
+            f"expected a distributed.Client, got {client!r}: make one with Client(...)"
+        )
+    if client is not None and client.asynchronous:
+        raise ValueError(
+            "expected a client made with asynchronous=False: this engine's calls block "
+            "(its generations can be awaited all the same)"
+        )
+    check_count("stages", stages)
+    if layer_split not in (None, "auto") and (
+        isinstance(layer_split, (str, bytes)) or not isinstance(layer_split, Sized)
+    ):
+        raise ValueError(
+            f"expected layer_split as numbers, one a stage, or as 'auto', got {layer_split!r}"
+        )
+    check_weights(weights)
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise ValueError(f"expected progress as a callable, True, False or None, got {progress!r}")
+    for model in models:
+        if isinstance(model, tuple):
+            raise ValueError(
+                f"expected a model's directory or hub name, got {model!r}: give the models of a "
+                "pair one by one, as from_pretrained(pair.target, draft=pair.draft)"
+            )
+        if not isinstance(model, (str, os.PathLike)):
+            raise ValueError(f"expected a model's directory or hub name, got {model!r}")
+
+
+def check_recovery(
+    spares: object,
+    max_recoveries: object,
+    recovery_timeout: Any,
+    node_timeout: Any,
+    move_in_after: Any,
+) -> None:
+    """Check what a user says of losses.
+
+    Raises
+    ------
+    ValueError
+        If anything is out of range.
+    """
+    for name, count in (("spares", spares), ("max_recoveries", max_recoveries)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"expected {name} as a whole number of at least 0, got {count!r}")
+    for name, seconds in (("recovery_timeout", recovery_timeout), ("node_timeout", node_timeout)):
+        if not (_is_number(seconds) and seconds > 0):
+            raise ValueError(f"expected {name} as seconds above 0, got {seconds!r}")
+    if not (_is_number(move_in_after) and move_in_after >= 0):
+        raise ValueError(f"expected move_in_after as seconds from 0 on, got {move_in_after!r}")
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and isfinite(given)
+
+
+def open_on(
+    loop: asyncio.AbstractEventLoop,
+    opening: Callable[[], Coroutine[Any, Any, T]],
+    resources: ExitStack,
+) -> T:
+    """Open a pipeline or a head on a loop of another thread, to be closed with ``resources``."""
+    # Noted on the loop itself: an interrupt may come before we hear of it.
+    opened: list[T] = []
+
+    async def note() -> None:
+        opened.append(await opening())
+
+    def close() -> None:
+        # The loop ends with the client: then its links are closed, and the workers know.
+        with suppress(RuntimeError, CancelledError):
+            while opened and loop.is_running():
+                call_on(loop, opened.pop().close())
+
+    resources.callback(close)
+    call_on(loop, note())
+    return opened[0]
+
+
+def check_count(name: str, count: object) -> None:
+    """Raise a ValueError unless this is a whole number of at least 1, or nothing."""
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
