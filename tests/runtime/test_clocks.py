@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeinfer_dask.runtime import actors, compute
+from pipeinfer_dask.runtime.nodes import actors, compute
 from pipeinfer_dask.runtime.pipeline.clocks import PeerClock
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from tests.runtime.chain import run_of
