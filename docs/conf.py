@@ -4,7 +4,9 @@ pip install -c constraints.txt -e '.[docs]'
 sphinx-build -W --keep-going docs build/docs && python docs/check_links.py build/docs
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pipeinfer_dask
 
@@ -60,3 +62,12 @@ def unreleased(app, docname, source):
 
 def setup(app):
     app.connect("source-read", unreleased)
+    app.connect("source-read", _link_lessons)
+
+
+def _link_lessons(_: Any, name: str, source: list[str]) -> None:
+    # Lessons are reached through a link of the file system, which relative names do not survive.
+    if name.startswith("notebooks/"):
+        source[0] = re.sub(
+            r"\[([^\[\]]+)\]\((\d\d_\w+)\.ipynb\)", r'<a href=\\"\2.html\\">\1</a>', source[0]
+        )
