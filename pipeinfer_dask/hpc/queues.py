@@ -65,6 +65,8 @@ class QueueSystem:
         The command that tells of a job, whose number comes last.
     telling : str
         A pattern of the lines of its answer that say how the job is, and why.
+    ended : str
+        A pattern of what it says, or complains of, once a job surely runs no more.
     walltime : str
         A pattern of the job script's line that sets the walltime, which is its first group.
     units : mapping of int to sequence of int
@@ -74,6 +76,7 @@ class QueueSystem:
     cluster: str
     ask: tuple[str, ...]
     telling: str
+    ended: str
     walltime: str
     units: Mapping[int, Sequence[int]]
 
@@ -115,6 +118,7 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         cluster="SLURMCluster",
         ask=("squeue", "--states=all", "--noheader", f"--Format={_SQUEUE}", "--jobs"),
         telling="",
+        ended=r"(?!)",  # told by the states themselves
         walltime=r"^#SBATCH (?:-t|--time)[ =](\S+)",
         units={1: (60,), 2: (60, 1), 3: (3600, 60, 1)},
     ),
@@ -122,6 +126,7 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         cluster="PBSCluster",
         ask=("qstat", "-f"),
         telling=r"job_state|comment",
+        ended=r"job_state = [CF]\b|Unknown Job Id|Job has finished",
         walltime=r"^#PBS -l .*\bwalltime=([\d:]+)",
         units=_CLOCK,
     ),
@@ -129,6 +134,7 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         cluster="SGECluster",
         ask=("qstat", "-j"),
         telling=r"scheduling info|error reason|job_state",
+        ended=r"do not exist",
         walltime=r"^#\$ -l .*\bh_rt=([\d:]+)",
         units=_CLOCK,
     ),
@@ -136,6 +142,7 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         cluster="LSFCluster",
         ask=("bjobs", "-noheader", "-o", "stat exit_reason pend_reason"),
         telling="",
+        ended=r"^(?:EXIT|DONE)\b|is not found",
         walltime=r"^#BSUB -W ([\d:]+)",
         units={1: (60,), 2: (3600, 60)},
     ),
@@ -143,6 +150,7 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         cluster="OARCluster",
         ask=("oarstat", "-f", "-j"),
         telling=r"\b(?:state|message)\b",
+        ended=r"\bstate = (?:Error|Terminated)\b",
         walltime=r"^#OAR -l .*\bwalltime=([\d:]+)",
         units={1: (3600,), 2: (3600, 60), 3: (3600, 60, 1)},
     ),
@@ -150,6 +158,7 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         cluster="HTCondorCluster",
         ask=("condor_q", "-nobatch"),
         telling="",
+        ended=r"Total for query: 0 jobs",
         walltime=r"(?!)",  # it has none
         units={},
     ),
@@ -197,7 +206,9 @@ def state_of(queue: QueueSystem, job: str, answer: str, trouble: str) -> JobStat
     """Pick what tells of a job from what its queue's command has answered, or complained of."""
     lines = [" ".join(line.split()) for line in answer.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(queue.telling, line)]
-    return JobState(job, "; ".join(telling or lines[-LOG_LINES:]) or trouble or "submitted")
+    ended = any(re.search(queue.ended, line) for line in (*lines, trouble))
+    words = "; ".join(telling or lines[-LOG_LINES:]) or trouble or "submitted"
+    return JobState(job, words, ended)
 
 
 async def _answer(command: Sequence[str]) -> tuple[str, str]:

@@ -91,9 +91,30 @@ def test_of_other_systems_the_telling_lines_are_passed_on(
     system: str, answer: str, words: str
 ) -> None:
     assert state_of(SYSTEMS[system], "7", answer, "") == JobState("7", words)
-    assert state_of(SYSTEMS[system], "7", "", "Unknown Job Id 7") == JobState(
-        "7", "Unknown Job Id 7"
+    assert state_of(SYSTEMS[system], "7", "", "no server answers") == JobState(
+        "7", "no server answers"
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "answer", "trouble"),
+    [
+        ("pbs", "Job Id: 7.server\n    job_state = F\n    comment = Job run at noon\n", ""),
+        ("pbs", "", "qstat: Unknown Job Id 7.server"),
+        ("pbs", "", "qstat: 7.server Job has finished, use -x or -H to obtain job information"),
+        ("sge", "Following jobs do not exist:\n7\n", ""),
+        ("lsf", "EXIT  TERM_OWNER: job killed by owner  -\n", ""),
+        ("lsf", "", "Job <7> is not found"),
+        ("oar", "Job_Id: 7\n    state = Error\n    message = the walltime is over\n", ""),
+        ("htcondor", "Total for query: 0 jobs; 0 completed, 0 removed, 0 idle, 0 running\n", ""),
+    ],
+)
+def test_of_other_systems_it_is_known_when_a_job_has_ended(
+    system: str, answer: str, trouble: str
+) -> None:
+    state = state_of(SYSTEMS[system], "7", answer, trouble)
+    assert state.ended
+    assert state.words
 
 
 def test_a_queue_without_its_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

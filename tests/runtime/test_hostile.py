@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -247,6 +248,21 @@ def test_a_header_of_another_form_is_malformed(header: object) -> None:
     decode([msgpack.packb((0, 0, 6, (1,), None))], INTAKE)
     with pytest.raises(WireError):
         decode([msgpack.packb(header)], INTAKE)
+
+
+@pytest.mark.parametrize("nonsense", [b"\x80", b"\xc7\x00\x05"], ids=["maps", "extensions"])
+def test_a_header_takes_no_memory_for_what_no_message_holds(nonsense: bytes) -> None:
+    count = 100_000
+    header = msgpack.packb((0, 0, 6, None, None)).replace(
+        b"\x06\xc0", b"\x06\xdd" + count.to_bytes(4, "big") + nonsense * count
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match="neither maps nor extensions"):
+            decode([header], INTAKE)
+        assert tracemalloc.get_traced_memory()[1] < 20 * count
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_proof_is_good_once(caplog: pytest.LogCaptureFixture) -> None:

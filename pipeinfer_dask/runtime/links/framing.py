@@ -23,8 +23,11 @@ What it raises, or what it returns does, is the connection's end.
 
 PREFIX = struct.Struct("<IQ")
 """Bytes of the header, and of the payload behind it."""
-MOST_HEADER = 1 << 26
-"""A longer header is nonsense. How long a payload may be, the header's reader says."""
+MOST_HEADER = 1 << 24
+"""A longer header is nonsense: a token of a run takes 20 bytes at most.
+
+How long a payload may be, the header's reader says.
+"""
 CHUNK = 1 << 17
 """A message up to this size is sent and read in one piece."""
 

@@ -71,7 +71,9 @@ def read_header(header: Buffer, nbytes: int, intake: Intake | None) -> Header:
         It is no message, or one with hidden states that may not come.
     """
     try:
-        generation, sequence, code, plain, layout = msgpack.unpackb(header, use_list=False)
+        generation, sequence, code, plain, layout = msgpack.unpackb(
+            header, use_list=False, object_pairs_hook=_refuse, ext_hook=_refuse, max_ext_len=0
+        )
         numbers = generation, sequence, code
         if not is_a(Numbers, numbers) or min(numbers) < 0:
             raise ValueError(f"generation, sequence number and code are {numbers!r}")
@@ -89,6 +91,11 @@ def read_header(header: Buffer, nbytes: int, intake: Intake | None) -> Header:
     if not isinstance(message, RunPass):
         raise WireError(f"expected hidden states with a run, got them with code {code}")
     return Header(generation, sequence, message, _layout(layout, message, nbytes, intake))
+
+
+def _refuse(*_: object) -> None:
+    """Stop at the first map: no message holds one, and a byte of nonsense would take a hundred."""
+    raise ValueError("there are neither maps nor extensions in a message")
 
 
 _MALFORMED = (

@@ -184,11 +184,12 @@ def workers_of(client: Client) -> dict[str, int]:
             f"expected a client that is connected to a cluster, got one that is {client.status}: "
             f"make another one"
         )
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    if exposed := [address for address in workers if _is_exposed(address)]:
+    known = client.scheduler_info(n_workers=-1)
+    workers = known["workers"]
+    if exposed := [address for address in (*workers, known["address"]) if _is_exposed(address)]:
         # Python shows a warning of the same text and place once.
         warnings.warn(
-            f"other machines can reach this cluster's workers, such as {exposed[0]}, without TLS: "
+            f"other machines can reach this cluster, such as {exposed[0]}, without TLS: "
             "who can connect can run code there, and read what is generated. Give scheduler, "
             "workers and client a distributed.Security, or have them listen on 127.0.0.1",
             stacklevel=3,
@@ -197,8 +198,8 @@ def workers_of(client: Client) -> dict[str, int]:
 
 
 def _is_exposed(address: str) -> bool:
-    """Whether a worker listens where others than this machine can hear it, and understand."""
-    if not address.startswith(("tcp://", "ws://")):
+    """Whether somebody listens where others than this machine can hear it, and understand."""
+    if address.startswith(("inproc://", "tls://", "wss://")):
         return False
     host = get_address_host(address)
     try:
