@@ -49,8 +49,11 @@ async def workers(count: int) -> AsyncIterator[tuple[Client, list[Worker]]]:
         Client(cluster, asynchronous=True) as client,
     ):
         yield client, [await one_more(client) for _ in range(count)]
+        assert client.scheduler is not None
         for worker in list(Worker._instances):
-            await worker.close()
+            # Others of this process belong to other tests, and to their loops.
+            if worker.scheduler.address == client.scheduler.address:
+                await worker.close()
 
 
 async def one_more(client: Client) -> Worker:

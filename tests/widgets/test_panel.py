@@ -51,7 +51,7 @@ def test_cancel_stops_it(engine: pi.Engine) -> None:
     [
         ("micro_batch", "expected knobs as name=value, got 'micro_batch'"),
         ("micro_batch=four", "expected knobs as name=value, got 'micro_batch=four'"),
-        ("microbatch=4", "has no knob 'microbatch'"),
+        ("microbatch=4", "there is no setting 'microbatch': did you mean 'micro_batch'?"),
         ("micro_batch=-1", "micro_batch"),
     ],
 )
