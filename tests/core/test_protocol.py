@@ -134,6 +134,16 @@ def test_a_text_ends_with_its_end_token_before_all_else() -> None:
     assert ending.after(4, 4) is None
 
 
+def test_guesses_get_slots_only_as_far_as_spare_ones_go() -> None:
+    tree = Tree((1, 2), 4)
+    first = tree.add(tree.root, 5, NO_SLOT, 0.9)
+    second = tree.add(first, 6, NO_SLOT, 0.9)
+    assert tree.placed([first, second], spare=1) == [first]
+    assert first.slot != NO_SLOT and second.slot == NO_SLOT
+    assert tree.placed([first, second], spare=1) == [first, second]
+    assert second.slot not in (NO_SLOT, first.slot)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
