@@ -1,7 +1,7 @@
 """Generate on the ranks of an MPI job: rank 0 is the scheduler, rank 1 this program.
 
-All other ranks are workers: one for each stage, and one for the draft model. Needs dask-mpi and
-mpi4py, beside the MPI that starts it.
+All other ranks are workers: one for each stage, and one for the draft model. Needs
+``pip install 'pipeinfer-dask[hpc]'``, beside the MPI that starts it.
 
 Usage::
 

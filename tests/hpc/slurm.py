@@ -54,13 +54,14 @@ PartitionName=debug Nodes=one,two Default=YES MaxTime=120 State=UP
 """
 
 
-def _program(name: str) -> str | None:
+def program(name: str) -> str | None:
+    """Return where a program is, also a daemon; None if nowhere."""
     return shutil.which(name, path=os.pathsep.join((os.environ["PATH"], *FOLDERS)))
 
 
 def lacking() -> str | None:
     """Say what is missing for a Slurm here; None if nothing is."""
-    missing = [name for name in PROGRAMS if _program(name) is None]
+    missing = [name for name in PROGRAMS if program(name) is None]
     if not missing:
         return None
     return f"no {', '.join(missing)}: apt-get install --no-install-recommends slurm-wlm munge"
@@ -155,13 +156,13 @@ class Slurm:
         return states == ["idle"] * len(NODES)
 
     def _run(self, *command: str) -> None:
-        program = _program(command[0])
-        assert program is not None
+        path = program(command[0])
+        assert path is not None
         log = (self.folder / f"{command[0]}-{len(self._daemons)}.log").open("wb")
         with log:
             self._daemons.append(
                 subprocess.Popen(
-                    [program, *command[1:]],
+                    [path, *command[1:]],
                     env=os.environ | {"SLURM_CONF": str(self.configuration)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -1,13 +1,11 @@
-"""Engines on workers that MPI or SSH has started, where both are installed."""
+"""Engines on workers that MPI or SSH has started, where they are installed."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,11 @@ from distributed import SSHCluster
 
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
-from tests.hpc.slurm import free_ports, until
+from tests.hpc.slurm import free_ports, program, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-SSHD = shutil.which("sshd", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin")))
-WITH_MPI = shutil.which("mpirun") and find_spec("dask_mpi") and find_spec("mpi4py")
-WITH_SSH = SSHD and shutil.which("ssh-keygen") and find_spec("asyncssh")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +27,7 @@ def plain() -> str:
         return engine.generate("def main").text
 
 
-@pytest.mark.skipif(
-    not WITH_MPI, reason="no MPI: apt-get install openmpi-bin, pip install dask-mpi mpi4py"
-)
+@pytest.mark.mpi
 def test_the_ranks_of_an_mpi_job_generate_what_plain_decoding_gives(plain: str) -> None:
     ran = subprocess.run(
         ["mpirun", "--oversubscribe", "-n", "5", sys.executable, "examples/mpi.py"],
@@ -52,7 +45,8 @@ def test_the_ranks_of_an_mpi_job_generate_what_plain_decoding_gives(plain: str) 
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
     """Run an sshd for this user alone, and return how to connect to it."""
-    assert SSHD is not None
+    sshd = program("sshd")
+    assert sshd is not None
     for name in ("host", "user"):
         key = str(tmp_path / name)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
@@ -71,7 +65,7 @@ def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
     with (
         log.open("wb") as errors,
         subprocess.Popen(
-            [SSHD, "-D", "-e", "-f", "/dev/null", "-p", str(port), *given], stderr=errors
+            [sshd, "-D", "-e", "-f", "/dev/null", "-p", str(port), *given], stderr=errors
         ) as daemon,
     ):
         try:
@@ -85,9 +79,7 @@ def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
             daemon.terminate()
 
 
-@pytest.mark.skipif(
-    not WITH_SSH, reason="no SSH: apt-get install openssh-server, pip install asyncssh"
-)
+@pytest.mark.ssh
 @pytest.mark.filterwarnings("ignore:other machines can reach this cluster:UserWarning")
 def test_workers_started_over_ssh_generate_what_plain_decoding_gives(
     plain: str, ssh: dict[str, object]
