@@ -27,6 +27,20 @@ from pipeinfer_dask.widgets import *
 simulation = pi.simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
 """
 SIMULATION = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
+SIMULATED_AT = History(SIMULATION.trace).began
+NOTE_TEXTS = """() => {
+  const canvas = CanvasRenderingContext2D.prototype;
+  const { clearRect, fillText } = canvas;
+  canvas.clearRect = function (...where) {
+    window.written = [];
+    clearRect.apply(this, where);
+  };
+  canvas.fillText = function (text, x, y) {
+    if (x > 62) window.written.push({ text, x, row: Math.floor((y - 16) / 26) });
+    fillText.call(this, text, x, y);
+  };
+}"""
+"""Notes what a timeline writes into its rows, each time that it is drawn."""
 ENGINE = """
 import pipeinfer_dask as pi
 from pipeinfer_dask.widgets import *
@@ -90,6 +104,24 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     page.keyboard.press("ArrowRight")
     moved = until(tab, "[data-bars]", f"data.from !== '{zoomed['from']}'")
     assert float(moved["from"]) > float(zoomed["from"])
+    page.evaluate(NOTE_TEXTS)
+    page.keyboard.press("+")
+    near = until(tab, "[data-bars]", f"data.to !== '{moved['to']}'")
+    scale = (canvas.evaluate("it => it.clientWidth") - 68) / seen(near)  # pixels a second
+    bars = {}
+    for run in History(SIMULATION.trace).runs.values():
+        left, right = (
+            62 + (time - SIMULATED_AT - float(near["from"])) * scale
+            for time in (run.spans[0].began, run.spans[0].ended)
+        )
+        if right > 62 and left < 62 + seen(near) * scale:
+            bars[run.id] = left, right
+    in_row = page.evaluate("window.written.filter(({row}) => row === 1)")
+    numbers = {int(each["text"]): each["x"] for each in in_row if each["text"].isdigit()}
+    assert all(bars[run][0] < x < bars[run][1] for run, x in numbers.items())
+    wide = {run for run, (left, right) in bars.items() if right - max(left, 62) > 30}
+    assert len(wide) > 5 and wide <= set(numbers)
+    assert page.get_by_text("a number: which run; behind it, its text").is_visible()
     page.keyboard.press("0")
     until(tab, "[data-bars]", f"data.drawn === '{all_bars}'")
 

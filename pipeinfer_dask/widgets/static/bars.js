@@ -71,6 +71,7 @@ function legendOf(looks) {
     make("span", { className: "pipeinfer-key" }, "empty: idle"),
     make("span", { className: "pipeinfer-key" }, "▼ tokens become text"),
     make("span", { className: "pipeinfer-key" }, "┊ runs are called off"),
+    make("span", { className: "pipeinfer-key" }, make("span", {}, make("b", {}, "a number"), ": which run; behind it, its text")),
   );
   return legend;
 }

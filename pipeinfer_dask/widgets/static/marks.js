@@ -1,25 +1,38 @@
 // What a timeline shows besides its bars: their labels, waves, tokens and the axis.
 
+const DIGIT = 6.5; // width of a figure of a run's number, in pixels
+
 /** Return what paints them; `seen`, `plot` and `xOf` say where moments are. */
 function marksFor(el, context, seen, plot, xOf) {
-  const paintLabel = (text, { pattern }, x, y, width, high) => {
-    context.save();
-    context.beginPath();
-    context.rect(x + 1, y, width - 2, high);
-    context.clip();
-    context.font = "12px monospace";
-    context.textAlign = "left";
-    const label = visible(text);
-    const x0 = Math.max(x, GUTTER) + 4;
+  /** Which run a bar is of, if its number has room; and behind it its text, as far as that has. */
+  const paintLabel = (number, text, { pattern }, x, y, width, high, ink) => {
+    const left = Math.max(x, GUTTER) + 4;
+    const room = x + width - 3 - left;
+    const taken = DIGIT * number.length;
+    if (taken > room) return;
+    const behind = left + taken + (number && 5);
+    const label = left + room - behind > 14 ? visible(text) : "";
+    if (!number && !label) return;
     const solid = pattern === "plain" || pattern === "underline";
+    const middle = y + high / 2 + (pattern === "underline" ? -1 : 0.5);
+    context.textAlign = "left";
+    context.font = "12px monospace";
     if (!solid && pattern !== "outline") {
+      const wide = label ? behind - left + context.measureText(label).width : taken;
       context.fillStyle = "#fff";
-      context.fillRect(x0 - 2, y + 4, Math.min(width - 6, context.measureText(label).width + 4), high - 8);
+      context.fillRect(left - 2, y + 4, Math.min(wide + 4, room + 3), high - 8);
     }
-    context.fillStyle =
-      solid ? "#fff" : pattern === "outline" ? getComputedStyle(el).color : "#222";
-    context.fillText(label, x0, y + high / 2 + (pattern === "underline" ? -1 : 0.5));
-    context.restore();
+    context.fillStyle = solid ? "#fff" : pattern === "outline" ? ink : "#222";
+    if (label) {
+      context.save();
+      context.beginPath();
+      context.rect(behind, y, left + room - behind, high);
+      context.clip();
+      context.fillText(label, behind, middle);
+      context.restore();
+    }
+    context.font = "bold 11px sans-serif";
+    context.fillText(number, left, middle);
   };
 
   const paintWaves = (waves, moment, bottom) => {

@@ -155,8 +155,10 @@ async function render({ model, el }) {
         const work = bars.work[bar];
         paintBar(context, looks[works.look[work]], x, y + 2, barWidth, high - 4, patterns);
         drawn += 1;
-        if (barWidth > 26 && works.text[work]) {
-          paintLabel(works.text[work], looks[works.look[work]], x, y, barWidth, high);
+        if (barWidth > 9) {
+          const kind = looks[works.look[work]];
+          const number = kind.name === "draft" ? "" : String(works.number[work]);
+          paintLabel(number, works.text[work], kind, x, y, barWidth, high, ink);
         }
       }
     }
