@@ -18,7 +18,7 @@ from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
 from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
-from pipeinfer_dask.trace.tables import node_name, window, work_of
+from pipeinfer_dask.trace.tables import legible, node_name, window, work_of
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
 """Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
@@ -26,8 +26,10 @@ MARGIN = 20
 """To the right of its end, in pixels: the last mark may have a number."""
 DIGIT = 6
 """Width of a figure in a label, in pixels."""
-SMALL = 110
-"""Columns of `window` that a small picture shows."""
+COLUMNS = 110
+"""Of `window`: so much of a longer record is shown."""
+NARROW = 3
+"""Widest bar, in pixels, in which a pattern can't be told from another: it has bands instead."""
 
 
 HATCHES = {
@@ -90,6 +92,12 @@ PATTERNS = """<defs>
 </pattern>
 <pattern id="crosses" width="6" height="6" patternUnits="userSpaceOnUse">
 <rect width="6" height="6" fill="#fff"/><path d="M0 0L6 6M0 6L6 0" stroke="#d55e00"/></pattern>
+<pattern id="narrow-dots" width="4" height="4" patternUnits="userSpaceOnUse">
+<rect width="4" height="4" fill="#fff"/><rect width="4" height="3" fill="#7f7f7f"/></pattern>
+<pattern id="narrow-stripes" width="4" height="4" patternUnits="userSpaceOnUse">
+<rect width="4" height="4" fill="#fff"/><rect width="4" height="2" fill="#e69f00"/></pattern>
+<pattern id="narrow-crosses" width="4" height="4" patternUnits="userSpaceOnUse">
+<rect width="4" height="4" fill="#fff"/><rect width="4" height="1" fill="#d55e00"/></pattern>
 </defs>"""
 
 
@@ -110,16 +118,17 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     def x(time: float) -> float:
         return round(GUTTER + (min(max(time, began), ended) - began) * scale, 1)
 
-    paths: dict[str, list[str]] = {name: [] for name in LOOKS}
+    paths: dict[tuple[str, bool], list[str]] = {}
     labels: dict[str, list[str]] = {"plain": [], "patterned": []}
     for done in history.done:
         name = str(done.fate or Fate.ACCEPTED) if isinstance(done, Run) else "draft"
         for row, _, span in work_of(done):
             if span.ended > began and span.began < ended and span.ended > span.began:
                 left = x(span.began)
-                wide = max(0.3, round(x(span.ended) - left, 1))
+                wide = max(1.0, round(x(span.ended) - left, 1))
                 top = HEAD + row * ROW + 3
-                paths[name].append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
+                shapes = paths.setdefault((name, wide <= NARROW), [])
+                shapes.append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
                 if isinstance(done, Run) and wide >= DIGIT * len(str(done.id)) + 4:
                     middle = round(left + wide / 2, 1)
                     solid = LOOKS[name].pattern in ("plain", "underline")
@@ -138,9 +147,8 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
             f'<text x="4" y="{middle + 4}" fill="#222">{node_name(row)}</text>'
             f'<path d="M{GUTTER} {middle}H{WIDTH - MARGIN}" stroke="#ddd"/>'
         )
-    for name, shapes in paths.items():
-        if shapes:
-            parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name])}/>')
+    for (name, narrow), shapes in paths.items():
+        parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name], narrow=narrow)}/>')
     for ground, texts in labels.items():
         if texts:
             parts.append(f'<g text-anchor="middle" {INKS[ground]}>{"".join(texts)}</g>')
@@ -176,10 +184,14 @@ def image(svg: str, description: str) -> str:
     )
 
 
-def timeline_html(history: History, part: tuple[float, float] | None = None) -> str:
-    """Return a timeline with its legend, and the same as a table."""
+def timeline_html(history: History) -> str:
+    """Return a timeline with its legend, and the same as a table.
+
+    Of a long one a part is shown in which single runs can be told apart.
+    """
+    part = excerpt([history])
     return (
-        f"<div>{legend_html()}{_timeline_image(history, part)}"
+        f"<div>{legend_html()}{_timeline_image(history, part)}{_left_out([history], part)}"
         f"<details><summary>The same as a table</summary>{work_table(history)}</details></div>"
     )
 
@@ -192,22 +204,53 @@ def comparison_html(stories: Sequence[tuple[str, History]]) -> str:
     stories : sequence of (str, History)
         Each with its title.
     """
-    longest = max((history.ended - history.began for _, history in stories), default=0.0)
+    histories = [history for _, history in stories]
+    part = excerpt(histories)
     parts = [
         f'<div style="margin-top:.6em"><b>{escape(title)}</b>: {len(history.tokens)} tokens in '
-        f"{(history.ended - history.began) * 1e3:.0f} ms</div>"
-        f"{_timeline_image(history, (history.began, history.began + longest))}"
+        f"{(history.ended - history.began) * 1e3:.0f} ms</div>{_timeline_image(history, part)}"
         for title, history in stories
     ]
     tables = [f"<div>{escape(title)}{work_table(history)}</div>" for title, history in stories]
     return (
-        f"<div>{legend_html()}{''.join(parts)}"
+        f"<div>{legend_html()}{''.join(parts)}{_left_out(histories, part)}"
         f"<details><summary>The same as tables</summary>{''.join(tables)}</details></div>"
     )
 
 
-def _timeline_image(history: History, part: tuple[float, float] | None) -> str:
-    return image(timeline_svg(history, part), "Timeline: each node, and when it worked on what")
+def excerpt(histories: Sequence[History]) -> tuple[float, float]:
+    """Return what to show of records on one clock, in seconds from their begin.
+
+    All, if single runs can be told apart in it; if not, as much as lets them, from the first
+    token on.
+    """
+    longest = max((history.ended - history.began for history in histories), default=0.0)
+    most = max((legible(history, COLUMNS) for history in histories), default=0.0)
+    # What is hardly longer is not cut: its begin and its end tell more than wider bars.
+    if longest <= 1.5 * most:
+        return 0.0, longest
+    first = min(window(history, COLUMNS)[0] - history.began for history in histories)
+    return first, min(longest, first + most)
+
+
+def _timeline_image(history: History, part: tuple[float, float]) -> str:
+    """Return the picture of a part, in seconds from the begin."""
+    began, ended = part
+    svg = timeline_svg(history, (history.began + began, history.began + ended))
+    what = f"each node, and when it worked on what, {began * 1e3:.0f} to {ended * 1e3:.0f} ms"
+    return image(svg, f"Timeline: {what}")
+
+
+def _left_out(histories: Sequence[History], part: tuple[float, float]) -> str:
+    """Return as HTML that only a part is shown, if that is so."""
+    began, ended = part
+    longest = max((history.ended - history.began for history in histories), default=0.0)
+    if began <= 0 and ended >= longest:
+        return ""
+    return (
+        f"<div><small>Shown are {began * 1e3:.0f} to {ended * 1e3:.0f} of {longest * 1e3:.0f} ms, "
+        f"so that single runs can be told apart.</small></div>"
+    )
 
 
 def legend_html() -> str:
@@ -270,9 +313,10 @@ def text_html(history: History) -> str:
         f'<span style="color:{colour};text-decoration:{line}">{meaning}</span>'
         for colour, line, meaning in ORIGINS.values()
     )
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;background:inherit"
     return (
         f'<div style="background:{GROUND};color:{INK};padding:4px 8px">'
-        f'<pre style="white-space:pre-wrap;color:inherit;background:inherit">{"".join(spans)}</pre>'
+        f'<pre style="{style}">{"".join(spans)}</pre>'
         f"<small>{key}</small></div>"
     )
 
@@ -324,7 +368,7 @@ def trace_html(trace: Trace) -> str:
     history = History(trace)
     if not history.done:
         return f"<div>{escape(repr(trace))}: nothing is done yet</div>"
-    return timeline_html(history, window(history, SMALL))
+    return timeline_html(history)
 
 
 def result_html(trace: Trace, title: str) -> str:
@@ -337,7 +381,10 @@ def result_html(trace: Trace, title: str) -> str:
     )
 
 
-def _paint(look: Look) -> str:
+def _paint(look: Look, *, narrow: bool = False) -> str:
+    banded = f"narrow-{look.pattern}"
+    if narrow and f'id="{banded}"' in PATTERNS:
+        return f'fill="url(#{banded})"'
     if look.pattern == "plain":
         return f'fill="{look.colour}" stroke="#fff" stroke-width=".5"'
     if look.pattern == "outline":

@@ -40,19 +40,23 @@ def work_of(done: Run | Draft) -> Iterator[Work]:
         yield Work(0, done, done.span)
 
 
-def window(history: History, columns: int) -> tuple[float, float]:
-    """Return a part of the record, in seconds, in which single runs can be told apart.
-
-    It begins with the first token, and a column is half as long as the median run on a stage.
-    """
-    times = [token.time for token in history.tokens]
-    began = times[0] if len(set(times)) > 1 else history.began
-    ended = times[-1] if times else history.began + 1.0
+def legible(history: History, columns: int) -> float:
+    """Return in how many seconds single runs can be told apart: a column is half a median run."""
     lengths = sorted(
         work.span.ended - work.span.began
         for done in history.done
         for work in work_of(done)
         if work.row > 0 and work.span.ended > work.span.began
     )
-    column = lengths[len(lengths) // 2] / 2 if lengths else (ended - began) / columns
-    return began, min(ended, began + columns * column)
+    return columns * lengths[len(lengths) // 2] / 2 if lengths else history.ended - history.began
+
+
+def window(history: History, columns: int) -> tuple[float, float]:
+    """Return a part of the record, in seconds, in which single runs can be told apart.
+
+    It begins with the first token, and ends with the last one at the latest.
+    """
+    times = [token.time for token in history.tokens]
+    began = times[0] if len(set(times)) > 1 else history.began
+    ended = times[-1] if times else history.began + 1.0
+    return began, min(ended, began + legible(history, columns))

@@ -32,7 +32,7 @@ class Timeline(TraceView):
     span = traitlets.Float(0.0).tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the whole timeline as an image, its legend, and a table."""
+        """Return the timeline as an image, a part of a long one, with its legend and a table."""
         with self.feed.lock:
             return timeline_html(self.feed.history)
 

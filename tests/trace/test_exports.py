@@ -262,7 +262,7 @@ def images(page: str) -> list[ElementTree.Element]:
 
 
 def test_a_picture_shows_each_node_and_each_bar_in_one_path_for_each_fate() -> None:
-    *_, picture = images(timeline_html(History(TRACE)))
+    picture = ElementTree.fromstring(timeline_svg(History(TRACE)))
     names = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert names[:4] == ["drafter", "stage 0", "stage 1", "stage 2"]
     assert names[-1] is not None and names[-1].endswith(" ms")
@@ -276,6 +276,51 @@ def test_a_picture_shows_each_node_and_each_bar_in_one_path_for_each_fate() -> N
         if span is not None and span.ended > span.began
     ]
     assert bars == len(spans)
+
+
+def marks_at(picture: ElementTree.Element) -> list[str]:
+    return [text for text in texts(picture) if text.endswith(" ms")]
+
+
+def test_a_long_timeline_shows_a_part_with_wide_bars_and_says_which() -> None:
+    history = History(simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=300).trace)
+    page = timeline_html(history)
+    shown = re.findall("Shown are ([0-9]+) to ([0-9]+) of ([0-9]+) ms", page)
+    [(began, ended, took)] = [tuple(map(int, found)) for found in shown]
+    assert 0 < began < ended < took == round(history.ended * 1e3)
+    assert f"worked on what, {began} to {ended} ms" in page
+    *_, picture = images(page)
+    ticks = [float(mark.removesuffix(" ms")) for mark in marks_at(picture)]
+    assert min(ticks) >= began and max(ticks) <= ended
+    wide = [
+        float(width)
+        for path in picture.iter("{http://www.w3.org/2000/svg}path")
+        for width in re.findall("M[^M]*?h([0-9.]+)v", path.get("d") or "")
+    ]
+    assert sorted(wide)[len(wide) // 2] > 10
+
+
+def test_a_short_timeline_is_shown_from_its_prompt_to_its_end() -> None:
+    history = History(simulate("iterative", stages=4, max_new_tokens=12).trace)
+    page = timeline_html(history)
+    assert "Shown are" not in page
+    assert marks_at(images(page)[-1])[0] == "0 ms"
+    assert f"0 to {history.ended * 1e3:.0f} ms" in page
+
+
+def test_narrow_bars_have_bands_instead_of_patterns_that_need_room() -> None:
+    history = History(simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=300).trace)
+    seen = set()
+    for part in (None, (0.0, 2.0)):
+        picture = ElementTree.fromstring(timeline_svg(history, part))
+        kinds = {each.get("id") for each in picture.iter("{http://www.w3.org/2000/svg}pattern")}
+        for path in picture.iter("{http://www.w3.org/2000/svg}path"):
+            pattern = (path.get("fill") or "").removeprefix("url(#").removesuffix(")")
+            for width in re.findall("M[^M]*?h([0-9.]+)v", path.get("d") or ""):
+                if pattern in kinds - {"underline"}:
+                    seen.add(pattern)
+                    assert pattern.startswith("narrow-") is (float(width) <= 3)
+    assert {"dots", "crosses", "narrow-crosses"} <= seen
 
 
 def texts(picture: ElementTree.Element) -> list[str]:
@@ -308,10 +353,13 @@ def test_timelines_side_by_side_have_one_scale_and_one_legend() -> None:
     assert page.count("empty: idle</span>") == 1
     assert re.findall("<b>(.*?)</b>: 10 tokens in", page) == ["iterative", "pipeinfer"]
     slow, fast = images(page)[-2:]
-    assert [name for name in texts(slow) if name.endswith(" ms")] == [
-        name for name in texts(fast) if name.endswith(" ms")
-    ]
+    assert marks_at(slow) == marks_at(fast)
     assert comparison_html([])
+    long = [History(simulate(name, stages=3).trace) for name in ("iterative", "pipeinfer")]
+    page = comparison_html([("slow", long[0]), ("fast", long[1])])
+    slow, fast = images(page)[-2:]
+    assert marks_at(slow) == marks_at(fast)
+    assert page.count(f"of {long[0].ended * 1e3:.0f} ms") == 1
 
 
 def test_pictures_in_a_notebook_are_small_and_name_nothing_outside() -> None:
