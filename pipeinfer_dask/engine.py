@@ -327,9 +327,9 @@ class Engine(Serving):
         """
         if self._closed:
             raise EngineClosedError("this engine is closed: open another one")
-        import pipeinfer_dask  # by its public name: the views lie above this layer
+        from pipeinfer_dask.widgets import dashboard
 
-        return pipeinfer_dask.dashboard(self, **options)
+        return dashboard(self, **options)
 
     def _repr_html_(self) -> str:
         ranges = [f"layers {layers.start} to {layers.stop - 1}" for layers in self.layer_ranges]

@@ -33,6 +33,9 @@ LAYERS = (
     "bench",
     "cli",
 )
+UPWARD = {"engine imports pipeinfer_dask.widgets.dashboard"}
+"""Where a layer may import from above: `Engine.dashboard`, when it is called. The views are built
+upon the engine, and an engine in a notebook should show itself without another import."""
 PURE = ("protocol", "core", "drafting", "policies")
 """What decides: standard library alone."""
 HEAVY = {"torch", "transformers", "dask", "distributed"}
@@ -56,6 +59,8 @@ def modules(root: Path) -> list[Path]:
 
 def layer_of(module: str) -> str:
     """Return the layer of a module, given by its full name; "" where it has none."""
+    if module == PACKAGE:
+        return "widgets"  # from which it may load the highest of its names
     name = module.removeprefix(f"{PACKAGE}.")
     return next((each for each in LAYERS if f"{name}.".startswith(f"{each}.")), "")
 
@@ -70,15 +75,15 @@ def test_every_module_has_a_layer(root: Path) -> None:
 
 
 def test_no_module_imports_from_a_layer_above_its_own(root: Path) -> None:
-    upward = [
-        f"{path.relative_to(root)} imports {name}"
+    upward = {
+        f"{layer(path, root)} imports {name}"
         for path in modules(root)
         if layer(path, root)
         for name in imported(ast.parse(path.read_text()))
-        if name.startswith(f"{PACKAGE}.") and layer_of(name)
+        if name.partition(".")[0] == PACKAGE and layer_of(name)
         if LAYERS.index(layer_of(name)) > LAYERS.index(layer(path, root))
-    ]
-    assert upward == []
+    }
+    assert upward == UPWARD
 
 
 def test_what_decides_is_made_of_the_standard_library_alone(root: Path) -> None:
