@@ -9,20 +9,21 @@ they are off by more than a tenth: else every change would change the page.
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pipeinfer_dask
 from docs.tables import fill, table
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.protocol import messages
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "design" / "architecture.md"
+API = ROOT / "docs" / "api.md"
 PACKAGE = ROOT / "pipeinfer_dask"
 
 PACKAGES = {
@@ -217,13 +218,47 @@ def packages_table(shown: str) -> str:
     return table(["package", "lines, about", "what it is for", "imports from"], rows)
 
 
+# --- public names -----------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """A part of the API page: its heading, why its names are public, and their full names."""
+
+    heading: str
+    reason: str
+    names: list[str]
+
+
+def public() -> list[Section]:
+    """Return what the API page lists."""
+    _, *parts = re.split(r"^## ", API.read_text(encoding="utf-8"), flags=re.M)
+    sections, module = [], PACKAGE.name
+    for part in parts:
+        heading, reason = part.split("\n\n")[:2]
+        section = Section(heading, reason.replace("\n", " "), [])
+        for found in re.finditer(r"^\.\. currentmodule:: (\S+)$|^   (\w+)$", part, re.M):
+            module = found[1] or module
+            if found[2]:
+                section.names.append(f"{module}.{found[2]}")
+        sections.append(section)
+    return sections
+
+
+def named(name: str) -> Any:
+    """Return what has this full name."""
+    module, _, last = name.rpartition(".")
+    return getattr(importlib.import_module(module), last)
+
+
 def names_table() -> str:
-    """Return the public names, where they live, and what they say of themselves."""
-    rows = []
-    for name in pipeinfer_dask.__all__:
-        thing = getattr(pipeinfer_dask, name)
-        rows.append([f"`pi.{name}`", f"`{thing.__module__}`", summary(thing)])
-    return table(["name", "home", "what for"], rows)
+    """Return the public names: why they are public, and what they say of themselves."""
+    return "\n\n".join(
+        f"**{section.heading}.** {section.reason}\n\n"
+        + table(
+            ["name", "what it is"], ([f"`{name}`", summary(named(name))] for name in section.names)
+        )
+        for section in public()
+    )
 
 
 def filled(page: str) -> str:

@@ -24,10 +24,10 @@ matplotlib.use("Agg")  # files only: no window
 import matplotlib.pyplot as plt
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.trace import History
 from pipeinfer_dask.widgets import Timeline
 
+STRATEGIES = ("iterative", "speculative", "pipeinfer", "adaptive")
 Outcomes = dict[str, pi.Result] | dict[str, pi.Simulation]
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+__all__ = ["ModelPair", "make_pair"]
+
 END_OF_TEXT = "<|endoftext|>"
 """The last token of the vocabulary."""
 VOCABULARY = 4096

@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeinfer_dask.protocol.messages import Span
-from pipeinfer_dask.trace import Fate, History, Run, Trace, tables, trace_of
+from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
+from pipeinfer_dask.trace.record import trace_of
 from pipeinfer_dask.trace.tables import node_name, work_of
+
+__all__ = ["draw", "legend", "window"]
 
 LABEL = 10
 """Most columns that the names of rows take."""

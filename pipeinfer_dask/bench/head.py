@@ -15,7 +15,8 @@ from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.policies import Policy, make_policy
 from pipeinfer_dask.protocol.messages import Command, Event
 from pipeinfer_dask.protocol.request import Request
-from pipeinfer_dask.simulation import Costs, SyntheticPair
+from pipeinfer_dask.simulation import Costs
+from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.world import World
 
 SETUPS: tuple[tuple[str, int, dict[str, Any]], ...] = (

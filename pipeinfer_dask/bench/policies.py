@@ -15,7 +15,8 @@ from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
-from pipeinfer_dask.simulation import CHAINS, PROMPT_TOKENS, Costs, SyntheticPair, simulate
+from pipeinfer_dask.simulation import CHAINS, PROMPT_TOKENS, Costs, simulate
+from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.trace import Metrics
 
 Knobs = dict[str, Any]

@@ -13,14 +13,12 @@ from pipeinfer_dask.policies.pipeinfer import PipeInfer
 from pipeinfer_dask.policies.speculative import Speculative
 
 __all__ = [
-    "STRATEGIES",
     "Adaptive",
     "Iterative",
     "PipeInfer",
     "Policy",
     "Speculative",
     "make_policy",
-    "policy_of",
 ]
 
 STRATEGIES: dict[str, type[Policy]] = {

@@ -55,7 +55,7 @@ NEWS = 4.0
 
 @dataclass(slots=True)
 class Adaptive(Policy):
-    """Ours: see the top of this file.
+    """Ours: a tree of guesses that grows where the text most likely goes, fed by measured costs.
 
     Attributes
     ----------

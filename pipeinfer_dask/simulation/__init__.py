@@ -23,14 +23,10 @@ from pipeinfer_dask.trace import Metrics, Trace
 from pipeinfer_dask.trace.picture import result_html
 
 __all__ = [
-    "CHAINS",
-    "PROMPT_TOKENS",
     "Costs",
     "Curve",
-    "Loss",
     "NodeDescription",
     "Simulation",
-    "SyntheticPair",
     "best_chain",
     "costs_of_nodes",
     "simulate",
@@ -110,6 +106,7 @@ def simulate(
         What everything costs; then ``stages`` is left out. See `Costs.even`,
         `costs_of_nodes` and `Engine.measure_costs`.
     max_new_tokens, prompt_tokens : int
+        Tokens to generate, and tokens of the prompt.
     seed : int
         Of the text and of the draft model's guesses; the same for all strategies.
     overconfidence : float
@@ -159,11 +156,22 @@ def simulate_together(
 
     Parameters
     ----------
-    strategy, stages, acceptance, costs, max_new_tokens, prompt_tokens, **knobs
-        As for `simulate`.
+    strategy : str or Policy
+        As for `simulate`; each request gets its own policy.
     requests : int
+        How many texts.
+    stages : int, optional
+        As for `simulate`.
+    acceptance : float
+        As for `simulate`.
+    costs : Costs, optional
+        As for `simulate`.
+    max_new_tokens, prompt_tokens : int
+        Of each text.
     seed : int
         Of the first text; the next one has the next seed.
+    **knobs
+        The strategy's own settings.
 
     Returns
     -------
@@ -253,6 +261,11 @@ def best_chain(**world: Any) -> int:
     ----------
     **world
         As for `simulate`.
+
+    Returns
+    -------
+    int
+        Drafted tokens in each run.
     """
 
     def speed(k: int) -> float:

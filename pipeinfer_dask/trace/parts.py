@@ -96,14 +96,30 @@ class Guess:
         return self.settled is not None and not self.kept
 
     def child(self, token: int) -> Guess | None:
-        """Return the guess right below this one that is of a token, if there is one."""
+        """Return the guess right below this one that is of a token, if there is one.
+
+        Parameters
+        ----------
+        token : int
+            A token's id.
+
+        Returns
+        -------
+        Guess or None
+            None where nobody has guessed it.
+        """
         for child in self.children:  # there are few, and mostly none
             if child.token == token:
                 return child
         return None
 
     def subtree(self) -> Iterator[Guess]:
-        """Yield this guess and all below it, parents first."""
+        """Yield this guess and all below it, parents first.
+
+        Yields
+        ------
+        Guess
+        """
         stack = [self]
         while stack:
             guess = stack.pop()
@@ -197,7 +213,16 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token of the text: where it came from, and when."""
+    """A token of the text: where it came from, and when.
+
+    Attributes
+    ----------
+    guess : Guess
+        What it is in the tree.
+    origin : Origin
+    time : float, seconds
+        When it was committed.
+    """
 
     guess: Guess
     origin: Origin
@@ -211,7 +236,14 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """Runs that were cancelled at once."""
+    """Runs that were cancelled at once.
+
+    Attributes
+    ----------
+    time : float, seconds
+    reason : CancelReason
+    runs : tuple of Run
+    """
 
     time: float
     reason: CancelReason

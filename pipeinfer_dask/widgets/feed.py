@@ -14,8 +14,9 @@ from threading import RLock, Thread
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeinfer_dask.protocol.messages import Origin
-from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace, trace_of
+from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
 from pipeinfer_dask.trace.picture import LOOKS
+from pipeinfer_dask.trace.record import trace_of
 from pipeinfer_dask.trace.tables import work_of
 
 T = TypeVar("T")

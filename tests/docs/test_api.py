@@ -1,18 +1,18 @@
 """The API page names all that is public, and what it names is documented in numpydoc form."""
 
-import importlib
+import ast
 import inspect
-import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import pipeinfer_dask
+from docs.make_architecture import ROOT, named, public
 
-PAGE = Path(__file__).parents[2] / "docs" / "api.md"
-MODULE = re.compile(r"^\.\. currentmodule:: (\S+)$|^   (\w+)$", re.M)
+NAMES = [name for section in public() for name in section.names]
+MODULES = sorted({name.rpartition(".")[0] for name in NAMES})
 MATTERS_OF_TASTE = {
     "SA01",  # no See Also
     "EX01",  # no example: the pages have them, and run them
@@ -24,24 +24,9 @@ MATTERS_OF_TASTE = {
 }
 
 
-def listed() -> list[str]:
-    """Return the full names that the page lists."""
-    names, module = [], ""
-    for found in MODULE.finditer(PAGE.read_text(encoding="utf-8")):
-        module = found[1] or module
-        if found[2]:
-            names.append(f"{module}.{found[2]}")
-    return names
-
-
-def found(name: str) -> Any:
-    module, _, last = name.rpartition(".")
-    return getattr(importlib.import_module(module), last)
-
-
 def parts(name: str) -> Iterator[tuple[str, Any]]:
     """Yield an object, and the public methods and properties that a class adds, by full name."""
-    thing = found(name)
+    thing = named(name)
     yield name, thing
     if inspect.isclass(thing):
         for member, value in vars(thing).items():
@@ -51,21 +36,39 @@ def parts(name: str) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{member}", getattr(thing, member)
 
 
-def test_the_page_lists_every_public_name_once() -> None:
-    names = listed()
-    assert len(names) == len(set(names))
-    public = {getattr(pipeinfer_dask, name) for name in pipeinfer_dask.__all__}
-    assert public <= {found(name) for name in names}
+def test_the_page_lists_every_name_once() -> None:
+    things = [named(name) for name in NAMES]
+    assert len(things) == len(set(things))
 
 
-@pytest.mark.parametrize("name", listed())
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_itself_which_of_its_names_are_public(module: str) -> None:
+    listed = {name.rpartition(".")[2] for name in NAMES if name.rpartition(".")[0] == module}
+    said = set(import_module(module).__all__)
+    assert listed <= said
+    # The page lists a name once: what the package itself has, too, stands there.
+    assert {named(f"{module}.{name}") for name in said} <= {named(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_use_public_names_alone(path: Path) -> None:
+    used = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("pipeinfer_dask")
+        for alias in node.names
+    }
+    assert used <= {*NAMES, *MODULES}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_all_that_is_public_has_a_docstring(name: str) -> None:
     assert [part for part, thing in parts(name) if not inspect.getdoc(thing)] == []
 
 
 # Widgets have old traits that warn whoever looks at all members.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", listed())
+@pytest.mark.parametrize("name", NAMES)
 def test_docstrings_have_numpydoc_form(name: str) -> None:
     numpydoc = pytest.importorskip("numpydoc.validate", reason="needs '.[docs]'")
     wrong = [

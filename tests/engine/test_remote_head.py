@@ -15,8 +15,7 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.policies import STRATEGIES, Iterative
 from pipeinfer_dask.protocol.messages import Begin, Commit, Kind, RunDone, StartRun
 from pipeinfer_dask.runtime.head.head import PipelineBusyError
-from pipeinfer_dask.widgets import Feed
-from pipeinfer_dask.widgets.feed import TABLES
+from pipeinfer_dask.widgets.feed import TABLES, Feed
 from tests.engine.pairs import PROMPT, Pair
 
 pytestmark = pytest.mark.cluster

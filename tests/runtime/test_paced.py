@@ -7,8 +7,8 @@ import pytest
 
 from pipeinfer_dask.protocol.messages import NO_PARENT, Batch
 from pipeinfer_dask.runtime.emulation.paced import PacedDraft, PacedStage, paced_specs
-from pipeinfer_dask.simulation import Costs, Curve, SyntheticPair
-from pipeinfer_dask.simulation.truth import ELSEWHERE
+from pipeinfer_dask.simulation import Costs, Curve
+from pipeinfer_dask.simulation.truth import ELSEWHERE, SyntheticPair
 
 QUICK = Curve.line(0.001)
 

@@ -18,7 +18,8 @@ from pipeinfer_dask.protocol.messages import (
     StageLost,
     StartRun,
 )
-from pipeinfer_dask.simulation import CHAINS, Costs, SyntheticPair, best_chain, simulate
+from pipeinfer_dask.simulation import CHAINS, Costs, best_chain, simulate
+from pipeinfer_dask.simulation.truth import SyntheticPair
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [
     ("iterative", {}),

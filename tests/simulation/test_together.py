@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeinfer_dask.protocol.messages import PipelineEvent
-from pipeinfer_dask.simulation import Costs, Simulation, SyntheticPair, simulate_together
+from pipeinfer_dask.simulation import Costs, Simulation, simulate_together
+from pipeinfer_dask.simulation.truth import SyntheticPair
 
 TOKENS = 100
 COSTS = Costs.even(4, stage_s=0.05, token_cost=0.05)

@@ -19,7 +19,8 @@ from pipeinfer_dask.protocol.messages import (
     Stop,
 )
 from pipeinfer_dask.protocol.request import Request
-from pipeinfer_dask.simulation import Costs, SyntheticPair, simulate
+from pipeinfer_dask.simulation import Costs, simulate
+from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.world import Loss, World
 from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
 

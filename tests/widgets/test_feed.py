@@ -14,9 +14,9 @@ from pipeinfer_dask.protocol.messages import Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import Fate, History, Trace
 from pipeinfer_dask.trace.picture import LOOKS
-from pipeinfer_dask.widgets import Channel, DraftTree, Feed, Metrics, Timeline, TokenStream
+from pipeinfer_dask.widgets import Channel, DraftTree, Metrics, Timeline, TokenStream
 from pipeinfer_dask.widgets.channel import HEAD, PART
-from pipeinfer_dask.widgets.feed import TABLES
+from pipeinfer_dask.widgets.feed import TABLES, Feed
 
 TRACE = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=60).trace
 

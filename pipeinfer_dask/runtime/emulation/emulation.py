@@ -46,7 +46,8 @@ from pipeinfer_dask.runtime.planning.clusters import (
 )
 from pipeinfer_dask.runtime.planning.opening import open_on
 from pipeinfer_dask.runtime.planning.placement import WORKER, head_worker, place
-from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs, SyntheticPair
+from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs
+from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.trace import Trace
 
 
