@@ -50,7 +50,7 @@ def _of(history: History, work: Work) -> Row:
         cancelled = run.cancelled is not None
         return {
             "kind": str(run.kind),
-            "fate": run.fate and str(run.fate),
+            "fate": work.fate and str(work.fate),
             "layers_saved": history.layers[work.row - 1] - work.span.layers if cancelled else 0,
             "tokens": len(run.tokens),
             "tokens_kept": sum(guess.kept for guess in run.tokens),

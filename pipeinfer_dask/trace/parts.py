@@ -10,7 +10,7 @@ from pipeinfer_dask.protocol.messages import NO_SLOT, CancelReason, Kind, Origin
 
 
 class Fate(StrEnum):
-    """What a run has come to."""
+    """What a run has come to, or a stage's work on it."""
 
     PREFILL = "prefill"
     """It read the prompt."""
@@ -22,6 +22,8 @@ class Fate(StrEnum):
     """It held guesses, and none of them has become text."""
     CANCELLED = "cancelled"
     """It was called off: what was left of it was not computed."""
+    SAVED = "saved"
+    """Of a stage's work alone: the run was called off before the stage computed any of it."""
 
     @property
     def meaning(self) -> str:
@@ -35,6 +37,7 @@ _MEANINGS = {
     Fate.ACCEPTED: "guesses, some right",
     Fate.REJECTED: "guesses, all wrong",
     Fate.CANCELLED: "called off",
+    Fate.SAVED: "saved by calling off",
 }
 
 

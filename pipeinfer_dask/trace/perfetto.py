@@ -77,9 +77,9 @@ class _Sheet:
         ended = self._ends[thread] = max(self._at(work.span.ended), began)
         args: Entry = {"layers": work.span.layers}
         if isinstance(run := work.of, Run):
-            name = f"run {run.id}: {run.fate}"
+            name = f"run {run.id}: {work.fate}"
             args |= {
-                "fate": run.fate,
+                "fate": work.fate,
                 "kind": run.kind,
                 "parents": run.parents,
                 "tokens": "".join(self._say(guess.token) for guess in run.tokens),

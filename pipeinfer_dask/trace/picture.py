@@ -18,7 +18,7 @@ from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
 from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
-from pipeinfer_dask.trace.tables import legible, node_name, window, work_of
+from pipeinfer_dask.trace.tables import Work, legible, node_name, window, work_of
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
 """Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
@@ -65,6 +65,8 @@ LOOKS = {
     "cancelled": Look("#d55e00", "crosses", Fate.CANCELLED.meaning),
     "draft": Look("#cc79a7", "outline", "drafting"),
 }
+RING, SAVED = "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0", 'fill="#fff" stroke="#d55e00"'
+"""The mark of what a stage was spared, and how it is drawn."""
 ORIGINS = {
     Origin.ACCEPTED: ("#007a59", "underline solid", "guessed by the draft model, and accepted"),
     Origin.CORRECTED: ("#9a5b00", "underline wavy", "the target's own, against a guess"),
@@ -120,10 +122,14 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
 
     paths: dict[tuple[str, bool], list[str]] = {}
     labels: dict[str, list[str]] = {"plain": [], "patterned": []}
+    saved: list[str] = []
     for done in history.done:
-        name = str(done.fate or Fate.ACCEPTED) if isinstance(done, Run) else "draft"
-        for row, _, span in work_of(done):
-            if span.ended > began and span.began < ended and span.ended > span.began:
+        for work in work_of(done):
+            name, row, span = _name(work), work.row, work.span
+            if name == Fate.SAVED:
+                if began <= span.began <= ended:
+                    saved.append(f"M{x(span.began):g} {HEAD + row * ROW + ROW // 2}{RING}")
+            elif span.ended > began and span.began < ended and span.ended > span.began:
                 left = x(span.began)
                 wide = max(1.0, round(x(span.ended) - left, 1))
                 top = HEAD + row * ROW + 3
@@ -149,6 +155,8 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         )
     for (name, narrow), shapes in paths.items():
         parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name], narrow=narrow)}/>')
+    if saved:
+        parts.append(f'<path d="{"".join(dict.fromkeys(saved))}" {SAVED}/>')
     for ground, texts in labels.items():
         if texts:
             parts.append(f'<g text-anchor="middle" {INKS[ground]}>{"".join(texts)}</g>')
@@ -265,6 +273,7 @@ def legend_html() -> str:
             "empty: idle",
             "&#9660; tokens become text (how many, if more than one)",
             "&#9478; runs are called off",
+            f"&#9675; {Fate.SAVED.meaning}: a stage computed nothing of a run",
             "a number: which run",
         )
     ]
@@ -276,20 +285,21 @@ def work_table(history: History) -> str:
     counts: list[dict[str, int]] = [{} for _ in range(history.trace.stages + 1)]
     busy = [0.0] * (history.trace.stages + 1)
     for done in history.done:
-        name = str(done.fate or Fate.ACCEPTED) if isinstance(done, Run) else "draft"
-        for row, _, span in work_of(done):
-            counts[row][name] = counts[row].get(name, 0) + 1
-            busy[row] += span.ended - span.began
+        for work in work_of(done):
+            counts[work.row][_name(work)] = counts[work.row].get(_name(work), 0) + 1
+            busy[work.row] += work.span.ended - work.span.began
     took = history.ended - history.began
+    columns = {name: look.meaning for name, look in LOOKS.items()}
+    columns[Fate.SAVED] = Fate.SAVED.meaning
     rows = [
         [
             node_name(row),
-            *(str(count.get(name, 0)) for name in LOOKS),
+            *(str(count.get(name, 0)) for name in columns),
             f"{busy[row] / took:.0%}" if took > 0 else "-",
         ]
         for row, count in enumerate(counts)
     ]
-    return table_html(["node", *(look.meaning for look in LOOKS.values()), "busy"], rows)
+    return table_html(["node", *columns.values(), "busy"], rows)
 
 
 def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -379,6 +389,11 @@ def result_html(trace: Trace, title: str) -> str:
         f"<div><b>{escape(title)}</b>{text_html(history)}"
         f"<details><summary>Figures</summary>{figures}</details>{trace_html(trace)}</div>"
     )
+
+
+def _name(work: Work) -> str:
+    """Return how work is shown: a run whose guesses are open, as if they were right."""
+    return str(work.fate or Fate.ACCEPTED) if isinstance(work.of, Run) else "draft"
 
 
 def _paint(look: Look, *, narrow: bool = False) -> str:

@@ -102,8 +102,9 @@ class Trace:
             What a row is. All have times in seconds from the begin, missing where there are none.
 
             - ``"work"``: what a node did for a run; the drafter, for a draft. ``node``, ``run``,
-              ``kind``, ``fate``, ``began_s``, ``ended_s``, ``layers``, ``layers_saved``,
-              ``tokens`` and ``tokens_kept``.
+              ``kind``, ``fate`` (its run's, or saved: it was called off before any layer),
+              ``began_s``, ``ended_s``, ``layers``, ``layers_saved``, ``tokens`` and
+              ``tokens_kept``.
             - ``"runs"``: ``run``, ``kind``, ``fate``, ``reason`` (of its cancelling), ``parents``
               (runs), ``started_s``, ``done_s``, ``cancelled_s``, ``layers``, ``layers_saved``,
               ``tokens``, ``guesses``, ``guesses_kept`` and ``left_out`` (pruned on the way).

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace.history import History
-from pipeinfer_dask.trace.parts import Draft, Run
+from pipeinfer_dask.trace.parts import Draft, Fate, Run
 
 
 class Work(NamedTuple):
@@ -24,6 +24,14 @@ class Work(NamedTuple):
     row: int
     of: Run | Draft
     span: Span
+
+    @property
+    def fate(self) -> Fate | None:
+        """What it came to, as its run did; None while that is open, and for a draft."""
+        if not isinstance(self.of, Run):
+            return None
+        fate = self.of.fate
+        return Fate.SAVED if fate is Fate.CANCELLED and self.span.layers == 0 else fate
 
 
 def node_name(row: int) -> str:

@@ -18,7 +18,7 @@ import pytest
 
 from pipeinfer_dask.protocol.messages import Commit, Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
-from pipeinfer_dask.trace import History, Trace
+from pipeinfer_dask.trace import Fate, History, Run, Trace
 from pipeinfer_dask.trace.picture import (
     comparison_html,
     result_html,
@@ -27,6 +27,7 @@ from pipeinfer_dask.trace.picture import (
     trace_html,
 )
 from pipeinfer_dask.trace.record import Rows
+from pipeinfer_dask.trace.tables import work_of
 
 TRACE = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=60).trace
 EVIL = "</pre><script>alert('1')</script>&"
@@ -110,14 +111,16 @@ def test_a_slice_says_what_its_run_held_and_what_came_of_it(tmp_path: Path) -> N
             assert told == [(guess.confidence, guess.fate) for guess in draft.guesses]
             continue
         run = history.runs[run_in(name)]
-        seen.add(args["fate"])
-        assert name == f"run {run.id}: {run.fate}"
-        assert args["fate"] == run.fate and args["guesses kept"] == run.kept
-        assert args["layers"] == run.spans[event["tid"] - 2].layers
+        layers = run.spans[event["tid"] - 2].layers
+        fate = "saved" if run.cancelled is not None and layers == 0 else run.fate
+        seen.add(fate)
+        assert name == f"run {run.id}: {fate}"
+        assert args["fate"] == fate and args["guesses kept"] == run.kept
+        assert args["layers"] == layers
         assert args["tokens"].count("#") == len(run.tokens)
         assert args["parents"] == run.parents
         assert ("layers saved" in args) is (run.cancelled is not None)
-    assert seen == {"prefill", "single", "accepted", "cancelled"}
+    assert seen == {"prefill", "single", "accepted", "cancelled", "saved"}
 
 
 def test_perfetto_arrows_lead_from_a_draft_through_the_stages_to_the_text(tmp_path: Path) -> None:
@@ -182,9 +185,36 @@ def test_a_data_frame_has_a_row_for_all_that_was_done(tmp_path: Path) -> None:
     stages = frame[frame.node != "drafter"]
     assert stages.layers.sum() == metrics.layers_computed
     assert stages.layers_saved.sum() == metrics.layers_saved
-    assert stages[stages.fate == "cancelled"].run.nunique() == metrics.runs_cancelled
+    assert stages[stages.fate.isin(["cancelled", "saved"])].run.nunique() == metrics.runs_cancelled
     assert set(frame.node) == {"drafter", "stage 0", "stage 1", "stage 2"}
     assert (frame.ended_s >= frame.began_s).all() and frame.began_s.min() >= 0
+
+
+def test_what_a_stage_was_spared_is_a_fate_of_its_work_and_so_told_everywhere(
+    either: Trace, tmp_path: Path
+) -> None:
+    history = History(either)
+    works = [work for done in history.done for work in work_of(done)]
+    saved = [work for work in works if work.fate is Fate.SAVED]
+    assert saved
+    for work in works:
+        run = work.of
+        called_off = isinstance(run, Run) and run.cancelled is not None
+        assert (work.fate is Fate.SAVED) is (called_off and work.span.layers == 0)
+    slices = of("X", events(either, tmp_path / "trace.json"))
+    named = [each for each in slices if each["name"].endswith(": saved")]
+    assert [(each["args"]["fate"], each["args"]["layers"]) for each in named] == [
+        ("saved", 0) for _ in saved
+    ]
+    rings = re.findall("M([0-9.]+) ([0-9]+)m-3 0a3 3", timeline_svg(history))
+    assert {int(y) for _, y in rings} == {29 + 22 * work.row for work in saved}
+    page = timeline_html(history)
+    assert f"{Fate.SAVED.meaning}: a stage" in page
+    assert f'<th scope="col">{Fate.SAVED.meaning}</th>' in page
+    cells = re.findall(r"<td>(\d+)</td><td>[^<]*</td></tr>", page)
+    assert [int(cell) for cell in cells] == [
+        sum(work.row == row for work in saved) for row in range(either.stages + 1)
+    ]
 
 
 def test_data_frames_of_runs_tokens_and_guesses_tell_the_same_story() -> None:
@@ -273,7 +303,8 @@ def test_a_picture_shows_each_node_and_each_bar_in_one_path_for_each_fate() -> N
         for _, what in TRACE
         if isinstance(what, (RunDone, Drafted))
         for span in (what.spans if isinstance(what, RunDone) else [what.span])
-        if span is not None and span.ended > span.began
+        if span is not None
+        and span.ended > span.began  # in virtual time what is skipped takes none
     ]
     assert bars == len(spans)
 
