@@ -12,7 +12,7 @@ import ipywidgets
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.trace import Trace
 from pipeinfer_dask.widgets.channel import Channel
-from pipeinfer_dask.widgets.stepper import Clock
+from pipeinfer_dask.widgets.clock import Clock
 from pipeinfer_dask.widgets.still import Still
 from pipeinfer_dask.widgets.views import DraftTree, Metrics, Timeline, TokenStream
 

@@ -11,13 +11,15 @@ from IPython.display import HTML, display, update_display
 
 from pipeinfer_dask.widgets.channel import Channel
 
+COMMON = ("common.js", "moments.js")
+"""What all modules of views begin with."""
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def module(*parts: str) -> str:
     """Return the ES module of a view: what all have in common, then its own parts."""
     static = files(__package__) / "static"
-    return "\n".join((static / part).read_text("utf-8") for part in ("common.js", *parts))
+    return "\n".join((static / part).read_text("utf-8") for part in (*COMMON, *parts))
 
 
 def style() -> str:

@@ -10,12 +10,15 @@ import traitlets
 from ipywidgets import widget_serialization
 
 from pipeinfer_dask.widgets.channel import Channel
+from pipeinfer_dask.widgets.clock import Moments
 from pipeinfer_dask.widgets.feed import Feed
 from pipeinfer_dask.widgets.still import Still
 
 
-class TraceView(Still, anywidget.AnyWidget):
+class TraceView(Still, Moments, anywidget.AnyWidget):
     """A view of a trace, live or not.
+
+    A view with a channel of its own has a clock of its own, too, once its trace is over.
 
     Parameters
     ----------
@@ -27,6 +30,8 @@ class TraceView(Still, anywidget.AnyWidget):
     channel : Channel
     moment : float, seconds
         What is shown is the state at this time after the begin; -1 for the newest.
+    alone : bool
+        Whether the channel is its own.
 
     Raises
     ------
@@ -38,18 +43,22 @@ class TraceView(Still, anywidget.AnyWidget):
     """The tables that the view needs."""
 
     channel = traitlets.Instance(Channel).tag(sync=True, **widget_serialization)
-    moment = traitlets.Float(-1.0).tag(sync=True)
+    alone = traitlets.Bool(False).tag(sync=True)
     picture = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, source: Any, **traits: Any) -> None:
-        self._alone = not isinstance(source, Channel)
-        channel = Channel(source, self.shows) if self._alone else source
+        alone = not isinstance(source, Channel)
+        channel = Channel(source, self.shows) if alone else source
         if lacking := set(self.shows).difference(channel.tables):
             raise ValueError(
                 f"expected a channel with {', '.join(self.shows)}, got one without "
                 f"{', '.join(sorted(lacking))}: leave its tables out to have all"
             )
-        super().__init__(channel=channel, **traits)
+        super().__init__(channel=channel, alone=alone, **traits)
+        if alone:
+            channel.at_end.append(self._wind)
+            if not self.feed.live:
+                self._wind()
 
     @property
     def feed(self) -> Feed:
@@ -67,10 +76,15 @@ class TraceView(Still, anywidget.AnyWidget):
 
     def show(self, source: Any) -> None:
         """Show another trace from now on, in the same place."""
+        if self.last:
+            self.wind([], -1.0)
         self.channel.show(source)
 
     def close(self) -> None:
         """Close the view; the generation goes on."""
-        if getattr(self, "_alone", False) and self.trait_has_value("channel"):
+        if self.alone and self.trait_has_value("channel"):
             self.channel.close()
         super().close()
+
+    def _wind(self) -> None:
+        self.wind([self.feed], self.moment)

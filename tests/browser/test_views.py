@@ -199,6 +199,14 @@ def test_a_view_that_is_opened_later_has_all_rows(opened: Opened) -> None:
     )
     assert first == second
     assert int(first) > 50
+    until(tab, "[data-steps]", "Number(data.steps) > 50")  # it is over: each has a clock
+    begin, further = tab.page.get_by_role("button", name="To the start"), "Number(data.drawn) > 3"
+    until(tab, "[data-bars]", further)
+    begin.nth(1).click()
+    until(tab, "[data-bars]", "data.drawn === '0'")
+    tab.page.get_by_role("slider", name="Moment").first.press("ArrowUp")
+    tab.page.get_by_role("button", name="To the end").first.click()
+    until(tab, "[data-bars]", further)
 
 
 def test_a_stepper_shows_strategies_on_one_clock(opened: Opened) -> None:
@@ -284,6 +292,11 @@ def test_a_tree_is_seen_in_full_and_says_of_each_guess_what_it_is(opened: Opened
         r"#\d+: (a guess, the target is asked|only guessed|ruled out just now), \d+%, after #\d+"
     )
     assert sum(bool(re.fullmatch(guess, each)) for each in said) >= int(shown["open"])
+    assert float(data(tab, "[data-steps]")["moment"]) == 2
+    tab.page.get_by_role("button", name="A step ahead").click()
+    assert until(tab, "[data-boxes]", f"data.draws > {shown['draws']}") != shown
+    tab.page.get_by_role("button", name="To the start").click()
+    until(tab, "[data-boxes]", "data.boxes === '0' && data.open === '0'")
 
 
 def pictures_of(notebook: Path) -> list[str]:

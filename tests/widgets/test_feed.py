@@ -168,6 +168,25 @@ def test_the_channel_of_what_is_over_has_all_rows_as_its_state(kind: Any) -> Non
         assert len(channel.rows[name]) == channel.feed.count(name) * size
 
 
+@pytest.mark.parametrize("kind", [Timeline, Metrics, TokenStream, DraftTree])
+def test_a_view_that_is_alone_can_be_stepped_through_once_it_is_over(kind: Any) -> None:
+    source = Growing(TRACE)
+    view = kind(source)
+    source.grow(400)
+    assert view.alone and view.last == 0 and view.steps == []
+    source.end()
+    assert view.feed.wait(30)
+    assert view.last >= view.feed.now and len(view.steps) > 60 and view.moment == -1
+    assert kind(TRACE, moment=2.0).moment == 2
+    shared = kind(Channel(TRACE))
+    assert not shared.alone and shared.last == 0  # its clock is that of whoever put it together
+    another = Growing(TRACE)
+    view.show(another)
+    assert view.last == 0
+    another.end()
+    assert view.feed.wait(30) and view.last > 0
+
+
 class Recorded(Channel):
     """A channel that keeps what it sends."""
 

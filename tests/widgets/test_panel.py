@@ -13,7 +13,7 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
 from pipeinfer_dask.widgets import Dashboard, DraftTree, Metrics, Stepper, Timeline, TokenStream
-from pipeinfer_dask.widgets.still import module, style
+from pipeinfer_dask.widgets.still import COMMON, module, style
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_no_two_looks_of_bars_or_of_text_differ_by_colour_alone() -> None:
 
 def test_modules_and_style_name_nothing_outside_the_page() -> None:
     static = Path(pi.__file__).parent / "widgets" / "static"
-    names = [path.name for path in static.glob("*.js") if path.name != "common.js"]
+    names = [path.name for path in static.glob("*.js") if path.name not in COMMON]
     assert len(names) == 7
     for source in (*map(module, names), style()):
         assert "import " not in source.replace("importance", "")

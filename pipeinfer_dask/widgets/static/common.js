@@ -122,7 +122,7 @@ class Story {
 /**
  * Follow a story: `draw(story)` is called, at most once a frame, when there is something to see, and
  * for what is new at most once in `rest` milliseconds.
- * Returns {redraw, stop}; `stop` is what `render` gives back to be called at the end.
+ * A view that is alone gets its clock here. Returns {redraw, stop}; `stop` is what `render` gives back to be called at the end.
  */
 function follow(model, element, story, draw, rest = 0) {
   let frame = 0;
@@ -165,6 +165,8 @@ function follow(model, element, story, draw, rest = 0) {
   });
   redraw();
   const shown = hidePicture(model);
+  const clock = model.get("alone") ? clockOf(model) : null;
+  if (clock) element.querySelector(".pipeinfer-heading").after(clock.row);
   const stop = () => {
     story.followers.delete(renew);
     model.off("change:moment", redraw);
@@ -172,6 +174,7 @@ function follow(model, element, story, draw, rest = 0) {
     themes.disconnect();
     cancelAnimationFrame(frame);
     clearTimeout(timer);
+    clock?.stop();
     shown();
   };
   return { redraw, stop };
