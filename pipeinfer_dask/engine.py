@@ -25,10 +25,11 @@ from pipeinfer_dask.models.layers import check_stages
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
 from pipeinfer_dask.runtime.head.chat import Chat
-from pipeinfer_dask.runtime.head.generation import Generation, GenerationInterrupted, Piece, Result
+from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.head import MAX_CONCURRENT, Head
 from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.head.remote_head import RemoteHead
+from pipeinfer_dask.runtime.head.result import GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head.serving import Driver, EngineClosedError, Serving
 from pipeinfer_dask.runtime.nodes.loading import Loading, Progress, shown
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
@@ -92,13 +93,11 @@ class Engine(Serving):
         The layers of each stage.
     """
 
-    def __init__(self, *parts: Any) -> None:
-        if not parts or not isinstance(parts[0], Admission):
-            raise TypeError(
-                "expected Engine.from_pretrained(target, draft=...), which loads the models, got "
-                "Engine(...)"
-            )
-        super().__init__(*parts)
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(
+            "expected Engine.from_pretrained(target, draft=...), which loads the models, got "
+            "Engine(...)"
+        )
 
     @classmethod
     def from_pretrained(
@@ -315,10 +314,22 @@ class Engine(Serving):
 
             with shown(progress) as told:
                 driver = new_head(told)
-            return cls(admission, opened_draft, ranges, driver, resources.pop_all())
+            engine = cls.__new__(cls)
+            Serving.__init__(engine, admission, opened_draft, ranges, driver, resources.pop_all())
+            return engine
 
     def dashboard(self, **options: Any) -> VBox:
-        """Return controls and live views for a notebook. Options as those of `pi.dashboard`.
+        """Return controls and live views for a notebook.
+
+        Parameters
+        ----------
+        **options
+            As for `pi.dashboard`.
+
+        Returns
+        -------
+        Dashboard
+            To be shown as a cell's last line.
 
         Raises
         ------

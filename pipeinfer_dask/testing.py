@@ -81,6 +81,7 @@ def make_pair(
         The share of tokens, between 0.05 and 0.95, for which the draft's first choice is to be
         the target's. The draft's confidences are as high on average.
     seed : int
+        Of the weights.
     dtype : torch.dtype
         What the weights are stored in.
 

@@ -49,7 +49,20 @@ class Sign(Enum):
 
 
 def window(trace: Trace, columns: int) -> tuple[float, float]:
-    """Return a part of a trace, in seconds, in which single runs can be told apart."""
+    """Return a part of a trace in which single runs can be told apart.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of a generation that may still go on.
+    columns : int
+        Signs in a row.
+
+    Returns
+    -------
+    (float, float), seconds
+        From and to.
+    """
     return tables.window(History(trace), columns)
 
 
@@ -63,10 +76,16 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
     Parameters
     ----------
     source : Trace, or a generation, result or simulation
+        What to draw.
     columns : int
         Signs in a row, at least 1.
     part : (float, float), seconds, optional
         What to show; by default what `window` says.
+
+    Returns
+    -------
+    rich.text.Text
+        A line for each node, and two for cancels and tokens; ``str`` of it is plain.
 
     Raises
     ------
@@ -137,7 +156,13 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
 
 
 def legend() -> Text:
-    """Return what the signs mean."""
+    """Return what the signs mean.
+
+    Returns
+    -------
+    rich.text.Text
+        One line.
+    """
     return Text("  ").join(_signs())
 
 

@@ -31,7 +31,13 @@ FILL_CACHE: DraftChoice = (DraftPlan(size=0), ())
 
 
 class Policy(ABC):
-    """What a strategy is: two choices, and what it learns in between."""
+    """What a strategy is: two choices, and what it learns in between.
+
+    Its methods look at the ``machine``. What they hear of besides: ``proposed`` and ``added``
+    nodes of its tree; the ``token`` that the target picked; the ``origins`` of what became text;
+    a ``run``, with what it is ``done`` with; the drafter's work (its ``span``), and whether that
+    was ``cancelled``.
+    """
 
     name: ClassVar[str]
     needs_draft: ClassVar[bool] = True
@@ -52,7 +58,13 @@ class Policy(ABC):
         return None
 
     def fresh(self) -> Self:
-        """Return a policy with the same settings that has heard nothing yet."""
+        """Return a policy with the same settings that has heard nothing yet.
+
+        Returns
+        -------
+        Policy
+            Of the same class.
+        """
         return replace(self)  # type: ignore[type-var]
 
     def wake_at(self, machine: Machine) -> float | None:

@@ -44,7 +44,13 @@ class JobState:
         return f"job {self.job}: {self.words}"
 
     def last_lines(self) -> str:
-        """Return what it wrote last, as far as this machine sees the file; else nothing."""
+        """Return what it wrote last, as far as this machine sees the file; else nothing.
+
+        Returns
+        -------
+        str
+            Lines of its log.
+        """
         if self.log is None:
             return ""
         with suppress(OSError):

@@ -36,6 +36,11 @@ def make_policy(strategy: str, /, **knobs: Any) -> Policy:
     **knobs
         The policy's own attributes.
 
+    Returns
+    -------
+    Policy
+        That has heard nothing yet.
+
     Raises
     ------
     ValueError

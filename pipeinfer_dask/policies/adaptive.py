@@ -135,7 +135,7 @@ class Adaptive(Policy):
         return self._grown([], min(self._largest(), ahead + self.ramp), machine)
 
     def wake_at(self, machine: Machine) -> float | None:
-        """Return when the first stage is about to be free, if there is something to choose then."""
+        # When the first stage is about to be free, if there is something to choose then.
         if self._quiet(machine) or self._crowded(machine):
             return None
         at = self._first_free_at - self._pace.trip / 2

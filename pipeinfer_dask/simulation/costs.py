@@ -34,7 +34,15 @@ class Curve:
 
     @classmethod
     def line(cls, first: float, share: float = 0.0) -> Self:
-        """Return a curve where each token beyond the first adds ``share`` of the first's time."""
+        """Return a curve where each token beyond the first adds the same.
+
+        Parameters
+        ----------
+        first : float
+            Seconds of a pass of one token.
+        share : float
+            What each further token adds, as a share of that.
+        """
         return cls((first, first * (1 + share)))
 
     @classmethod
@@ -139,6 +147,7 @@ class Costs:
         Parameters
         ----------
         stages : int
+            How many, from 1 to 1024.
         stage_s : float
             Seconds of a one-token run on one stage.
         token_cost : float
@@ -149,8 +158,12 @@ class Costs:
             What each further token of a pass adds, as a share of that.
         hop_cost : float
             The latency of a hop, as a share of ``stage_s``.
-        bandwidth, token_bytes, layers, rebuild_s
+        bandwidth : float
+            As the attribute.
+        token_bytes, layers : int
             As the attributes.
+        rebuild_s : float
+            As the attribute.
         """
         shares = {
             "token_cost": token_cost,
@@ -180,7 +193,18 @@ class Costs:
         )
 
     def hop(self, tokens: int) -> float:
-        """Return the seconds for which a run of ``tokens`` tokens occupies a link."""
+        """Return for how long a run occupies a link.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the run.
+
+        Returns
+        -------
+        float, seconds
+            Beyond the latency, `hop_s`.
+        """
         return tokens * self.token_bytes / self.bandwidth
 
 
@@ -231,13 +255,24 @@ def costs_of_nodes(
     Parameters
     ----------
     nodes : sequence of NodeDescription, [stages]
+        The machine of each stage.
     weight_bytes : float
         Bytes of the whole target; each stage holds an equal share.
     draft_node : NodeDescription
+        The drafter's machine.
     draft_weight_bytes : float
+        Bytes of the draft model.
     bytes_per_weight : float
-    hop_s, bandwidth, token_bytes, layers
+        2 for 16 bits.
+    hop_s, bandwidth : float
         As those of `Costs`.
+    token_bytes, layers : int
+        As those of `Costs`.
+
+    Returns
+    -------
+    Costs
+        For `simulate`.
     """
 
     def curve(node: NodeDescription, size: float) -> Curve:

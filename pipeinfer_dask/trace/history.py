@@ -41,6 +41,7 @@ class History:
     Parameters
     ----------
     trace : Trace
+        Of a generation that may still go on.
 
     Attributes
     ----------
@@ -92,7 +93,13 @@ class History:
         self.update()
 
     def update(self) -> bool:
-        """Take the entries that have come since; return whether there were any."""
+        """Take the entries that have come since.
+
+        Returns
+        -------
+        bool
+            Whether there were any.
+        """
         new = self.trace.records[self._seen :]
         for time, what in new:
             self._seen += 1
@@ -105,7 +112,18 @@ class History:
         return self._root
 
     def saved(self, run: Run) -> int:
-        """Return how many layers a cancelled run was spared."""
+        """Return how many layers a cancelled run was spared.
+
+        Parameters
+        ----------
+        run : Run
+            One of `runs`.
+
+        Returns
+        -------
+        int
+            Over all stages; 0 for a run that was not cancelled.
+        """
         if run.cancelled is None:
             return 0
         done = zip(run.spans, self.layers, strict=False)

@@ -96,7 +96,13 @@ class Metrics:
     layers_saved: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures by name, as JSON takes them."""
+        """Return the figures by name, as JSON takes them.
+
+        Returns
+        -------
+        dict
+            The attributes.
+        """
         return asdict(self)
 
 

@@ -67,6 +67,8 @@ class Guess:
         When it became text, or could no longer.
     kept : bool
         Whether it is text. Of the tokens that are not settled, none is.
+    children : list of Guess
+        What is guessed to follow it.
     """
 
     id: int

@@ -43,25 +43,56 @@ class Trace:
     places: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, time: float, what: Event | Command) -> None:
-        """Record an event or a command, at a time in seconds."""
+        """Record an event or a command.
+
+        Parameters
+        ----------
+        time : float, seconds
+            Not before that of the entry before it.
+        what : Event or Command
+            What the machine was told, or said.
+        """
         self.records.append((time, what))
 
     def text_of(self, token: int) -> str:
-        """Return a token as text; its number, if its text is not known."""
+        """Return a token as text.
+
+        Parameters
+        ----------
+        token : int
+            Its id.
+
+        Returns
+        -------
+        str
+            ``#`` and its id, if its text is not known.
+        """
         try:
             return self.texts[token]
         except LookupError:
             return f"#{token}"
 
     def metrics(self) -> Metrics:
-        """Return the figures up to now."""
+        """Return the figures up to now.
+
+        Returns
+        -------
+        Metrics
+            Of a generation that goes on, those of its text so far.
+        """
         tally = Tally(self.stages)
         for time, what in self.records:
             tally.add(time, what)
         return tally.metrics()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace to a file, as `load` reads it: JSON lines, nothing is pickled."""
+        """Write the trace to a file, as `load` reads it: JSON lines, nothing is pickled.
+
+        Parameters
+        ----------
+        path : str or path
+            Replaced, if it is there.
+        """
         from pipeinfer_dask.trace.files import save
 
         save(self, path)
@@ -69,6 +100,11 @@ class Trace:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a trace that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
 
         Raises
         ------
@@ -88,6 +124,11 @@ class Trace:
         run held and came to. Arrows lead from a draft to the runs that hold its guesses, from
         stage to stage, and from a run to the text that it decided on. Cancellations and losses are
         marks; guesses, runs and layers are counted over time.
+
+        Parameters
+        ----------
+        path : str or path
+            Replaced, if it is there.
         """
         from pipeinfer_dask.trace.perfetto import write_perfetto
 
@@ -115,6 +156,11 @@ class Trace:
               ``token``, ``text``, ``confidence``, ``ahead`` (of the text), ``fate`` (accepted,
               rejected, or unused: in no run), ``draft``, ``run``, ``made_s``, ``placed_s`` (in a
               run) and ``settled_s``.
+
+        Returns
+        -------
+        pandas.DataFrame
+            With the columns named above.
 
         Raises
         ------

@@ -71,7 +71,13 @@ class Channel(ipywidgets.Widget):  # type: ignore[misc]
             self._attach()
 
     def show(self, source: Any) -> None:
-        """Show another trace from now on, in the same place."""
+        """Show another trace from now on, in the same place.
+
+        Parameters
+        ----------
+        source : Trace, Generation, Result, Simulation or Feed
+            What to show.
+        """
         feed = source if isinstance(source, Feed) else Feed(source)
         self.feed.unsubscribe(self)
         self.feed = feed

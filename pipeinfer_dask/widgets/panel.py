@@ -28,10 +28,13 @@ class Controls(ipywidgets.VBox):  # type: ignore[misc]
     Parameters
     ----------
     engine : Engine
+        What generates.
     started : callable, optional
         Called as ``started(generation)`` for each that is started.
     prompt : str
+        What stands in the prompt's field at first.
     max_new_tokens : int
+        The same of the tokens to generate.
 
     Attributes
     ----------
@@ -123,8 +126,11 @@ class Dashboard(Still, ipywidgets.VBox):  # type: ignore[misc]
     Parameters
     ----------
     engine : Engine
+        What generates.
     prompt : str
+        What stands in the prompt's field at first.
     max_new_tokens : int
+        The same of the tokens to generate.
 
     Attributes
     ----------
@@ -167,13 +173,25 @@ class Dashboard(Still, ipywidgets.VBox):  # type: ignore[misc]
         return self.controls.generation
 
     def show(self, source: Any) -> None:
-        """Show a generation, a result, a simulation or a trace in all views."""
+        """Show something in all views.
+
+        Parameters
+        ----------
+        source : Trace, Generation, Result or Simulation
+            What to show.
+        """
         if self.clock.last:
             self.clock.wind([], -1.0)
         self.channel.show(source)
 
     def to_html(self) -> str:
-        """Return all views as HTML that needs neither scripts nor the network."""
+        """Return all views as HTML that needs neither scripts nor the network.
+
+        Returns
+        -------
+        str
+            From the text to the tree.
+        """
         return "".join(view.to_html() for view in self.views)
 
     @property
@@ -190,10 +208,16 @@ def dashboard(engine: Engine, *, prompt: str = PROMPT, max_new_tokens: int = 64)
     Parameters
     ----------
     engine : Engine
+        What generates.
     prompt : str
         What stands in the prompt's field at first.
     max_new_tokens : int
         The same of the tokens to generate.
+
+    Returns
+    -------
+    Dashboard
+        To be shown as a cell's last line.
     """
     return Dashboard(engine, prompt=prompt, max_new_tokens=max_new_tokens)
 

@@ -91,7 +91,13 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
         return self.clock
 
     def to_html(self) -> str:
-        """Return all traces as they ended: timelines on one scale, then what else is shown."""
+        """Return all traces as they ended: timelines on one scale, then what else is shown.
+
+        Returns
+        -------
+        str
+            HTML without scripts.
+        """
         feeds = [view.feed for view in self.views if isinstance(view, Timeline)]
         pictures = comparison_html([(feed.title, feed.history) for feed in feeds])
         rest = "".join(

@@ -19,6 +19,13 @@ LISTED = 20
 class Timeline(TraceView):
     """Which node worked on what, and when: a row for the drafter and for each stage.
 
+    Parameters
+    ----------
+    source : Trace, Generation, Result, Simulation or Channel
+        What to show. Views of one `Channel` share all that travels, and turn together.
+    **traits
+        Of the widget, such as ``layout``.
+
     Attributes
     ----------
     span : float, seconds
@@ -32,13 +39,27 @@ class Timeline(TraceView):
     span = traitlets.Float(0.0).tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the timeline as an image, a part of a long one, with its legend and a table."""
+        """Return the timeline as an image, a part of a long one, with its legend and a table.
+
+        Returns
+        -------
+        str
+            HTML without scripts.
+        """
         with self.feed.lock:
             return timeline_html(self.feed.history)
 
 
 class Metrics(TraceView):
-    """The figures, and how they came about."""
+    """The figures, and how they came about.
+
+    Parameters
+    ----------
+    source : Trace, Generation, Result, Simulation or Channel
+        What to show. Views of one `Channel` share all that travels, and turn together.
+    **traits
+        Of the widget, such as ``layout``.
+    """
 
     _esm = module("metrics.js")
     _css = style()
@@ -46,14 +67,28 @@ class Metrics(TraceView):
     label = traitlets.Unicode("Figures").tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the figures as a table, and acceptance by depth as another."""
+        """Return the figures as a table, and acceptance by depth as another.
+
+        Returns
+        -------
+        str
+            HTML without scripts.
+        """
         with self.feed.lock:
             history = self.feed.history
             return metrics_html(history.tally.metrics()) + depths_html(history)
 
 
 class TokenStream(TraceView):
-    """The text as it comes, each token marked by where it came from."""
+    """The text as it comes, each token marked by where it came from.
+
+    Parameters
+    ----------
+    source : Trace, Generation, Result, Simulation or Channel
+        What to show. Views of one `Channel` share all that travels, and turn together.
+    **traits
+        Of the widget, such as ``layout``.
+    """
 
     _esm = module("text.js")
     _css = style()
@@ -61,13 +96,27 @@ class TokenStream(TraceView):
     label = traitlets.Unicode("Text").tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the text and what its marks mean."""
+        """Return the text and what its marks mean.
+
+        Returns
+        -------
+        str
+            HTML without scripts.
+        """
         with self.feed.lock:
             return text_html(self.feed.history)
 
 
 class DraftTree(TraceView):
-    """The tokens that are guessed to follow the text, and what becomes of them."""
+    """The tokens that are guessed to follow the text, and what becomes of them.
+
+    Parameters
+    ----------
+    source : Trace, Generation, Result, Simulation or Channel
+        What to show. Views of one `Channel` share all that travels, and turn together.
+    **traits
+        Of the widget, such as ``layout``.
+    """
 
     _esm = module("tree.js")
     _css = style()
@@ -75,7 +124,13 @@ class DraftTree(TraceView):
     label = traitlets.Unicode("Draft tree").tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the likeliest of the tree when it was largest, as nested lists."""
+        """Return the likeliest of the tree when it was largest, as nested lists.
+
+        Returns
+        -------
+        str
+            HTML without scripts.
+        """
         with self.feed.lock:
             return _tree_html(self.feed.history)
 

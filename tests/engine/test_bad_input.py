@@ -185,10 +185,10 @@ def test_a_pair_in_one_is_refused_with_the_way_to_give_it(nothing_starts: None) 
         pi.Engine.from_pretrained(pi.demo_pair())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("parts", [(), ("model",)])
-def test_an_engine_that_is_made_directly_names_the_way_to_open_one(parts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("given", [{}, {"target": "model"}, {"target": "model", "draft": "other"}])
+def test_an_engine_that_is_made_directly_names_the_way_to_open_one(given: dict[str, str]) -> None:
     with pytest.raises(TypeError, match=r"expected Engine\.from_pretrained\(target, draft="):
-        pi.Engine(*parts)
+        pi.Engine(**given)
 
 
 def test_a_closed_engine_has_no_dashboard(pair: Pair) -> None:

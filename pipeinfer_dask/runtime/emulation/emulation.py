@@ -26,11 +26,12 @@ from pipeinfer_dask.runtime.emulation.lags import (
     LaggingPipeline,
 )
 from pipeinfer_dask.runtime.emulation.paced import paced_specs
-from pipeinfer_dask.runtime.head.generation import Generation, Result
+from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.head import MAX_CONCURRENT, Head
 from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.head.measuring import measure_hop
 from pipeinfer_dask.runtime.head.remote_head import RemoteHead
+from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.serving import Driver
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DEADLINE_S, DaskPipeline

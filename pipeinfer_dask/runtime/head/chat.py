@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeinfer_dask.policies import Policy
-from pipeinfer_dask.runtime.head.generation import Generation, Result
+from pipeinfer_dask.runtime.head.generation import Generation
+from pipeinfer_dask.runtime.head.result import Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ class Chat:
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
+        The target's.
     start : callable
         Starts to generate behind these tokens.
     release : callable
@@ -102,8 +104,18 @@ class Chat:
         Parameters
         ----------
         text : str
-        max_new_tokens, strategy, **options
+            The user's message.
+        max_new_tokens : int, optional
             As for `Engine.start`.
+        strategy : str or Policy, optional
+            As for `Engine.start`.
+        **options
+            As for `Engine.start`.
+
+        Returns
+        -------
+        Generation
+            The answer on its way.
 
         Raises
         ------
@@ -129,7 +141,31 @@ class Chat:
         strategy: str | Policy | None = None,
         **options: Any,
     ) -> Result:
-        """Say something, and wait for the answer. Parameters and errors as those of `start`."""
+        """Say something, and wait for the answer.
+
+        Parameters
+        ----------
+        text : str
+            The user's message.
+        max_new_tokens : int, optional
+            As for `start`.
+        strategy : str or Policy, optional
+            As for `start`.
+        **options
+            As for `start`.
+
+        Returns
+        -------
+        Result
+            The answer.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            As `start` does.
+        GenerationInterrupted
+            If the pipeline was lost; it holds the answer so far.
+        """
         answer = self.start(text, max_new_tokens=max_new_tokens, strategy=strategy, **options)
         return answer.result()
 

@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from threading import Condition
 from time import monotonic
@@ -21,31 +19,14 @@ from pipeinfer_dask.protocol.messages import Command, Commit, Event, Origin
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.protocol.sampling import Logprobs
 from pipeinfer_dask.runtime.head.conversation import Conversation
-from pipeinfer_dask.trace import Metrics, Trace
+from pipeinfer_dask.runtime.head.result import GenerationInterrupted, Piece, Result
+from pipeinfer_dask.trace import Trace
 from pipeinfer_dask.trace.picture import result_html
 
 GLANCE_S = 0.5
 """Who waits looks up so often, for an interrupt that woke nobody."""
 
 Status = Literal["queued", "running", "recovering", "finished", "stopped", "failed"]
-
-
-class Piece(str):
-    """Some text, as it came.
-
-    Attributes
-    ----------
-    origin : Origin
-        Where its last token came from.
-    """
-
-    origin: Origin
-    __slots__ = ("origin",)
-
-    def __new__(cls, text: str, origin: Origin) -> Piece:
-        piece = super().__new__(cls, text)
-        piece.origin = origin
-        return piece
 
 
 class TextStream(Protocol):
@@ -58,76 +39,6 @@ class TextStream(Protocol):
     def flush(self) -> str:
         """Return what is left at the end of the text."""
         ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished generation.
-
-    Attributes
-    ----------
-    text : str
-        What was generated, without the prompt.
-    token_ids : list of int
-        The same as token ids, an end token included.
-    origins : list of Origin
-        Where each token came from.
-    finish_reason : {"length", "end_token", "stop_string", "stopped"}
-    strategy : str
-    trace : Trace
-    seed : int or None
-        With which these very tokens can be sampled again; None for a greedy text.
-    logprobs : list of Logprobs or None
-        How probable each token was, if it was asked for.
-    """
-
-    text: str
-    token_ids: list[int]
-    origins: list[Origin]
-    finish_reason: str
-    strategy: str
-    trace: Trace
-    seed: int | None = None
-    logprobs: list[Logprobs] | None = None
-
-    @cached_property
-    def metrics(self) -> Metrics:
-        """The figures of this generation."""
-        return self.trace.metrics()
-
-    def _repr_html_(self) -> str:
-        return result_html(self.trace, f"{self.strategy}, {self.finish_reason}")
-
-    def __repr__(self) -> str:
-        return (
-            f"Result(strategy={self.strategy!r}, tokens={len(self.token_ids)}, "
-            f"finish_reason={self.finish_reason!r}, text={self.text!r})"
-        )
-
-
-class GenerationInterrupted(RuntimeError):  # noqa: N818
-    """The pipeline was lost before the text was finished.
-
-    Another engine goes on with it: a text that starts from the prompt's token ids and
-    ``partial_ids`` is the same from there on, a sampled one with the same settings and seed, too.
-
-    Attributes
-    ----------
-    partial : str
-        The text so far.
-    partial_ids : list of int
-        The same as token ids.
-    request : Request
-        What was asked for: its ``prompt`` as token ids, ``max_new_tokens``, ``sampling.seed``.
-    """
-
-    def __init__(
-        self, message: str, partial: str, partial_ids: list[int], request: Request
-    ) -> None:
-        super().__init__(message)
-        self.partial = partial
-        self.partial_ids = partial_ids
-        self.request = request
 
 
 def _over(generation: Generation) -> None:
@@ -150,12 +61,21 @@ class Generation:
     whoever leaves (a ``break``, a timeout of `result`) does not. ``asyncio.shield(generation)``
     can be cancelled, and the generation goes on.
 
+    Parameters
+    ----------
+    stream : TextStream
+        Makes text of its tokens.
+    cancel : callable
+        Stops it, wherever it is driven from.
+
     Attributes
     ----------
     request : Request
     policy : Policy
     conversation : Conversation or None
         That it goes on with.
+    stops : callable or None
+        Told of each token; says whether the text ends with it.
     trace : Trace
         Grows as the generation goes on, and may be read meanwhile.
     """
@@ -219,7 +139,13 @@ class Generation:
         return list(self._tokens)
 
     def done(self) -> bool:
-        """Whether there is a result, or an error."""
+        """Whether there is a result, or an error.
+
+        Returns
+        -------
+        bool
+            From then on `result` does not wait.
+        """
         return self._future.done()
 
     def cancel(self) -> None:
@@ -233,6 +159,11 @@ class Generation:
         ----------
         timeout : float, optional
             Most seconds to wait.
+
+        Returns
+        -------
+        Result
+            With the text so far where it was cancelled.
 
         Raises
         ------
@@ -330,7 +261,13 @@ class Generation:
     # --- for the head -----------------------------------------------------------------
 
     def wait_in_line(self, position: int) -> None:
-        """Note that so many come before it, itself included."""
+        """Note where it stands in the queue.
+
+        Parameters
+        ----------
+        position : int
+            1 for the next one to begin.
+        """
         self._position = position
 
     def begin(self) -> None:
@@ -342,7 +279,15 @@ class Generation:
         self._position, self._status = None, "recovering"
 
     def record(self, time: float, what: Event | Command) -> None:
-        """Note what happened. Who follows the trace finds a commit's text there before it."""
+        """Note what happened. Who follows the trace finds a commit's text there before it.
+
+        Parameters
+        ----------
+        time : float, seconds
+            On the head's clock.
+        what : Event or Command
+            What the machine was told, or said.
+        """
         if isinstance(what, Commit):
             self._commit(what)
         self.trace.add(time, what)
@@ -360,7 +305,13 @@ class Generation:
         self._notify()
 
     def finish(self, reason: str) -> None:
-        """Set the result: no token comes any more."""
+        """Set the result: no token comes any more.
+
+        Parameters
+        ----------
+        reason : str
+            The result's ``finish_reason``.
+        """
         with self._changed:
             if (rest := self._stream.flush()) and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
@@ -383,7 +334,13 @@ class Generation:
         self._notify()
 
     def fail(self, error: BaseException) -> None:
-        """Let whoever waits have the text so far, as a `GenerationInterrupted`."""
+        """Let whoever waits have the text so far, as a `GenerationInterrupted`.
+
+        Parameters
+        ----------
+        error : BaseException
+            Its cause.
+        """
         with self._changed:
             self._position, self._status, self._cancel = None, "failed", _over
             interrupted = GenerationInterrupted(str(error), self.text, self.token_ids, self.request)

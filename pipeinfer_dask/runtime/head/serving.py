@@ -16,7 +16,8 @@ from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.runtime.head.chat import Chat
 from pipeinfer_dask.runtime.head.conversation import Conversation
-from pipeinfer_dask.runtime.head.generation import Generation, Result
+from pipeinfer_dask.runtime.head.generation import Generation
+from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.text import TokenTexts, text_of
 from pipeinfer_dask.runtime.planning.admission import Admission
 from pipeinfer_dask.runtime.planning.clusters import call_on
