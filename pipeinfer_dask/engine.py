@@ -41,6 +41,7 @@ from pipeinfer_dask.runtime.planning.admission import Admission
 from pipeinfer_dask.runtime.planning.clusters import (
     LoopThread,
     call_on,
+    keep_nannies,
     loop_of,
     own_cluster,
     workers_of,
@@ -265,6 +266,7 @@ class Engine(Serving):
                     workers = without_spares(known, spares)
                     placement = place(workers, stages, drafter=drafter, share=True)
                 else:
+                    keep_nannies(client, resources)
                     keep_nodes(client, spares, resources)
                 loop = loop_of(client)
 

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 PATIENCE_S = 60.0
 WORKERS = 3
+LONG = 480
 
 PROGRAM = """
 import sys
@@ -109,3 +110,17 @@ def test_a_program_that_ends_with_an_open_engine_frees_its_workers(
         assert program.stdin is not None
         program.stdin.close()
         program.wait(PATIENCE_S)
+
+
+@pytest.mark.usefixtures("leaving_nothing")
+def test_a_text_under_which_all_workers_are_restarted_is_finished(
+    pair: Pair, client: Client
+) -> None:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=2) as engine:
+        run = engine.start(PROMPT, max_new_tokens=LONG)
+        next(iter(run))
+        client.restart()
+        result = run.result(PATIENCE_S)
+        assert result.metrics.losses > 0
+        assert result.token_ids[: len(pair.greedy)] == pair.greedy
+        assert result.token_ids == engine.generate(PROMPT, max_new_tokens=LONG).token_ids

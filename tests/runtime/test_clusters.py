@@ -12,11 +12,15 @@ from contextlib import ExitStack
 
 import dask
 import pytest
+from distributed import Client, LocalCluster
 
 from pipeinfer_dask.runtime.planning.clusters import (
+    PATIENCE,
     LoopThread,
     _interrupts_held,
+    _Settings,
     call_on,
+    keep_nannies,
     own_cluster,
 )
 
@@ -121,13 +125,46 @@ def test_an_error_of_the_call_is_the_callers() -> None:
         call_on(thread.loop, work())
 
 
+def test_settings_of_clusters_that_overlap_are_gone_with_the_last_one() -> None:
+    settings = _Settings()
+    name = "distributed.deploy.lost-worker-timeout"
+    before = dask.config.get(name)
+    with ExitStack() as first, ExitStack() as second:
+        for resources in (first, second):
+            resources.enter_context(settings.hold({name: "1 day"}))
+        first.close()
+        assert dask.config.get(name) == "1 day"
+        second.close()
+        assert dask.config.get(name) == before
+
+
 @pytest.mark.cluster
-def test_a_worker_of_our_own_that_is_killed_comes_back_however_long_that_takes() -> None:
+def test_nannies_get_time_where_they_are_of_this_process_and_as_long_as_they_are_needed() -> None:
+    ((name, patient),) = PATIENCE.items()
+    with (
+        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster, set_as_default=False) as ours,
+        Client(cluster.scheduler_address, set_as_default=False) as from_elsewhere,
+        ExitStack() as resources,
+    ):
+        before = dask.config.get(name)
+        keep_nannies(from_elsewhere, resources)
+        assert dask.config.get(name) == before != patient
+        keep_nannies(ours, resources)
+        assert dask.config.get(name) == patient
+        resources.close()
+        assert dask.config.get(name) == before
+
+
+@pytest.mark.cluster
+def test_a_worker_of_our_own_that_is_killed_is_forked_anew_however_long_that_takes() -> None:
     with dask.config.set({"distributed.deploy.lost-worker-timeout": 0}), ExitStack() as resources:
         client = own_cluster(1, resources)
         ((address, process),) = client.run(os.getpid).items()
+        (server,) = client.run(os.getppid).values()
         os.kill(process, signal.SIGKILL)
         while address in client.scheduler_info()["workers"]:
             threading.Event().wait(0.01)
         client.wait_for_workers(1, timeout=60)
         assert address not in client.run(os.getpid)
+        assert list(client.run(os.getppid).values()) == [server]

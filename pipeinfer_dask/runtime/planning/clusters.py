@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread, current_thread, main_thread
+from threading import Lock, Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Self, TypeVar
 
@@ -245,9 +245,46 @@ def _check_script() -> None:
         )
 
 
-LOST_WORKER_TIMEOUT = "1 hour"
+PATIENCE = {"distributed.deploy.lost-worker-timeout": "1 hour"}
 """Dask gives a nanny up whose worker is not back by then, for good. By default after 15 seconds,
 which a busy machine needs to start one."""
+
+
+class _Settings:
+    """Settings of Dask, which are the whole process's, and stay while a cluster of ours needs them.
+
+    Whichever ends first: the settings of before are back once the last one has ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._held = 0
+        self._before = ExitStack()
+
+    @contextmanager
+    def hold(self, settings: Mapping[str, str]) -> Iterator[None]:
+        with self._lock:
+            self._before.enter_context(dask.config.set(settings))
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= 1
+                if not self._held:
+                    self._before.close()
+
+
+_SETTINGS = _Settings()
+
+
+def keep_nannies(client: Client, resources: ExitStack) -> None:
+    """Have nannies of this process, if the client's are, bring workers back however long it takes.
+
+    A queue's jobs are no nannies: they don't come back, and Dask asks for others in their place.
+    """
+    if isinstance(client.cluster, LocalCluster):
+        resources.enter_context(_SETTINGS.hold(PATIENCE))
 
 
 def own_cluster(
@@ -274,10 +311,10 @@ def own_cluster(
     if devices.own_gpus and find_spec("dask_cuda") is not None:
         kind = import_module("dask_cuda").LocalCUDACluster
         count = min(count, gpu_count())
-    with (
-        dask.config.set({"distributed.worker.multiprocessing-method": method}),
-        _interrupts_held(),
-    ):
+    # Read whenever a worker is lost, or restarted.
+    settings = {"distributed.worker.multiprocessing-method": method, **PATIENCE}
+    resources.enter_context(_SETTINGS.hold(settings))
+    with _interrupts_held():
         get_mp_context().set_forkserver_preload(
             ["pipeinfer_dask.runtime.nodes.apart", "distributed", "pipeinfer_dask.models.shard"]
         )
@@ -291,9 +328,5 @@ def own_cluster(
                 dashboard_address="127.0.0.1:0",
             )
         )
-    # Read whenever a worker is lost.
-    resources.enter_context(
-        dask.config.set({"distributed.deploy.lost-worker-timeout": LOST_WORKER_TIMEOUT})
-    )
     client: Client = resources.enter_context(Client(cluster, set_as_default=False))
     return client
