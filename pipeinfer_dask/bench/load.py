@@ -16,6 +16,10 @@ from pipeinfer_dask.trace import Metrics
 
 TIMEOUT_S = 600.0
 HOP_ROUNDS = 5
+LEAST_SPEEDUP = 1.5
+"""Of as many requests as there are stages, against one alone."""
+MOST_SPREAD = 1.5
+"""Of the fastest request to the slowest, however many there are."""
 
 
 def run_load_bench(
@@ -53,7 +57,9 @@ def run_load_bench(
         "simulated", "emulated"}]}``: tokens/s of all together, from the first begin to the last
         token, and of single requests; ``spread`` is the fastest by the slowest; the mean ITL, the
         longest p95 of it and the longest TTFT; ``speedup``, how many times the tokens/s of one
-        alone, if that was measured; and what the simulator says to all together.
+        alone, if that was measured; and what the simulator says to all together. And ``"within"``:
+        whether as many requests as stages have a ``speedup`` of at least 1.5, if that was measured,
+        and whether every ``spread`` is at most 1.5.
 
     Raises
     ------
@@ -104,7 +110,16 @@ def run_load_bench(
         "tokens": tokens,
         "hop_ms": 1e3 * here.hop_s,
         "rows": rows,
+        "within": _verdicts(rows, stages),
     }
+
+
+def _verdicts(rows: list[dict[str, Any]], stages: int) -> dict[str, bool]:
+    speedups = [row["speedup"] for row in rows if row["requests"] == stages and row["speedup"]]
+    within = {"spread": all(row["spread"] <= MOST_SPREAD for row in rows)}
+    if speedups:
+        within["speedup"] = min(speedups) >= LEAST_SPEEDUP
+    return within
 
 
 def _measure(emulation: Emulation, strategy: str, count: int, tokens: int) -> dict[str, Any]:

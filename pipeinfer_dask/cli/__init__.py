@@ -344,7 +344,10 @@ def simulate(
 @click.option("--cancels", type=click.IntRange(1), help="cancels: so many.")
 @as_json
 def bench(suite: str, as_json: bool, **asked: Any) -> None:
-    """Measure one part on this machine. The last line of stdout is one JSON object."""
+    """Measure one part on this machine. The last line of stdout is one JSON object.
+
+    Where it has limits, "within" says of each whether it is kept; the status is 1 if one is not.
+    """
     unset = (None, (), False)
     given = {n: value for n, value in asked.items() if not any(value is one for one in unset)}
     run = getattr(import_module(f"pipeinfer_dask.bench.{suite}"), f"run_{suite}_bench")
@@ -361,6 +364,8 @@ def bench(suite: str, as_json: bool, **asked: Any) -> None:
                 table.add_row(*shown)
             _console(as_json).print(table)
     click.echo(json.dumps(report))
+    if not all(report.get("within", {}).values()):
+        sys.exit(1)
 
 
 def _console(as_json: bool) -> Console:

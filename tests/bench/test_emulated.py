@@ -2,14 +2,23 @@
 
 import json
 import math
+import time
+from functools import partial
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from pipeinfer_dask.bench import load
 from pipeinfer_dask.bench.load import run_load_bench
 from pipeinfer_dask.bench.network import run_network_bench
 from pipeinfer_dask.bench.paced import run_paced_bench
+from pipeinfer_dask.cli import main
 from pipeinfer_dask.policies import STRATEGIES
+from pipeinfer_dask.runtime.emulation.emulation import Emulation
+from pipeinfer_dask.runtime.emulation.lags import Distance
+from pipeinfer_dask.runtime.head.remote_head import RemoteHead
+from pipeinfer_dask.simulation import Costs
 
 pytestmark = pytest.mark.cluster
 
@@ -37,7 +46,7 @@ def test_bench_paced_puts_the_simulator_beside_what_it_measures() -> None:
 
 def test_bench_network_has_a_row_for_each_network() -> None:
     networks = ((3.0, math.inf), (0.0, 400.0))
-    report = run_network_bench(networks, (0.0, 20.0), stages=2, stage_ms=5, tokens=12)
+    report = run_network_bench(networks, (0.0, 20.0), stages=2, stage_ms=5, tokens=12, rounds=1)
     assert json.loads(json.dumps(report)) == report
     assert report["suite"] == "network"
     far, thin = report["rows"]
@@ -50,15 +59,58 @@ def test_bench_network_has_a_row_for_each_network() -> None:
     assert clients[0.0, "client"]["share"] == 1
     # A run takes 10 ms, and 40 more to the client and back.
     assert clients[20.0, "worker"]["share"] > 1.5 * clients[20.0, "client"]["share"]
+    shares = [row["share"] for (_, head), row in clients.items() if head == "worker"]
+    assert report["within"] == {"share": min(shares) >= 0.9}
 
 
-def test_bench_load_has_a_row_for_each_number_of_requests() -> None:
-    report = run_load_bench((1, 3), stages=2, stage_ms=5, tokens=12)
+def test_a_far_client_with_a_head_on_a_worker_keeps_the_pace_of_a_near_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[object] = []
+    put = RemoteHead._put
+
+    def counted(head: RemoteHead, asked: Any) -> None:
+        said.append(asked)
+        put(head, asked)
+
+    monkeypatch.setattr(RemoteHead, "_put", counted)
+    # Each token of plain decoding waits for the head: no strategy feels its distance more.
+    away, costs = Distance(0.05), Costs.even(4, stage_s=0.01)
+    with Emulation.open(costs, away=away, head="worker") as emulation:
+        began = time.monotonic()
+        result = emulation.generate("iterative", max_new_tokens=64, prompt_tokens=1, timeout=60)
+        seen_s = time.monotonic() - began
+    assert result.token_ids == emulation.text(64, 1)
+    # The same text as a client beside the head would see it, so a busy machine slows both.
+    near_s = result.trace.records[-1][0] - result.trace.records[0][0]
+    assert seen_s >= near_s + 2 * away.latency_s
+    assert near_s / seen_s >= 0.9
+    assert len(said) == 1, "a text is asked for once, and nothing else crosses the distance"
+
+
+def test_requests_at_once_are_faster_than_one_alone_and_as_fast_as_one_another() -> None:
+    report = run_load_bench((1, 4, 16), stages=4, stage_ms=15, tokens=96)
     assert json.loads(json.dumps(report)) == report
     assert report["suite"] == "load"
-    one, three = report["rows"]
+    assert report["within"] == {"speedup": True, "spread": True}
+    one, four, sixteen = report["rows"]
     assert (one["requests"], one["speedup"], one["spread"]) == (1, 1, 1)
-    assert three["requests"] == 3 and three["spread"] >= 1
-    assert three["speedup"] == pytest.approx(three["tokens_per_s"] / one["tokens_per_s"])
-    assert three["slowest_tokens_per_s"] <= three["fastest_tokens_per_s"]
-    assert three["simulated"] > 0 and three["itl_p95_s"] >= 0 and three["emulated"]
+    assert four["speedup"] == pytest.approx(four["tokens_per_s"] / one["tokens_per_s"])
+    assert four["speedup"] >= 1.5
+    for several, requests in ((four, 4), (sixteen, 16)):
+        assert several["requests"] == requests
+        fastest = several["fastest_tokens_per_s"]
+        assert fastest == pytest.approx(several["spread"] * several["slowest_tokens_per_s"])
+        assert 1 <= several["spread"] <= 1.5
+        assert several["simulated"] > 0 and several["itl_p95_s"] >= 0 and several["emulated"]
+
+
+def test_a_limit_that_is_not_kept_is_the_commands_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = partial(run_load_bench, (1,), stages=2, stage_ms=1, tokens=4)
+    monkeypatch.setattr(load, "run_load_bench", small)
+    for most, status in ((1.0, 0), (0.5, 1)):
+        monkeypatch.setattr(load, "MOST_SPREAD", most)
+        ran = CliRunner().invoke(main, ["bench", "load", "--json"])
+        assert ran.exit_code == status, ran.output
+        report = json.loads(ran.stdout.splitlines()[-1])
+        assert report["within"] == {"spread": status == 0}
