@@ -4,6 +4,11 @@
     uvicorn --app-dir examples web_handler:app
     curl -N 'http://localhost:8000/generate?prompt=def+main&max_new_tokens=64'
 
+The engine is in the server's own process, or on the workers of a cluster whose scheduler
+``PIPEINFER_SCHEDULER`` names. Then a whole class can share its pipeline, each from a notebook:
+
+    PIPEINFER_SCHEDULER=tcp://10.0.0.1:8786 uvicorn --app-dir examples web_handler:app
+
 There is no authentication here: put it behind something that has it.
 """
 
@@ -11,8 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 try:
     from starlette.applications import Starlette
@@ -22,24 +28,38 @@ try:
 except ImportError:
     raise SystemExit("this needs starlette: pip install -c constraints.txt '.[examples]'") from None
 
+from distributed import Client
+
 import pipeinfer_dask as pi
+from pipeinfer_dask import hpc
 
 MOST_TOKENS = 400
 """What one reader may ask for."""
+STAGES = 2
+
+
+def opened(resources: ExitStack) -> pi.Engine:
+    """Open the engine: on a cluster, if there is one, once it has the workers."""
+    target, draft = pi.demo_pair()
+    scheduler = os.environ.get("PIPEINFER_SCHEDULER")
+    if scheduler is None:
+        engine = pi.Engine.from_pretrained(target, draft, stages=STAGES, in_process=True)
+    else:
+        client = resources.enter_context(Client(scheduler, set_as_default=False))
+        engine = hpc.engine_from(client, target, draft, stages=STAGES)
+    return resources.enter_context(engine)
 
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Open the engine with the server, and close it with it."""
-    pair = pi.demo_pair()
-    # Loading blocks, and the server's loop should not.
-    app.state.engine = await asyncio.to_thread(
-        pi.Engine.from_pretrained, pair.target, pair.draft, stages=2, in_process=True
-    )
+    resources = ExitStack()
     try:
+        # Loading blocks, and the server's loop should not.
+        app.state.engine = await asyncio.to_thread(opened, resources)
         yield
     finally:
-        await asyncio.to_thread(app.state.engine.close)
+        await asyncio.to_thread(resources.close)
 
 
 async def generate(request: Request) -> Response:

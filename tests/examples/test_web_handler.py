@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from distributed import LocalCluster
 
 import pipeinfer_dask as pi
-from tests.examples.conftest import Load
+from tests.examples.conftest import EXAMPLES, Load
 
 pytest.importorskip("starlette", reason="needs '.[examples]'")
+pytest.importorskip("uvicorn", reason="needs '.[examples]'")
 httpx = pytest.importorskip("httpx", reason="needs '.[examples]'")
 
 Visit = Callable[[Any], Awaitable[Any]]
+READER = """
+import http.client, json, sys, time
+from urllib.parse import urlencode
+server = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=100)
+server.request("GET", "/generate?" + urlencode({"prompt": sys.argv[2], "max_new_tokens": 80}))
+print("asked", flush=True)
+events = [json.loads(line[6:]) | {"at": time.monotonic()}
+    for line in server.getresponse() if line.startswith(b"data: ")]
+print(json.dumps(events))
+"""
+"""One of a class, who has asked before he reads."""
 
 
 @pytest.fixture
@@ -101,3 +118,45 @@ def test_a_reader_who_leaves_ends_the_text(app: Any, monkeypatch: pytest.MonkeyP
     result = served(app, visit)
     assert result.finish_reason == "stopped"
     assert 0 < len(result.token_ids) < 400
+
+
+@pytest.mark.cluster
+def test_readers_in_processes_of_their_own_share_one_engine_on_a_cluster() -> None:
+    prompts = ["def main", "import os", "class Tree"]
+    with (
+        LocalCluster(
+            n_workers=3,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tcp://",
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        socket.create_server(("127.0.0.1", 0)) as listening,
+    ):
+        # They ask before there is a server: so it has all requests at once.
+        asking = [sys.executable, "-c", READER, str(listening.getsockname()[1])]
+        readers = [
+            subprocess.Popen([*asking, prompt], stdout=subprocess.PIPE, text=True)
+            for prompt in prompts
+        ]
+        for reader in readers:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "asked\n"
+        serving = ["-m", "uvicorn", "--app-dir", str(EXAMPLES), "web_handler:app"]
+        with subprocess.Popen(
+            [sys.executable, *serving, "--fd", str(listening.fileno())],
+            pass_fds=[listening.fileno()],
+            env=os.environ | {"PIPEINFER_SCHEDULER": cluster.scheduler_address},
+        ) as server:
+            try:
+                read = [json.loads(reader.communicate(timeout=100)[0]) for reader in readers]
+                held = [key for key in cluster.scheduler.tasks if "pipeinfer" in str(key)]
+            finally:
+                server.terminate()
+    assert len(held) == 3, "both stages and the drafter are on the cluster"
+    with pi.Engine.from_pretrained(pi.demo_pair().target, in_process=True) as plain:
+        for prompt, events in zip(prompts, read, strict=True):
+            text = "".join(event.get("text", "") for event in events)
+            assert text == plain.generate(prompt, max_new_tokens=80).text
+    assert max(events[0]["at"] for events in read) < min(events[-1]["at"] for events in read)
