@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from pipeinfer_dask.bench.limits import judged
 from pipeinfer_dask.bench.sabotage import STUCK_S, Saboteur
 from pipeinfer_dask.engine import Engine, Generation, GenerationInterrupted
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
@@ -68,6 +69,8 @@ MEMORY_LIMIT = "1GiB"
 PAUSE_S = 0.3
 """A process that is stopped for so short a time is slow, and not lost."""
 PATIENCE_S = 120.0
+MOST = {"tokens_lost": 0, "leaks": 0, "recovery_s_p50": 3.0, "drafter_s_p50": 0.5}
+"""Limits of the report's figures; besides, all texts have to be identical."""
 RESTART_S = 20.0
 """How long to wait for a nanny; without a spare the others do."""
 
@@ -122,14 +125,19 @@ def run_faults_bench(
         ``recovery_s_p50`` and ``recovery_s_p95``: from the moment of a stage's fault to the first
         token that came after it was noticed. ``drafter_s_p50``: the same of the drafter's loss,
         to the next token. ``false_alarms``: losses that were told of though nothing had happened
-        but what is harmless. ``rows`` has one for each kind.
+        but what is harmless. ``leaks``: nodes, threads, descriptors and mappings of shared memory
+        that the workers have too many. ``rows`` has one for each kind, and ``within`` says which
+        limits are kept.
     """
     random = Random(seed)
     done: list[Fault] = []
     identical = lost = alarms = 0
     with ExitStack() as resources:
         client = own_cluster(STAGES + 2, resources, memory_limit=MEMORY_LIMIT)
-        pair = demo_pair()
+        pair, saboteur = demo_pair(), Saboteur(client)
+        with Engine.from_pretrained(pair.target, client=client, progress=False):
+            pass  # what comes with the first use of a worker stays
+        files = max(saboteur.files().values())
         with Engine.from_pretrained(
             pair.target,
             pair.draft,
@@ -140,7 +148,6 @@ def run_faults_bench(
             max_recoveries=10,
             progress=False,
         ) as engine:
-            saboteur = Saboteur(client)
             texts = {
                 prompt: engine.generate(
                     prompt, max_new_tokens=TOKENS, strategy="iterative"
@@ -150,8 +157,8 @@ def run_faults_bench(
             for number in range(generations):
                 share = faults * (number + 1) // generations - faults * number // generations
                 # A spare is part of what is measured: nannies bring one back, mostly in seconds.
-                _until(lambda: saboteur.workers > STAGES + 1, RESTART_S)
-                harm = _Harm(saboteur, random, kinds)
+                until(lambda: saboteur.workers > STAGES + 1, RESTART_S)
+                harm = Harm(saboteur, random, kinds)
                 prompt = random.choice(PROMPTS)
                 if share and random.random() < EARLY:
                     prompt = LONG_PROMPT
@@ -168,14 +175,14 @@ def run_faults_bench(
                     raise
                 identical += result.token_ids == texts[prompt]
                 lost += max(0, len(texts[prompt]) - len(result.token_ids))
-                alarms += _false_alarms(run, done)
+                alarms += false_alarms(run, done)
             nodes = len(saboteur.places())
             leaks = _leaks(saboteur, nodes)
-        leaks += _leaks(saboteur, 0)
+        leaks += _leaks(saboteur, 0) + _open(saboteur, files)
     return _report(done, generations, identical, lost, alarms, leaks)
 
 
-class _Harm:
+class Harm:
     """What is done to one generation."""
 
     def __init__(self, saboteur: Saboteur, random: Random, kinds: Sequence[str]) -> None:
@@ -196,12 +203,12 @@ class _Harm:
         self._follow(run, self.faults)
         for number, group in enumerate(groups):
             at = max(1, TOKENS * number // len(groups))
-            _until(lambda at=at: run.done() or len(run.token_ids) >= at)  # type: ignore[misc]
+            until(lambda at=at: run.done() or len(run.token_ids) >= at)  # type: ignore[misc]
             with ExitStack() as stopped:
                 struck: list[Fault] = []
                 for kind in group:
                     if struck:
-                        _until(lambda first=struck[0]: run.done() or _is_told(run, first))  # type: ignore[misc]
+                        until(lambda first=struck[0]: run.done() or _is_told(run, first))  # type: ignore[misc]
                     struck.append(self._strike(kind, _moment(run), stopped))
                 self._follow(run, struck)
 
@@ -244,7 +251,7 @@ class _Harm:
         """Wait for the first token behind each of these faults, or the text's end."""
         for fault in struck:
             if fault.kind not in HARMLESS:
-                _until(lambda f=fault: run.done() or _gap(run, f) is not None)  # type: ignore[misc]
+                until(lambda f=fault: run.done() or _gap(run, f) is not None)  # type: ignore[misc]
                 fault.gap = _gap(run, fault)
 
 
@@ -277,7 +284,7 @@ def _gap(run: Generation, fault: Fault) -> float | None:
     return None
 
 
-def _false_alarms(run: Generation, done: list[Fault]) -> int:
+def false_alarms(run: Generation, done: list[Fault]) -> int:
     """Return how many losses were told of that nothing harmful came before."""
     alarms = 0
     for when, what in run.trace.records:
@@ -287,7 +294,7 @@ def _false_alarms(run: Generation, done: list[Fault]) -> int:
     return alarms
 
 
-def _until(holds: Callable[[], bool], patience: float = PATIENCE_S) -> bool:
+def until(holds: Callable[[], bool], patience: float = PATIENCE_S) -> bool:
     """Wait for what is only seen in other processes; return whether it came."""
     deadline = time.monotonic() + patience
     while not holds():
@@ -298,17 +305,27 @@ def _until(holds: Callable[[], bool], patience: float = PATIENCE_S) -> bool:
 
 
 def _leaks(saboteur: Saboteur, nodes: int) -> int:
-    """Return how many nodes and threads there are beyond those that there have to be."""
+    """Return how many nodes, threads and mappings there are beyond those that there have to be."""
 
     def beyond() -> int:
         left = saboteur.left().values()
         counts = (
             sum(held.get(what, 0) for held in left) for what in ("actors", "nodes", "threads")
         )
-        return max(counts) - nodes
+        return max(counts) - nodes + sum(held.get("shared memory", 0) for held in left)
 
-    _until(lambda: beyond() <= 0, STUCK_S + PATIENCE_S)
+    until(lambda: beyond() <= 0, STUCK_S + PATIENCE_S)
     return max(0, beyond())
+
+
+def _open(saboteur: Saboteur, files: int) -> int:
+    """Return how many descriptors workers have open beyond so many each."""
+
+    def beyond() -> int:
+        return sum(max(0, count - files) for count in saboteur.files().values())
+
+    until(lambda: not beyond())
+    return beyond()
 
 
 def _report(
@@ -329,7 +346,7 @@ def _report(
             {"kind": kind, "faults": len(of), **moments, "felt": len(some)}
             | {"s_p50": _at(some, 0.5), "s_p95": _at(some, 0.95)}
         )
-    return {
+    report = {
         "suite": "faults",
         "faults": len(done),
         "generations": generations,
@@ -342,6 +359,7 @@ def _report(
         "leaks": leaks,
         "rows": rows,
     }
+    return judged(report, least={"identical": generations}, most=MOST)
 
 
 def _at(faults: list[Fault], share: float) -> float | None:

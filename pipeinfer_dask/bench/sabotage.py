@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 from distributed import Client, Worker
 
 STUCK_S = 20.0
@@ -24,6 +26,9 @@ PIECE = 2**26
 """Bytes that are taken at once where memory is to run short."""
 BUSY_S = 1.0
 """A worker that is made busy does nothing for others for so long, but by chance."""
+PATIENCE_S = 20.0
+"""How long to look for a node that nobody has found: one that is lost comes back elsewhere."""
+LOOK_S = 0.02
 
 
 class Saboteur:
@@ -55,8 +60,7 @@ class Saboteur:
 
     def kill(self, *nodes: str) -> None:
         """End nodes' processes at once (SIGKILL)."""
-        places = self.places()
-        for process in {self._pid(places[node]) for node in nodes}:
+        for process in {self._pid(self._place(node)) for node in nodes}:
             os.kill(process, signal.SIGKILL)
 
     def die(self, node: str) -> None:
@@ -66,7 +70,7 @@ class Saboteur:
     @contextmanager
     def stopped(self, node: str) -> Iterator[None]:
         """Stop a node's process (SIGSTOP) for as long as the block takes."""
-        worker = self.places()[node]
+        worker = self._place(node)
         process = self._pid(worker)
         self._stopped.add(worker)
         os.kill(process, signal.SIGSTOP)
@@ -119,8 +123,24 @@ class Saboteur:
         """Return how much the workers hold for engines, by worker; nothing that is zero."""
         return {worker: held for worker, held in self._ask(_held).items() if held}
 
+    def files(self) -> dict[str, int]:
+        """Return how many descriptors each worker has open, Dask's own among them.
+
+        A worker that no engine uses has as many as another one: see that it has been used once.
+        """
+        return self._ask(_files)
+
     def _within(self, node: str, harm: Callable[..., None]) -> None:
-        self._client.run(harm, node, workers=[self.places()[node]])
+        self._client.run(harm, node, workers=[self._place(node)])
+
+    def _place(self, node: str) -> str:
+        """Return a node's worker, or wait for it: it may just be on its way to another one."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (worker := self.places().get(node)) is None:
+            if time.monotonic() > deadline:
+                raise ValueError(f"expected one of {', '.join(self.places())}, got {node}")
+            time.sleep(LOOK_S)
+        return worker
 
     def _pid(self, worker: str) -> int:
         pid: int = self._client.run(os.getpid, workers=[worker])[worker]
@@ -130,8 +150,11 @@ class Saboteur:
         """Ask all workers that can answer; some may die meanwhile."""
         workers = self._client.scheduler_info(n_workers=-1)["workers"]
         awake = [worker for worker in workers if worker not in self._stopped]
-        answers: dict[str, Any] = self._client.run(question, workers=awake, on_error="ignore")
-        return answers
+        answers = self._client.run(question, workers=awake, on_error="return")
+        for answer in answers.values():
+            if isinstance(answer, Exception) and not isinstance(answer, OSError):
+                raise answer
+        return {w: answer for w, answer in answers.items() if not isinstance(answer, OSError)}
 
 
 # --- run on the workers ---------------------------------------------------------------
@@ -258,5 +281,17 @@ def _held(dask_worker: Worker) -> dict[str, int]:
         "actors": len(dask_worker.state.actors),
         "nodes": len(_nodes(dask_worker)),
         "threads": sum(t.name.startswith("pipeinfer") for t in threading.enumerate()),
+        "shared memory": len(shared_memory()),
     }
     return {what: count for what, count in held.items() if count}
+
+
+def _files() -> int:
+    return psutil.Process().num_fds()
+
+
+def shared_memory() -> list[str]:
+    """Return what this process has mapped of /dev/shm, but for the locks of multiprocessing."""
+    paths = [Path(mapped.path) for mapped in psutil.Process().memory_maps()]
+    there = [path for path in paths if path.is_relative_to("/dev/shm")]
+    return [str(path) for path in there if not path.name.startswith("sem.")]

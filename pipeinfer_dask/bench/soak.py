@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 from distributed import Client
 
+from pipeinfer_dask.bench.limits import judged
 from pipeinfer_dask.engine import Engine, Generation
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 from pipeinfer_dask.models.sequences import Sequences
@@ -44,6 +45,8 @@ CANCELLED = 0.3
 AT_ONCE = 3
 WARM = 200
 """Generations after which nothing should grow any more."""
+MOST = {"bytes_per_generation": 1000.0, "files": 0, "held": 0}
+"""Limits of the report's figures; besides, all texts have to be identical."""
 EVERY = 10
 """Processes are looked at after so many generations."""
 PATIENCE_S = 60.0
@@ -72,7 +75,8 @@ def run_soak_bench(
         ``bytes_per_generation`` is the largest slope of a process's memory, the median of those
         between any two looks; ``files`` and ``threads`` the largest growth, from the median of
         the first third of the looks to that of the last; ``held`` what is still taken of a cache
-        or under way at the end. ``rows`` has one for each process.
+        or under way at the end. ``rows`` has one for each process, and ``within`` says which
+        limits are kept.
     """
     random = Random(seed)
     identical = cancelled = begun = 0
@@ -185,7 +189,7 @@ def _report(
 ) -> dict[str, Any]:
     rows = [_row(process, np.array(seen)) for process, seen in looks.items()]
     growth = ("bytes_per_generation", "files", "threads")
-    return {
+    report = {
         "suite": "soak",
         "generations": generations,
         "cancelled": cancelled,
@@ -194,6 +198,7 @@ def _report(
         "held": held,
         "rows": rows,
     }
+    return judged(report, least={"identical": generations}, most=MOST)
 
 
 def _row(process: str, seen: Any) -> dict[str, Any]:

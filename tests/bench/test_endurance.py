@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from pipeinfer_dask.bench.cancels import run_cancels_bench
 from pipeinfer_dask.bench.faults import run_faults_bench
+from pipeinfer_dask.bench.limits import judged
 from pipeinfer_dask.bench.soak import run_soak_bench
 from pipeinfer_dask.cli import main
 
@@ -21,6 +23,8 @@ def test_bench_faults_says_what_was_done_and_that_no_token_was_lost() -> None:
     assert (report["suite"], report["faults"], report["generations"]) == ("faults", 2, 1)
     assert (report["identical"], report["tokens_lost"]) == (1, 0)
     assert (report["leaks"], report["false_alarms"]) == (0, 0)
+    assert report["limits"]["recovery_s_p50"] == "at most 3"
+    assert all(report["within"][name] for name in ("identical", "tokens_lost", "leaks"))
     rows = {row["kind"]: row for row in report["rows"]}
     assert rows["kill"]["faults"] + rows["repeat"]["faults"] == 2
     for row in rows.values():
@@ -36,6 +40,7 @@ def test_bench_soak_watches_every_process() -> None:
     for row in report["rows"]:
         assert row["looks"] >= 3
         assert row["mib"] > 10
+    assert report["within"]["identical"] and report["within"]["held"]
 
 
 def test_bench_cancels_times_the_stages_and_holds_what_comes_next_against_plain_decoding() -> None:
@@ -44,7 +49,31 @@ def test_bench_cancels_times_the_stages_and_holds_what_comes_next_against_plain_
     assert (report["cancels"], report["held"]) == (6, 0)
     assert report["right"] == report["started"] >= 6
     assert sum(row["cancels"] for row in report["rows"]) == 6
+    assert report["within"]["right"]
     assert 0 <= report["idle_ms_p50"] <= report["idle_ms_p95"] <= report["idle_ms_max"]
+
+
+FIGURES: dict[str, Any] = {"suite": "hop", "rows": [], "right": 9, "idle_ms": 50.0, "held": None}
+
+
+def test_a_report_says_which_limits_are_kept() -> None:
+    report = judged(FIGURES, least={"right": 10}, most={"idle_ms": 50, "held": 0})
+    assert report["limits"]["right"] == "at least 10"
+    assert report["limits"]["idle_ms"] == "at most 50"
+    assert report["within"] == {"right": False, "idle_ms": True, "held": None}
+
+
+@pytest.mark.parametrize(("least", "status"), [(9, 0), (10, 1)])
+def test_a_bench_with_a_broken_limit_fails_and_names_it(
+    monkeypatch: pytest.MonkeyPatch, least: int, status: int
+) -> None:
+    report = judged(FIGURES, least={"right": least}, most={"held": 0})
+    monkeypatch.setattr("pipeinfer_dask.bench.hop.run_hop_bench", lambda: report)
+    ran = CliRunner().invoke(main, ["bench", "hop", "--json"])
+    assert ran.exit_code == status
+    assert json.loads(ran.stdout) == report
+    broken = "Error: expected right of at least 10, got 9: see the rows of the report\n"
+    assert ran.stderr == (broken if status else "")
 
 
 @pytest.mark.parametrize(

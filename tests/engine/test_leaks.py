@@ -18,6 +18,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.bench.sabotage import Saboteur, shared_memory
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.runtime.links.links import Link
@@ -91,17 +92,9 @@ def held_by(dask_worker: Worker) -> dict[str, Any]:
     return {what: count for what, count in held.items() if count}
 
 
-def shared_memory() -> list[str]:
-    """Return what this process has mapped of /dev/shm, but for the locks of multiprocessing."""
-    paths = [Path(mapped.path) for mapped in psutil.Process().memory_maps()]
-    there = [path for path in paths if path.is_relative_to("/dev/shm")]
-    return [str(path) for path in there if not path.name.startswith("sem.")]
-
-
 def descriptors(client: Client) -> dict[str, int]:
     """Return how many files and sockets each worker has open."""
-    counts: dict[str, int] = client.run(lambda: psutil.Process().num_fds())
-    return counts
+    return Saboteur(client).files()
 
 
 def wait_until_workers_hold_nothing(client: Client, files: Mapping[str, int] = {}) -> None:

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from random import Random
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.bench.faults import KINDS, MEMORY_LIMIT, PAUSE_S, Harm, false_alarms
 from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.engine import GenerationInterrupted
-from pipeinfer_dask.protocol.messages import DrafterLost, StageLost, StagesBack
+from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
-from tests.engine.pairs import PROMPT, Pair
+from tests.engine.pairs import PROMPT, Pair, greedy_tokens
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
-NODE_TIMEOUT_S = 5.0
+NODE_TIMEOUT_S = 3.0
 PATIENCE_S = 60.0
 WORKERS = 4
+LONG_PROMPT = 6 * PROMPT
+"""One that is read in several runs."""
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """Workers for two stages, a drafter and a spare, which their nannies restart."""
     with ExitStack() as resources:
-        yield own_cluster(WORKERS, resources)
+        yield own_cluster(WORKERS, resources, memory_limit=MEMORY_LIMIT)
 
 
 @pytest.fixture(scope="module")
 def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
+    """An engine that leaves its workers as it has found them, whatever happened to it."""
+    saboteur = Saboteur(client)
+    with pi.Engine.from_pretrained(pair.target, client=client):
+        pass  # what comes with the first use of a worker stays
+    files = max(saboteur.files().values())
     with pi.Engine.from_pretrained(
         pair.target,
         pair.draft,
@@ -42,6 +53,8 @@ def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
         node_timeout=NODE_TIMEOUT_S,
     ) as engine:
         yield engine
+    until(lambda: not saboteur.left())
+    until(lambda: max(saboteur.files().values()) <= files)
 
 
 @pytest.fixture
@@ -51,7 +64,12 @@ def saboteur(client: Client, engine: pi.Engine) -> Iterator[Saboteur]:
     saboteur = Saboteur(client)
     yield saboteur
     until(lambda: len(saboteur.places()) == 3)
-    until(lambda: sum(held.get("actors", 0) for held in saboteur.left().values()) == 3)
+    for what, count in {"actors": 3, "nodes": 3, "threads": 3, "shared memory": 0}.items():
+        until(lambda what=what, count=count: held(saboteur, what) == count)  # type: ignore[misc]
+
+
+def held(saboteur: Saboteur, what: str) -> int:
+    return sum(by_worker.get(what, 0) for by_worker in saboteur.left().values())
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -125,6 +143,51 @@ def test_a_stage_that_is_stopped_is_lost_and_holds_nothing_when_it_wakes_up(
     until(lambda: worker not in saboteur.left())
 
 
+def test_a_stage_that_dies_while_it_reads_the_prompt_costs_no_token(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur
+) -> None:
+    saboteur.die("stage-1")
+    result = engine.generate(LONG_PROMPT, max_new_tokens=20)
+    assert result.token_ids == greedy_tokens(pair.target, LONG_PROMPT, 20)
+    assert told(result, StageLost, StagesBack, Commit)[:3] == [StageLost, StagesBack, Commit]
+
+
+def test_a_message_that_vanishes_while_the_prompt_is_read_costs_no_token(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur
+) -> None:
+    saboteur.drop("stage-0")
+    result = engine.generate(LONG_PROMPT, max_new_tokens=20)
+    assert result.token_ids == greedy_tokens(pair.target, LONG_PROMPT, 20)
+    assert told(result, StageLost, StagesBack, Commit)[:3] == [StageLost, StagesBack, Commit]
+
+
+def test_a_stage_that_is_killed_while_another_one_is_being_replaced_costs_no_token(
+    pair: Pair, client: Client, engine: pi.Engine, saboteur: Saboteur
+) -> None:
+    worker = saboteur.places()["stage-0"]
+    process = client.run(os.getpid, workers=[worker])[worker]
+    run = in_mid_text(engine)
+    saboteur.kill("stage-1")
+    until(lambda: run.status == "recovering")
+    os.kill(process, signal.SIGKILL)
+    result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+    assert worker not in saboteur.places().values()
+
+
+@pytest.mark.parametrize("node", ["stage-1", "drafter"])
+def test_a_process_that_takes_more_memory_than_it_may_costs_no_token(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, node: str
+) -> None:
+    worker = saboteur.places()[node]
+    run = engine.start(PROMPT, max_new_tokens=200)
+    saboteur.squeeze(node)
+    assert run.result(PATIENCE_S).token_ids == pair.greedy
+    until(lambda: saboteur.places().get(node, worker) != worker)
+    assert engine.generate(PROMPT, max_new_tokens=20).token_ids == pair.greedy[:20]
+
+
 @pytest.mark.parametrize("harm", ["cut", "swap", "swallow", "hang"])
 def test_what_is_wrong_between_living_nodes_costs_no_token(
     pair: Pair, engine: pi.Engine, saboteur: Saboteur, harm: str
@@ -136,12 +199,29 @@ def test_what_is_wrong_between_living_nodes_costs_no_token(
     assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
 
 
-def test_a_slow_link_is_no_lost_one(pair: Pair, engine: pi.Engine, saboteur: Saboteur) -> None:
+@pytest.mark.parametrize("harm", ["hold_up", "repeat", "busy", "pause"])
+def test_what_is_slow_or_says_things_twice_is_not_lost(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, harm: str
+) -> None:
     run = in_mid_text(engine)
-    saboteur.hold_up("stage-0")
+    if harm == "pause":
+        with saboteur.stopped("stage-0"):
+            time.sleep(PAUSE_S)
+    else:
+        getattr(saboteur, harm)("stage-0")
     result = run.result(PATIENCE_S)
     assert result.token_ids == pair.greedy
-    assert told(result, StageLost) == []
+    assert told(result, StageLost, DrafterLost) == []
+
+
+def test_faults_by_chance_cost_no_token(pair: Pair, engine: pi.Engine, saboteur: Saboteur) -> None:
+    seed = Random().randrange(2**32)
+    harm = Harm(saboteur, Random(seed), tuple(KINDS))
+    run = engine.start(PROMPT, max_new_tokens=200)
+    harm.do(run, 3)
+    what = f"seed {seed}: {harm.faults}"
+    assert run.result(PATIENCE_S).token_ids == pair.greedy, what
+    assert false_alarms(run, harm.faults) == 0, what
 
 
 def test_without_free_workers_one_holds_two_nodes_and_without_any_the_text_so_far_is_kept(

@@ -215,6 +215,11 @@ class DaskPipeline:
         """Of the drafter; `AWAY` while it is being recovered."""
         return self._assembly.drafter.generation
 
+    @property
+    def under_way(self) -> int:
+        """Runs that were sent to the first stage, and have not left the last one."""
+        return self._under_way
+
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         """Set who is told of each event, and, once, of the pipeline's end."""
         self._report = report
