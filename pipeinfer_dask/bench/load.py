@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from pipeinfer_dask.bench.limits import judged
 from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs, simulate_together
@@ -16,10 +17,8 @@ from pipeinfer_dask.trace import Metrics
 
 TIMEOUT_S = 600.0
 HOP_ROUNDS = 5
-LEAST_SPEEDUP = 1.5
-"""Of as many requests as there are stages, against one alone."""
-MOST_SPREAD = 1.5
-"""Of the fastest request to the slowest, however many there are."""
+LEAST, MOST = {"speedup": 1.5}, {"spread": 1.5}
+"""Limits of the report's figures."""
 
 
 def run_load_bench(
@@ -57,9 +56,9 @@ def run_load_bench(
         "simulated", "emulated"}]}``: tokens/s of all together, from the first begin to the last
         token, and of single requests; ``spread`` is the fastest by the slowest; the mean ITL, the
         longest p95 of it and the longest TTFT; ``speedup``, how many times the tokens/s of one
-        alone, if that was measured; and what the simulator says to all together. And ``"within"``:
-        whether as many requests as stages have a ``speedup`` of at least 1.5, if that was measured,
-        and whether every ``spread`` is at most 1.5.
+        alone, if that was measured; and what the simulator says to all together. And the least
+        ``speedup`` of as many requests as stages, if that was measured, and the largest
+        ``spread``, each with whether it is ``within`` its limit.
 
     Raises
     ------
@@ -101,7 +100,8 @@ def run_load_bench(
                         "emulated": True,
                     }
                 )
-    return {
+    together = [row["speedup"] for row in rows if row["requests"] == stages and row["speedup"]]
+    report = {
         "suite": "load",
         "stages": stages,
         "stage_ms": stage_ms,
@@ -109,17 +109,11 @@ def run_load_bench(
         "token_cost": token_cost,
         "tokens": tokens,
         "hop_ms": 1e3 * here.hop_s,
+        "speedup": min(together, default=None),
+        "spread": max(row["spread"] for row in rows),
         "rows": rows,
-        "within": _verdicts(rows, stages),
     }
-
-
-def _verdicts(rows: list[dict[str, Any]], stages: int) -> dict[str, bool]:
-    speedups = [row["speedup"] for row in rows if row["requests"] == stages and row["speedup"]]
-    within = {"spread": all(row["spread"] <= MOST_SPREAD for row in rows)}
-    if speedups:
-        within["speedup"] = min(speedups) >= LEAST_SPEEDUP
-    return within
+    return judged(report, least=LEAST, most=MOST)
 
 
 def _measure(emulation: Emulation, strategy: str, count: int, tokens: int) -> dict[str, Any]:
