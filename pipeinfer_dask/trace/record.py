@@ -135,7 +135,10 @@ class Trace:
         write_perfetto(self, path)
 
     def to_dataframe(self, rows: Rows = "work") -> Any:
-        """Return a table as a pandas DataFrame. ``.to_parquet(path)`` of it writes a file.
+        """Return a table as a pandas DataFrame.
+
+        ``.to_parquet(path)`` of it writes a file that keeps the types; both need
+        ``pip install 'pipeinfer-dask[tables]'``.
 
         Parameters
         ----------

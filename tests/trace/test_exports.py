@@ -1,22 +1,17 @@
-"""Traces for other programs: Perfetto, pandas, and pages without scripts."""
+"""Traces for other programs: pandas, and pages without scripts."""
 
 from __future__ import annotations
 
 import base64
-import json
 import re
 import sys
-from collections import Counter
-from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from pipeinfer_dask.protocol.messages import Commit, Drafted, RunDone
+from pipeinfer_dask.protocol.messages import Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import Fate, History, Run, Trace
 from pipeinfer_dask.trace.picture import (
@@ -33,151 +28,6 @@ TRACE = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=60).trace
 EVIL = "</pre><script>alert('1')</script>&"
 
 
-def events(trace: Trace, path: Path) -> list[dict[str, Any]]:
-    trace.to_perfetto(path)
-    document = json.loads(path.read_text())
-    assert document["displayTimeUnit"] == "ms"
-    listed = document["traceEvents"]
-    assert isinstance(listed, list)
-    return listed
-
-
-def run_in(name: str) -> int:
-    return int(name.removeprefix("run ").split(":")[0])
-
-
-def of(phase: str, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [event for event in listed if event["ph"] == phase]
-
-
-def test_perfetto_events_have_the_fields_that_the_format_asks_of_each_phase(tmp_path: Path) -> None:
-    more = {
-        "M": {"args"},
-        "X": {"ts", "dur", "cat", "args"},
-        "s": {"ts", "id", "cat"},
-        "f": {"ts", "id", "cat", "bp"},
-        "i": {"ts", "s", "args"},
-        "C": {"ts", "args"},
-    }
-    listed = events(TRACE, tmp_path / "trace.json")
-    assert {event["ph"] for event in listed} == more.keys()
-    for event in listed:
-        assert event.keys() == {"ph", "name", "pid", "tid"} | more[event["ph"]]
-        assert isinstance(event["name"], str)
-        for number in ("ts", "dur"):
-            assert number not in event or event[number] >= 0
-    assert {event["s"] for event in of("i", listed)} <= {"g", "p", "t"}
-    assert all(type(level) is int for e in of("C", listed) for level in e["args"].values())
-
-
-def test_perfetto_shows_a_thread_for_each_node_and_all_that_it_did(tmp_path: Path) -> None:
-    listed = events(TRACE, tmp_path / "trace.json")
-    names = {e["tid"]: e["args"]["name"] for e in of("M", listed) if e["name"] == "thread_name"}
-    assert list(names.values()) == ["text", "drafter", "stage 0", "stage 1", "stage 2"]
-    work = [what for _, what in TRACE if isinstance(what, (RunDone, Drafted))]
-    spans = sum(len(what.spans) if isinstance(what, RunDone) else 1 for what in work)
-    assert len([e for e in of("X", listed) if e["cat"] == "work"]) == spans
-    for thread in names:
-        row = sorted((e["ts"], e["ts"] + e["dur"]) for e in of("X", listed) if e["tid"] == thread)
-        # One thing at a time, or the viewer would nest them; times are rounded to a nanosecond.
-        assert all(end <= start + 0.0021 for (_, end), (start, _) in pairwise(row))
-
-
-def test_perfetto_keeps_the_slices_of_a_node_apart_where_its_clock_was_corrected(
-    tmp_path: Path,
-) -> None:
-    torn = Trace(TRACE.stages)
-    for time, what in TRACE:
-        if isinstance(what, RunDone) and what.run % 2:
-            early = [replace(span, began=span.began - 0.01) for span in what.spans]
-            what = replace(what, spans=tuple(early))
-        torn.add(time, what)
-    slices = of("X", events(torn, tmp_path / "trace.json"))
-    for thread in range(2, 5):
-        row = [(e["ts"], e["ts"] + e["dur"]) for e in slices if e["tid"] == thread]
-        assert all(end <= start + 0.0021 for (_, end), (start, _) in pairwise(sorted(row)))
-
-
-def test_a_slice_says_what_its_run_held_and_what_came_of_it(tmp_path: Path) -> None:
-    history = History(TRACE)
-    seen = set()
-    for event in of("X", events(TRACE, tmp_path / "trace.json")):
-        name, args = event["name"], event["args"]
-        if event["cat"] == "text":
-            continue
-        if name.startswith("draft "):
-            draft = history.drafts[int(name.removeprefix("draft "))]
-            told = [(guess["confidence"], guess["fate"]) for guess in args["guesses"].values()]
-            assert told == [(guess.confidence, guess.fate) for guess in draft.guesses]
-            continue
-        run = history.runs[run_in(name)]
-        layers = run.spans[event["tid"] - 2].layers
-        fate = "saved" if run.cancelled is not None and layers == 0 else run.fate
-        seen.add(fate)
-        assert name == f"run {run.id}: {fate}"
-        assert args["fate"] == fate and args["guesses kept"] == run.kept
-        assert args["layers"] == layers
-        assert args["tokens"].count("#") == len(run.tokens)
-        assert args["parents"] == run.parents
-        assert ("layers saved" in args) is (run.cancelled is not None)
-    assert seen == {"prefill", "single", "accepted", "cancelled", "saved"}
-
-
-def test_perfetto_arrows_lead_from_a_draft_through_the_stages_to_the_text(tmp_path: Path) -> None:
-    history = History(TRACE)
-    listed = events(TRACE, tmp_path / "trace.json")
-    slices = {(e["tid"], e["ts"]): e for e in of("X", listed) if e["dur"] > 0}
-    starts = {(e["cat"], e["id"]): e for e in of("s", listed)}
-    ends = {(e["cat"], e["id"]): e for e in of("f", listed)}
-    assert starts.keys() == ends.keys()
-    assert len(starts) == len(of("s", listed))
-    counts = Counter(kind for kind, _ in starts)
-    for place, start in starts.items():
-        end = ends[place]
-        assert end["bp"] == "e"
-        before, after = slices[start["tid"], start["ts"]], slices[end["tid"], end["ts"]]
-        assert start["name"] == end["name"] == place[0]
-        assert start["ts"] <= end["ts"]
-        match place[0]:
-            case "run":
-                assert before["name"] == after["name"] and start["tid"] < end["tid"]
-            case "guesses":
-                run = history.runs[run_in(after["name"])]
-                draft = int(before["name"].removeprefix("draft "))
-                assert draft in {guess.draft for guess in run.guesses}
-            case "tokens":
-                decided = [token["run"] for token in after["args"]["tokens"]]
-                assert run_in(before["name"]) in decided
-                assert before["tid"] == 4  # the last stage
-    assert set(counts) == {"guesses", "run", "tokens"}
-    # All text was decided on by a run, and each that came to it shows by which.
-    assert counts["tokens"] >= len(history.figures)
-
-
-def test_perfetto_shows_the_text_as_it_came_and_each_wave_of_cancelling(tmp_path: Path) -> None:
-    listed = events(TRACE, tmp_path / "trace.json")
-    commits = [(time, what) for time, what in TRACE if isinstance(what, Commit)]
-    texts = [event for event in of("X", listed) if event["cat"] == "text"]
-    assert [event["ts"] for event in texts] == [round(1e6 * time, 3) for time, _ in commits]
-    told = [token["text"] for event in texts for token in event["args"]["tokens"]]
-    assert told == [f"#{token}" for _, what in commits for token in what.tokens]
-    marks = [event["name"] for event in of("i", listed)]
-    assert marks.count("cancel (invalid)") == len(History(TRACE).waves) > 0
-
-
-def test_perfetto_counts_what_is_in_flight_and_ends_with_nothing(tmp_path: Path) -> None:
-    counters: dict[str, list[dict[str, int]]] = {}
-    for event in of("C", events(TRACE, tmp_path / "trace.json")):
-        counters.setdefault(event["name"], []).append(event["args"])
-    metrics = TRACE.metrics()
-    assert counters["runs in flight"][-1] == {"runs": 0}
-    assert counters["guesses in flight"][-1] == {"guesses": 0}
-    assert max(count["runs"] for count in counters["runs in flight"]) > 3
-    assert min(count["guesses"] for count in counters["guesses in flight"]) == 0
-    last = counters["tokens"][-1]
-    assert last == {"generated": metrics.generated_tokens, "accepted": metrics.accepted_tokens}
-
-
 def test_a_data_frame_has_a_row_for_all_that_was_done(tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="pandas is not installed: pip install -e '.[tables]'")
     frame = TRACE.to_dataframe()
@@ -190,8 +40,8 @@ def test_a_data_frame_has_a_row_for_all_that_was_done(tmp_path: Path) -> None:
     assert (frame.ended_s >= frame.began_s).all() and frame.began_s.min() >= 0
 
 
-def test_what_a_stage_was_spared_is_a_fate_of_its_work_and_so_told_everywhere(
-    either: Trace, tmp_path: Path
+def test_what_a_stage_was_spared_is_a_fate_of_its_work_and_shown_by_rings(
+    either: Trace,
 ) -> None:
     history = History(either)
     works = [work for done in history.done for work in work_of(done)]
@@ -201,11 +51,6 @@ def test_what_a_stage_was_spared_is_a_fate_of_its_work_and_so_told_everywhere(
         run = work.of
         called_off = isinstance(run, Run) and run.cancelled is not None
         assert (work.fate is Fate.SAVED) is (called_off and work.span.layers == 0)
-    slices = of("X", events(either, tmp_path / "trace.json"))
-    named = [each for each in slices if each["name"].endswith(": saved")]
-    assert [(each["args"]["fate"], each["args"]["layers"]) for each in named] == [
-        ("saved", 0) for _ in saved
-    ]
     rings = re.findall("M([0-9.]+) ([0-9]+)m-3 0a3 3", timeline_svg(history))
     assert {int(y) for _, y in rings} == {29 + 22 * work.row for work in saved}
     page = timeline_html(history)
@@ -238,12 +83,14 @@ def test_data_frames_of_runs_tokens_and_guesses_tell_the_same_story() -> None:
 
 
 @pytest.mark.parametrize("rows", ["work", "runs", "tokens", "guesses"])
-def test_a_data_frame_comes_back_from_a_file_with_its_types(rows: Rows, tmp_path: Path) -> None:
+def test_a_data_frame_comes_back_from_a_parquet_file_with_its_types(
+    rows: Rows, either: Trace, tmp_path: Path
+) -> None:
     for lacking in ("pandas", "pyarrow"):
         pytest.importorskip(lacking, reason=f"no {lacking}: pip install -e '.[tables]'")
     import pandas as pd
 
-    frame = TRACE.to_dataframe(rows)
+    frame = either.to_dataframe(rows)
     frame.to_parquet(tmp_path / "trace.parquet")
     back = pd.read_parquet(tmp_path / "trace.parquet")
     assert list(back.dtypes) == list(frame.dtypes)
