@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.bench.browser import Lab, Tab
+from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import History
+from pipeinfer_dask.trace.picture import ORIGINS
 from pipeinfer_dask.trace.tables import work_of
 from tests.browser.conftest import Opened
 
@@ -28,6 +30,7 @@ simulation = pi.simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=8
 """
 SIMULATION = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
 SIMULATED_AT = History(SIMULATION.trace).began
+MEANINGS = [ORIGINS[origin][2] for origin in Origin]
 NOTE_TEXTS = """() => {
   const canvas = CanvasRenderingContext2D.prototype;
   const { clearRect, fillText } = canvas;
@@ -62,6 +65,16 @@ def data(tab: Tab, selector: str) -> dict[str, str]:
     found = tab.page.locator(selector).first.evaluate("element => ({...element.dataset})")
     assert isinstance(found, dict)
     return found
+
+
+def rows_of(tab: Tab, table: str) -> list[list[str]]:
+    """Return the cells of a table's body, once it is there."""
+    tab.page.locator(table).locator("td").first.wait_for()
+    rows = tab.page.locator(table).evaluate(
+        "table => [...table.tBodies[0].rows].map(row => [...row.cells].map(it => it.innerText))"
+    )
+    assert isinstance(rows, list)
+    return rows
 
 
 def until(tab: Tab, selector: str, condition: str) -> dict[str, str]:
@@ -179,6 +192,22 @@ def test_a_dashboard_runs_and_cancels_a_generation_while_a_cell_awaits_it(opened
         until(tab, selector, f"data.complete === 'true' && data.tokens === '{tokens}'")
     until(tab, ".pipeinfer[data-boxes]", "data.complete === 'true'")
     assert run.is_enabled()
+    # What colours, lines and charts say is said in words, too.
+    page.locator("[data-speed] summary").click()
+    figures = dict(rows_of(tab, "[data-speed] table >> nth=0"))
+    assert float(figures["tokens a second"]) == pytest.approx(
+        float(data(tab, "[data-speed]")["speed"]), abs=0.06
+    )
+    assert rows_of(tab, "[data-speed] table >> nth=1")[-1][1] == str(tokens)
+    nodes = rows_of(tab, "[data-speed] table >> nth=3")
+    assert [name for name, _ in nodes] == ["drafter", "stage 0", "stage 1"]
+    page.locator("[data-struck] summary").click()
+    stretches = rows_of(tab, "[data-struck] table")
+    assert stretches[-1][0].split(" to ")[-1] == str(tokens)
+    assert {origin for _, _, origin, _ in stretches} <= set(MEANINGS)
+    said = page.get_by_role("group", name="Generated text").get_attribute("aria-description")
+    (_, *counts), (_, *meanings) = zip(*re.findall(r"(\d+) ([^;]+)", said or ""), strict=True)
+    assert meanings == MEANINGS and sum(map(int, counts)) == tokens
     page.get_by_label("Knobs").fill("micro_batch=zero")
     page.get_by_label("Knobs").blur()
     run.click()
@@ -244,7 +273,7 @@ def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Op
 
     page.get_by_role("button", name="To the start").focus()
     reached = []
-    for _ in range(19):
+    for _ in range(20):
         reached.append(
             page.evaluate(
                 "() => { const at = document.activeElement;"
@@ -275,7 +304,7 @@ def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Op
     ]
     assert reached[14:] == [
         *("The same as a table", "The bars in view as a table", "Generated text"),
-        *(" show rejected guesses, struck through", "Draft tree"),
+        *(" show rejected guesses, struck through", "The same as a table", "Draft tree"),
     ]
 
 

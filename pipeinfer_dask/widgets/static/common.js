@@ -236,9 +236,9 @@ function make(tag, properties = {}, ...children) {
 
 /** A table of texts. */
 function tableOf(headings, rows) {
-  const cells = (tag, texts) => make("tr", {}, ...texts.map((text) => make(tag, {}, text)));
+  const cells = (tag, texts, properties) => make("tr", {}, ...texts.map((text) => make(tag, properties, text)));
   const body = rows.map((row) => cells("td", row));
-  return make("table", {}, make("thead", {}, cells("th", headings)), make("tbody", {}, ...body));
+  return make("table", {}, make("thead", {}, cells("th", headings, { scope: "col" })), make("tbody", {}, ...body));
 }
 
 function makeSvg(tag, attributes = {}, ...children) {

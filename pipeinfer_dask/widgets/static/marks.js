@@ -6,12 +6,13 @@ const DIGIT = 6.5; // width of a figure of a run's number, in pixels
 function marksFor(el, context, seen, plot, xOf) {
   /** Which run a bar is of, if its number has room; and behind it its text, as far as that has. */
   const paintLabel = (number, text, { pattern }, x, y, width, high, ink) => {
-    const left = Math.max(x, GUTTER) + 4;
-    const room = x + width - 3 - left;
+    const from = Math.max(x, GUTTER);
+    const room = x + width - from;
     const taken = DIGIT * number.length;
-    if (taken > room) return;
-    const behind = left + taken + (number && 5);
-    const label = left + room - behind > 14 ? visible(text) : "";
+    if (taken + 4 > room) return;
+    const label = room - taken > 26 ? visible(text) : "";
+    const left = label ? from + 4 : from + (room - taken) / 2;
+    const behind = left + taken + (number ? 5 : 0);
     if (!number && !label) return;
     const solid = pattern === "plain" || pattern === "underline";
     const middle = y + high / 2 + (pattern === "underline" ? -1 : 0.5);
@@ -20,13 +21,13 @@ function marksFor(el, context, seen, plot, xOf) {
     if (!solid && pattern !== "outline") {
       const wide = label ? behind - left + context.measureText(label).width : taken;
       context.fillStyle = "#fff";
-      context.fillRect(left - 2, y + 4, Math.min(wide + 4, room + 3), high - 8);
+      context.fillRect(left - 2, y + 4, Math.min(wide + 4, room - 2), high - 8);
     }
     context.fillStyle = solid ? "#fff" : pattern === "outline" ? ink : "#222";
     if (label) {
       context.save();
       context.beginPath();
-      context.rect(behind, y, left + room - behind, high);
+      context.rect(behind, y, x + width - 3 - behind, high);
       context.clip();
       context.fillText(label, behind, middle);
       context.restore();

@@ -1,6 +1,7 @@
 // The figures, and how they came about.
 
 const CHART = { width: 300, height: 120, left: 38, bottom: 22, top: 8, right: 18 };
+const MOMENTS = 12; // of the course of time that the table has
 
 /** A chart's frame with an axis for the values; returns the SVG and where values lie. */
 function chart(title, most, unit) {
@@ -62,7 +63,9 @@ async function render({ model, el }) {
   const heading = frameOf(el, model.get("label"));
   const cards = make("div", { className: "pipeinfer-cards" });
   const charts = make("div", { className: "pipeinfer-charts" });
-  el.append(cards, charts);
+  const table = make("div", { className: "pipeinfer-scroll" });
+  const details = make("details", {}, make("summary", {}, "The same as tables"), table);
+  el.append(cards, charts, details);
 
   /** Of the guesses at each distance ahead of the text that are settled: how many became text. */
   const byDepth = (trace, moment) => {
@@ -95,13 +98,15 @@ async function render({ model, el }) {
     const vain = share(last("wasted"), last("computed"));
     const figure = (value, form) => (Number.isFinite(value) ? form(value) : "–");
     const percent = (value) => `${Math.round(100 * value)}%`;
-    const card = (name, text) => make("div", { className: "pipeinfer-card" }, make("b", {}, text), name);
+    const values = [
+      ["tokens a second", figure(speed, (value) => value.toFixed(1))],
+      ["to the first token", figure(first, (value) => ms(value, 0))],
+      ["between tokens", figure(between, (value) => ms(value))],
+      ["guesses accepted", figure(accepted, percent)],
+      ["computed in vain", figure(vain, percent)],
+    ];
     cards.replaceChildren(
-      card("tokens a second", figure(speed, (value) => value.toFixed(1))),
-      card("to the first token", figure(first, (value) => ms(value, 0))),
-      card("between tokens", figure(between, (value) => ms(value))),
-      card("guesses accepted", figure(accepted, percent)),
-      card("computed in vain", figure(vain, percent)),
+      ...values.map(([name, text]) => make("div", { className: "pipeinfer-card" }, make("b", {}, text), name)),
     );
     const upToNow = (column) => column.slice(0, count);
     const times = upToNow(figures.time);
@@ -125,6 +130,22 @@ async function render({ model, el }) {
         shares, shares.map(percent),
       ),
     );
+    if (details.open) {
+      const some = Math.max(1, Math.ceil(count / MOMENTS));
+      const rows = Array.from({ length: Math.ceil(count / some) }, (_, row) => count - 1 - row * some).reverse();
+      table.replaceChildren(
+        tableOf(["figure", "value"], values),
+        tableOf(
+          ["until", "tokens", "tokens a second so far", "guesses accepted so far"],
+          rows.map((row) => [
+            ms(times[row]), `${figures.tokens[row]}`, figure(share(figures.tokens[row], times[row]), (value) => value.toFixed(1)),
+            figure(share(figures.accepted[row], figures.drafted[row]), percent),
+          ]),
+        ),
+        tableOf(["places ahead", "guesses that became text"], depths.map(({ all, kept }, depth) => [`${depth + 1}`, `${kept} of ${all}`])),
+        tableOf(["node", "share of the time that it worked"], nodes.map((name, row) => [name, percent(shares[row])])),
+      );
+    }
     heading(trace);
     Object.assign(el.dataset, {
       tokens: generated,
@@ -134,7 +155,9 @@ async function render({ model, el }) {
     });
   };
 
-  return follow(model, el, story, draw, 250).stop;
+  const { redraw, stop } = follow(model, el, story, draw, 250);
+  details.addEventListener("toggle", redraw);
+  return stop;
 }
 
 export default { render };

@@ -1,6 +1,7 @@
 // The text as it comes; what had been guessed instead can be shown struck through.
 
 const CLASSES = { accepted: "pipeinfer-accepted", corrected: "pipeinfer-corrected", plain: "" };
+const STRETCHES = 200; // that the table has at most
 
 async function render({ model, el }) {
   const story = await Story.of(model);
@@ -12,11 +13,14 @@ async function render({ model, el }) {
     key.append(make("span", { className: CLASSES[name] }, meaning));
   }
   key.append(make("label", {}, shown, " show rejected guesses, ", make("s", {}, "struck through")));
-  el.append(box, key);
+  const table = make("div", { className: "pipeinfer-scroll pipeinfer-words" });
+  const details = make("details", {}, make("summary", {}, "The same as a table"), table);
+  el.append(box, key, details);
 
   let source = null;
   let drawn = 0; // tokens that stand in the box
   let marked = false;
+  let counts = []; // of the tokens in the box, by origin
 
   /** What was guessed and ruled out at the place of each token, up to it. */
   const rejected = (trace) => {
@@ -32,12 +36,33 @@ async function render({ model, el }) {
     return places;
   };
 
+  /** A table of what stands in the box: a row for tokens in a row that came from the same place. */
+  const stretches = (trace, count) => {
+    const { tokens } = trace.tables;
+    const places = rejected(trace);
+    const rows = [];
+    for (let at = 0; at < count; ) {
+      const begin = at;
+      let text = "";
+      const out = [];
+      for (; at < count && tokens.origin[at] === tokens.origin[begin]; at += 1) {
+        text += tokens.text[at];
+        out.push(...(places.get(tokens.position[at]) ?? []));
+      }
+      const numbers = at - begin > 1 ? `${begin + 1} to ${at}` : `${at}`;
+      rows.push([numbers, visible(text), trace.about.origins[tokens.origin[begin]].meaning, out.map(visible).join(" | ")]);
+    }
+    const more = rows.length > STRETCHES ? `The last ${STRETCHES} of ${rows.length} rows.` : "";
+    return [tableOf(["tokens", "text", "where it comes from", "guessed there, and ruled out"], rows.slice(-STRETCHES)), more];
+  };
+
   const draw = (trace) => {
     const { tokens } = trace.tables;
     const count = upTo(tokens.time, momentOf(model));
     if (source !== tokens || count < drawn || shown.checked || marked) {
       box.replaceChildren();
       drawn = 0;
+      counts = story.about.origins.map(() => 0);
       source = tokens;
     }
     marked = shown.checked;
@@ -50,15 +75,20 @@ async function render({ model, el }) {
         struck += 1;
       }
       const { name, meaning } = trace.about.origins[tokens.origin[drawn]];
+      counts[tokens.origin[drawn]] += 1;
       box.append(make("span", { className: CLASSES[name], title: meaning }, tokens.text[drawn]));
     }
     if (below) box.scrollTop = box.scrollHeight;
+    const parts = trace.about.origins.map(({ meaning }, origin) => `${counts[origin]} ${meaning}`);
+    box.setAttribute("aria-description", [`${count} tokens`, ...parts].join("; "));
+    if (details.open) table.replaceChildren(...stretches(trace, count));
     heading(trace, ` · ${count} tokens`);
     Object.assign(el.dataset, { tokens: count, struck });
   };
 
   const { redraw, stop } = follow(model, el, story, draw);
   shown.addEventListener("change", redraw);
+  details.addEventListener("toggle", redraw);
   return stop;
 }
 
