@@ -62,6 +62,11 @@ fullest = max(story.tokens, key=guessed)
 DraftTree(piped, moment=fullest.time - story.began + 1e-4)""",
 )
 STEPS = 40
+GUESSES = 8
+"""So many at least are open where a dashboard's tree is shown: at the end there are none."""
+SCROLL = ".pipeinfer-scroll"
+IS_CUT = "it => it.scrollWidth > it.clientWidth"
+IS_SMALL = "it => it.firstChild.viewBox?.baseVal.width > 1.15 * it.clientWidth"
 
 
 def main() -> None:
@@ -93,22 +98,35 @@ def take(lab: Lab, tab: Tab) -> None:
     board.locator(".jupyter-button[title=Run]").click()
     board.get_by_text("finished: 48 tokens").wait_for()
     board.locator("[data-bars][data-complete=true]").wait_for()
+    step_back_to_a_tree(board)
     for _ in range(STEPS):
         stepper.get_by_role("button", name="A step ahead").click()
     for theme in ("Light", "Dark"):
         tab.command("apputils:change-theme", theme=f"JupyterLab {theme}")
-        page.locator(f"[data-bars][data-theme={theme.lower()}]").nth(3).wait_for()
-        save(board, f"dashboard-{theme.lower()}")
+        save(board, f"dashboard-{theme.lower()}", theme)
         if theme == "Light":
-            save(stepper, "stepper")
-            save(timeline, "timeline")
-            if tree.locator(".pipeinfer-scroll").evaluate("it => it.scrollWidth > it.clientWidth"):
+            save(stepper, "stepper", theme)
+            save(timeline, "timeline", theme)
+            if tree.locator(SCROLL).evaluate(IS_CUT):
                 raise SystemExit("the tree is wider than its picture: choose another moment")
-            save(tree, "tree")
+            save(tree, "tree", theme)
 
 
-def save(output: Any, name: str) -> None:
-    output.scroll_into_view_if_needed()
+def step_back_to_a_tree(board: Any) -> None:
+    """Step back from the end until the tree has some guesses, and can be read."""
+    tree = board.locator("[data-boxes]")
+    back = board.get_by_role("button", name="A step back")
+    while int(tree.get_attribute("data-open")) < GUESSES or tree.locator(SCROLL).evaluate(IS_SMALL):
+        drawn = tree.get_attribute("data-draws")
+        back.click()
+        tree.and_(board.page.locator(f":not([data-draws='{drawn}'])")).wait_for()
+
+
+def save(output: Any, name: str, theme: str) -> None:
+    output.scroll_into_view_if_needed()  # what nobody sees is not drawn
+    output.locator(f"[data-theme]:not([data-theme={theme.lower()}])").first.wait_for(
+        state="detached"
+    )
     output.screenshot(path=IMAGES / f"{name}.png")
 
 

@@ -53,7 +53,7 @@ class Controls(ipywidgets.VBox):  # type: ignore[misc]
         self._engine = engine
         self._started = started
         self.generation: Generation | None = None
-        wide = ipywidgets.Layout(width="100%")
+        wide = ipywidgets.Layout(width="auto")  # a full width would add the margins to it
         # What is typed is told as a whole when a field is left, so before a click: a field that
         # told each key at once would keep the last ones back until the first was answered.
         whole = {"continuous_update": False}
