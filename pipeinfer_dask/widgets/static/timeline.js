@@ -153,7 +153,8 @@ async function render({ model, el }) {
         const x = xOf(bars.began[bar]);
         const barWidth = Math.max(1, xOf(Math.min(bars.ended[bar], moment)) - x);
         const work = bars.work[bar];
-        paintBar(context, looks[works.look[work]], x, y + 2, barWidth, high - 4, patterns);
+        // A gap behind each tells bars apart that follow at once.
+        paintBar(context, looks[works.look[work]], x, y + 2, barWidth - (barWidth > 6), high - 4, patterns);
         drawn += 1;
         if (barWidth > 9) {
           const kind = looks[works.look[work]];
