@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Event, Lock
+from typing import Any
 
 import pytest
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.protocol.messages import RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
 from pipeinfer_dask.widgets import Dashboard, DraftTree, Metrics, Stepper, Timeline, TokenStream
@@ -44,6 +49,74 @@ def test_cancel_stops_it(engine: pi.Engine) -> None:
     next(iter(board.generation))
     board.controls.cancel.click()
     assert board.generation.result(60).finish_reason == "stopped"
+
+
+RUN = Shard.run
+PATIENCE_S = 30.0
+
+
+class Holder:
+    """Holds both stages in the midst of a run before their next layers, until that is called off.
+
+    Attributes
+    ----------
+    holds : Event
+        Set when both compute a run and have layers of it before them: none begins any more.
+    begun : int
+        Layers that were begun since.
+    """
+
+    def __init__(self) -> None:
+        self.holds = Event()
+        self.begun = 0
+        self._lock, self._never = Lock(), Event()
+        self._at: dict[Shard, int] = {}  # layers of its run that each stage has begun
+
+    def run(self, shard: Shard, *batch: Any, stopped: Callable[[], bool], **how: Any) -> Any:
+        def looked() -> bool:
+            with self._lock:
+                others = [at for other, at in self._at.items() if other is not shard]
+                if self._at[shard] and any(0 < at < len(shard.layers) for at in others):
+                    self.holds.set()
+            deadline = time.monotonic() + PATIENCE_S
+            while self.holds.is_set() and not stopped() and time.monotonic() < deadline:
+                self._never.wait(0.001)
+            with self._lock:
+                if stopped():
+                    return True
+                self.begun += self.holds.is_set()
+                self._at[shard] += 1
+                return False
+
+        self._at[shard] = 0
+        try:
+            return RUN(shard, *batch, stopped=looked, **how)
+        finally:
+            self._at[shard] = 0
+
+
+def test_at_a_click_on_cancel_every_stage_leaves_its_run_where_it_is(
+    engine: pi.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = Holder()
+    monkeypatch.setattr(Shard, "run", lambda *args, **how: holder.run(*args, **how))
+    board = engine.dashboard(max_new_tokens=400)
+    board.controls.strategy.value = "pipeinfer"
+    board.controls.run.click()
+    assert holder.holds.wait(60)
+    board.controls.cancel.click()
+    assert board.generation is not None
+    result = board.generation.result(60)
+    assert result.finish_reason == "stopped"
+    assert holder.begun == 0
+    left = [
+        [span.layers for span in what.spans]
+        for _, what in result.trace
+        if isinstance(what, RunDone) and what.tokens is None
+    ]
+    # Of the target's six layers each stage has three.
+    assert any(0 < first < 3 and second == 0 for first, second in left)
+    assert any(first == 3 and 0 < second < 3 for first, second in left)
 
 
 @pytest.mark.parametrize(
