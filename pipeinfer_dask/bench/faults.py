@@ -126,12 +126,12 @@ def run_faults_bench(
     -------
     dict
         ``recovery_s_p50`` and ``recovery_s_p95``: from the moment of a stage's fault to the first
-        token that came after it was noticed, where there was a spare worker; where all were in
-        use, ``waiting_s_p50``: a nanny had to bring one back first. ``drafter_s_p50``: the same
-        of the drafter's loss, to the next token. ``false_alarms``: losses that were told of though nothing had happened
-        but what is harmless. ``leaks``: nodes, threads, descriptors and mappings of shared memory
-        that the workers have too many. ``rows`` has one for each kind, and ``within`` says which
-        limits are kept.
+        token that came after it was noticed, where there was a spare worker; where all were in use,
+        ``waiting_s_p50``: a nanny had to bring one back first. ``drafter_s_p50``: the same of the
+        drafter's loss, to the next token. ``false_alarms``: losses that were told of though nothing
+        had happened but what is harmless. ``leaks``: nodes, threads, descriptors and mappings of
+        shared memory that the workers have too many. ``rows`` has one for each kind, and ``within``
+        says which limits are kept.
     """
     random = Random(seed)
     done: list[Fault] = []
