@@ -103,10 +103,20 @@ def table(results: Sequence[tuple[str, Metrics]]) -> Table:
             _figure(metrics.itl_s, "{:.1f}", 1e3),
             _figure(metrics.acceptance_rate, "{:.0f}%", 100),
             str(metrics.runs),
-            f"{metrics.runs_cancelled_invalid} + {metrics.runs_cancelled_superfluous}",
+            str(metrics.runs_cancelled),
             _shares(metrics.stage_utilization),
         )
     return view
+
+
+def headings() -> str:
+    """Return what the table's headings mean."""
+    return (
+        "TTFT: time to the first token. ITL: mean time from one token to the next.\n"
+        "acceptance: share of the guesses put to the target that became text.\n"
+        "cancelled: runs called off, contradicted by the target or too late for the text.\n"
+        "stages busy: share of the time that each stage computed; .. first to last."
+    )
 
 
 def _shares(shares: Sequence[float]) -> str:

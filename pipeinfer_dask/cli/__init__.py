@@ -20,7 +20,7 @@ from pipeinfer_dask.bench.limits import check
 from pipeinfer_dask.cli.errors import Commands
 from pipeinfer_dask.cli.values import settings_of, shares_of
 from pipeinfer_dask.drafting.ngram import NGRAM
-from pipeinfer_dask.policies import STRATEGIES, make_policy
+from pipeinfer_dask.policies import STRATEGIES, Speculative, make_policy
 from pipeinfer_dask.simulation.costs import MOST_STAGES
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def demo(
     if timeline:
         pictures.show(console, [(result.strategy, result.trace) for result in results])
     console.print(terminal.table([(r.strategy, r.metrics) for r in results]))
-    console.print("cancelled: invalid + superfluous (still in flight at the end of the text)")
+    console.print(terminal.headings())
     different = [result for result in results if result.token_ids != results[0].token_ids]
     if different:
         raise RuntimeError(
@@ -287,10 +287,10 @@ def simulate(
     as_json: bool,
 ) -> None:
     """Show in virtual time what each strategy would do on a pipeline that you describe."""
+    from pipeinfer_dask import terminal
     from pipeinfer_dask import timeline as pictures
     from pipeinfer_dask.simulation import Costs, best_chain
     from pipeinfer_dask.simulation import simulate as run
-    from pipeinfer_dask.terminal import table
 
     if not 1e-6 <= stage_ms <= 1e9:
         raise ValueError(f"expected --stage-ms from 1e-6 to 1e9, got {stage_ms:g}")
@@ -307,17 +307,20 @@ def simulate(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    results = {}
+    results, notes = {}, []
     for name in strategies or tuple(STRATEGIES):
-        results[f"{name}, k=4" if name == "speculative" else name] = run(name, **world)
-        if name == "speculative":
-            best = best_chain(**world)
-            results[f"best k={best}"] = run(name, k=best, **world)
+        if name != "speculative":
+            results[name] = run(name, **world)
+            continue
+        usual, best = Speculative().k, best_chain(**world)
+        for k in dict.fromkeys((usual, best)):
+            results[f"{name} k={k}"] = run(name, k=k, **world)
+        notes.append(f"k: guesses in each run; {usual} unless set, {best} is the fastest here.")
     console = _console(as_json)
     if timeline:
         pictures.show(console, [(label, result.trace) for label, result in results.items()])
-    console.print(table([(label, result.metrics) for label, result in results.items()]))
-    console.print("cancelled: invalid + superfluous. All figures are of virtual time.")
+    console.print(terminal.table([(label, result.metrics) for label, result in results.items()]))
+    console.print("\n".join([terminal.headings(), *notes, "All figures are of virtual time."]))
     if as_json:
         rows = [
             {
