@@ -19,7 +19,6 @@ from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
     Commit,
-    Drafted,
     DrafterBack,
     DrafterLost,
     Event,
@@ -37,7 +36,17 @@ from pipeinfer_dask.protocol.messages import (
     Woken,
 )
 from pipeinfer_dask.protocol.request import Request
-from tests.core.world import GARBAGE, Cache, Path, World, plain_text, target_token
+from tests.core.world import (
+    Cache,
+    Moving,
+    Path,
+    answer,
+    check_slots,
+    choices,
+    draft_pass,
+    plain_text,
+    target_token,
+)
 
 Key = tuple[int, int]
 """A request, and the number of its run or draft."""
@@ -54,7 +63,7 @@ class Asked:
     wanted_wake: bool = False
 
 
-class SharedWorld:
+class SharedWorld(Moving):
     """Stages and one drafter for any number of requests; every queue moves only when told to."""
 
     def __init__(
@@ -215,30 +224,15 @@ class SharedWorld:
     def draft_step(self) -> None:
         draft = self.draft
         assert draft is not None
-        step = None if self.draft_cancelled else draft.next_batch()
-        if step is not None:
-            batch, frontier = step
-            self.draft_pass(draft, batch, frontier)
-            return
-        self.draft = None
-        asked = draft.draft
-        proposals, evaluated = tuple(draft.proposals), tuple(draft.evaluated)
-        self.tell(Drafted(asked.request, asked.generation, asked.draft, proposals, evaluated))
+        caches, number = self.draft_caches, draft.draft.cache
+        if self.draft_cancelled or not draft_pass(
+            draft, caches.setdefault(number, Cache()), self.guesses
+        ):
+            self.draft = None
+            self.tell(answer(draft))
 
-    def draft_pass(self, draft: Expansion, batch: Batch, frontier: int) -> None:
-        paths = self.draft_caches.setdefault(draft.draft.cache, Cache()).write(batch)
-        assert GARBAGE not in paths, "the draft model's cache is not what the machine thinks"
-        ends = paths[len(paths) - frontier :]
-        draft.grow([World.choices(path, self.quality)[: draft.width] for path in ends])
-
-    def run(self, choose: Callable[[int], int] = lambda _: 0, limit: int = 100_000) -> None:
-        """Move until nothing moves; ``choose(n)`` says which of n moves comes next."""
-        for _ in range(limit):
-            moves = self.moves()
-            if not moves:
-                return
-            moves[choose(len(moves))]()
-        raise AssertionError("the world does not come to rest")
+    def guesses(self, _: Batch, ends: list[Path], width: int) -> list[list[tuple[int, float]]]:
+        return [choices(path, self.quality)[:width] for path in ends]
 
     def check_end(self) -> None:
         """Check what must hold when nothing moves any more."""
@@ -247,9 +241,7 @@ class SharedWorld:
             text = plain_text(asked.request.prompt, asked.request.max_new_tokens)
             assert tuple(asked.tokens) == text[: len(asked.tokens)]
             assert asked.finished == "stopped" or len(asked.tokens) == len(text)
-            tree = asked.machine.tree
-            held = {node.slot for node in (*tree.committed(), *tree.speculation())} - {-1}
-            assert tree.slots.taken() == held, "a slot is lost"
+            check_slots(asked.machine.tree)
         assert not self.sharing.machines
         assert all(not caches for caches in (*self.caches, self.draft_caches))
 

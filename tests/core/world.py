@@ -9,11 +9,13 @@ from `plain_text`.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
 from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.tree import Tree
 from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import (
@@ -79,6 +81,16 @@ def plain_text(prompt: Path, count: int) -> Path:
     return path[len(prompt) :]
 
 
+def choices(path: Path, quality: float) -> list[tuple[int, float]]:
+    """Return what a draft model of this quality says after a path."""
+    truth = target_token(path)
+    right = _digest(path, "draft") % 1000 < quality * 1000
+    first = truth if right else (truth + 1) % VOCABULARY
+    confidence = 0.5 + _digest(path, "confidence") % 500 / 1000
+    others = [(first + rank) % VOCABULARY for rank in range(1, 4)]
+    return [(first, confidence), *((t, (1 - confidence) / 2**r) for r, t in enumerate(others))]
+
+
 class Cache:
     """What a model attends to, slot by slot."""
 
@@ -97,7 +109,53 @@ class Cache:
         return paths
 
 
-class World:
+Guesses = Callable[[Batch, list[Path], int], list[list[tuple[int, float]]]]
+"""Of a draft model: a batch, the paths that end it, and how many choices for each are wanted."""
+
+
+def draft_pass(draft: Expansion, cache: Cache, guesses: Guesses) -> bool:
+    """Let the draft model take a pass; return whether there was one to take."""
+    step = draft.next_batch()
+    if step is None:
+        return False
+    batch, frontier = step
+    paths = cache.write(batch)
+    assert GARBAGE not in paths, "the draft model's cache is not what the machine thinks"
+    draft.grow(guesses(batch, paths[len(paths) - frontier :], draft.width))
+    return True
+
+
+def answer(draft: Expansion) -> Drafted:
+    """Return what the drafter says at the end of a draft."""
+    asked = draft.draft
+    proposals, evaluated = tuple(draft.proposals), tuple(draft.evaluated)
+    return Drafted(asked.request, asked.generation, asked.draft, proposals, evaluated)
+
+
+def check_slots(tree: Tree) -> None:
+    """Check that a tree's slots are taken by its tokens, and by nothing else."""
+    nodes = (*tree.committed(), *tree.speculation())
+    assert tree.slots.taken() == {node.slot for node in nodes if node.slot != NO_SLOT}
+
+
+class Moving(ABC):
+    """What moves only when told to."""
+
+    @abstractmethod
+    def moves(self) -> list[Callable[[], None]]:
+        """Return all that can happen next."""
+
+    def run(self, choose: Callable[[int], int] = lambda _: 0, limit: int = 100_000) -> None:
+        """Move until nothing moves; ``choose(n)`` says which of n moves comes next."""
+        for _ in range(limit):
+            moves = self.moves()
+            if not moves:
+                return
+            moves[choose(len(moves))]()
+        raise AssertionError("the world does not come to rest")
+
+
+class World(Moving):
     """A pipeline of ``stages`` stages and a drafter; every queue moves only when told to.
 
     Parameters
@@ -219,7 +277,6 @@ class World:
                 self.finished = command.reason
 
     def moves(self) -> list[Callable[[], None]]:
-        """Return all that can happen next."""
         moves: list[Callable[[], None]] = []
         for i, queue in enumerate(self.queues):
             if queue:
@@ -346,46 +403,16 @@ class World:
     def draft_step(self) -> None:
         draft = self.draft
         assert draft is not None
-        step = None if self.draft_cancelled else draft.next_batch()
-        if step is None:
+        if self.draft_cancelled or not draft_pass(draft, self.draft_cache, self.guesses):
             self.draft = None
-            start = draft.draft
-            proposals, evaluated = tuple(draft.proposals), tuple(draft.evaluated)
-            self.answers.append(Drafted(0, start.generation, start.draft, proposals, evaluated))
-            return
-        batch, frontier = step
-        paths = self.draft_cache.write(batch)
-        assert GARBAGE not in paths, "the draft model's cache is not what the machine thinks"
-        draft.grow(self.guesses(batch, paths[len(paths) - frontier :], draft.width))
+            self.answers.append(answer(draft))
 
     def guesses(self, batch: Batch, ends: list[Path], width: int) -> list[list[tuple[int, float]]]:
         """Return what the drafter says after the paths that end the batch."""
-        return [self._candidates(path)[:width] for path in ends]
-
-    def _candidates(self, path: Path) -> list[tuple[int, float]]:
-        return self.choices(path, self.quality)
-
-    @staticmethod
-    def choices(path: Path, quality: float) -> list[tuple[int, float]]:
-        """Return what a draft model of this quality says after a path."""
-        truth = target_token(path)
-        right = _digest(path, "draft") % 1000 < quality * 1000
-        first = truth if right else (truth + 1) % VOCABULARY
-        confidence = 0.5 + _digest(path, "confidence") % 500 / 1000
-        others = [(first + rank) % VOCABULARY for rank in range(1, 4)]
-        return [(first, confidence), *((t, (1 - confidence) / 2**r) for r, t in enumerate(others))]
+        return [choices(path, self.quality)[:width] for path in ends]
 
     def stop(self) -> None:
         self.tell(Stop(0))
-
-    def run(self, choose: Callable[[int], int] = lambda _: 0, limit: int = 100_000) -> None:
-        """Move until nothing moves; ``choose(n)`` says which of n moves comes next."""
-        for _ in range(limit):
-            moves = self.moves()
-            if not moves:
-                return
-            moves[choose(len(moves))]()
-        raise AssertionError("the world does not come to rest")
 
     def check_end(self) -> None:
         """Check what must hold when nothing moves any more."""
@@ -407,11 +434,7 @@ class World:
         begun = range(len(self.request.prompt), len(whole))
         assert self.logprobs == [log_probability(whole[:i]) for i in begun]
         assert not self.machine.runs and not self.machine.drafting
-        assert self.machine.tree.slots.taken() == {
-            node.slot
-            for node in (*self.machine.tree.committed(), *self.machine.tree.speculation())
-            if node.slot != NO_SLOT
-        }
+        check_slots(self.machine.tree)
         metrics = self.trace.metrics()
         assert metrics.losses == self.losses
         assert metrics.accepted_tokens <= metrics.drafted_tokens
