@@ -53,8 +53,10 @@ engine = pi.Engine.from_pretrained(target, draft=draft, stages=2, in_process=Tru
 """
 AWAIT = """
 import asyncio
-while board.generation is None:
-    await asyncio.sleep(0.01)
+begun = asyncio.Event()
+board.controls.status.observe(lambda _: begun.set(), "value")
+if board.generation is None:
+    await begun.wait()
 result = await board.generation
 print("awaited:", result.finish_reason)
 """
