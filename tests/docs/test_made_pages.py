@@ -1,10 +1,12 @@
 """Tables and pictures that programs make are as the programs make them now."""
 
+import json
 import re
+from datetime import date
 
 import pytest
 
-from docs import make_architecture, make_concepts
+from docs import make_architecture, make_concepts, make_performance
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Command
 from pipeinfer_dask.simulation import simulate
@@ -61,3 +63,17 @@ def test_pictures_of_the_concepts_show_what_the_simulator_does(name: str) -> Non
 def test_table_of_the_concepts_has_the_figures_of_its_pictures() -> None:
     page = make_concepts.PAGE.read_text(encoding="utf-8")
     assert make_concepts.filled(page) == page, "run python -m docs.make_concepts"
+
+
+def test_table_of_what_parts_cost_has_the_figures_that_were_measured() -> None:
+    page = make_performance.PAGE.read_text(encoding="utf-8")
+    assert make_performance.filled(page) == page, "run python -m docs.make_performance"
+
+
+@pytest.mark.parametrize("suite", make_performance.SUITES)
+def test_a_stored_measurement_says_where_and_when(suite: str) -> None:
+    stored = json.loads((make_performance.STORE / f"{suite}.json").read_text(encoding="utf-8"))
+    assert stored["suite"] == suite
+    assert stored["rows"]
+    assert stored["machine"].keys() == make_performance.machine().keys()
+    assert date.fromisoformat(stored["machine"]["date"]) <= date.today()
