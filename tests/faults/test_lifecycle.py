@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+import psutil
 import pytest
 from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
+from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
-from tests.engine.test_leaks import descriptors, until_empty, wait_until_workers_hold_nothing
+from tests.engine.test_leaks import (
+    descriptors,
+    threads_of_engines,
+    until_empty,
+    wait_until_workers_hold_nothing,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -124,3 +133,59 @@ def test_a_text_under_which_all_workers_are_restarted_is_finished(
         assert result.metrics.losses > 0
         assert result.token_ids[: len(pair.greedy)] == pair.greedy
         assert result.token_ids == engine.generate(PROMPT, max_new_tokens=LONG).token_ids
+
+
+def cut_off(run: pi.Generation, pair: Pair, why: str) -> None:
+    """Have a generation end in one error that has its text so far."""
+    with pytest.raises(GenerationInterrupted, match=why) as caught:
+        run.result(PATIENCE_S)
+    partial = caught.value.partial_ids[: len(pair.greedy)]
+    assert partial and partial == pair.greedy[: len(partial)]
+
+
+def test_an_engine_whose_cluster_is_closed_in_mid_text_says_so_and_ends_with_it(
+    pair: Pair,
+) -> None:
+    with ExitStack() as resources:
+        client = own_cluster(2, resources)
+        workers = [psutil.Process(process) for process in client.run(os.getpid).values()]
+        engine = pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=1)
+        run = engine.start(PROMPT, max_new_tokens=LONG)
+        next(iter(run))
+        client.cluster.close()
+        cut_off(run, pair, r"stage 0 .* is lost|the event loop has ended")
+        with pytest.raises(EngineClosedError, match="open another one"):
+            engine.start(PROMPT)
+        engine.close()
+        assert threads_of_engines() == []
+        _, alive = psutil.wait_procs(workers, PATIENCE_S)
+        assert alive == []
+
+
+DASK = "from distributed.cli.dask_{} import main; main()"
+
+
+def test_an_engine_whose_scheduler_is_killed_says_so_and_its_workers_end(
+    pair: Pair, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "scheduler.json")
+    here = ["--scheduler-file", file, "--no-dashboard", "--host", "127.0.0.1"]
+    node = ["--no-nanny", "--nthreads", "1", "--memory-limit", "0"]
+    with (
+        running(DASK.format("scheduler"), *here, "--port", "0") as scheduler,
+        running(DASK.format("worker"), *here, *node) as worker,
+        Client(scheduler_file=file, set_as_default=False, timeout=PATIENCE_S) as client,
+    ):
+        client.wait_for_workers(1, timeout=PATIENCE_S)
+        engine = pi.Engine.from_pretrained(pair.target, client=client, stages=1)
+        run = engine.start(PROMPT, max_new_tokens=LONG)
+        next(iter(run))
+        scheduler.kill()
+        cut_off(run, pair, r"stage 0 .* is lost: .* connection to the cluster's scheduler is, too")
+        with pytest.raises(EngineClosedError, match="open another one"):
+            engine.start(PROMPT)
+        engine.close()
+        assert threads_of_engines() == []
+        _, said = worker.communicate(timeout=PATIENCE_S)
+        assert worker.returncode == 0
+        assert "pipeinfer" not in said

@@ -245,6 +245,9 @@ class Assembly:
             part.left -= 1
             self._begin_recovery(part, lost)
         elif part is self.stages:
+            if self._client.status != "running":
+                # Workers end when their scheduler does, and the client hears of it first.
+                lost = NodeLostError(f"{lost}; the connection to the cluster's scheduler is, too")
             self._fail(lost)
         else:
             self.give_up_drafter(str(lost))
