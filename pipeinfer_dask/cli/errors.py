@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import IO, Any
 
 import click
@@ -21,6 +22,12 @@ class Mistake(Failure):
     """A user's mistake: exit status 2."""
 
     exit_code = 2
+
+
+class Interrupted(Failure):
+    """Ctrl-C: the exit status that shells give to what a signal has ended."""
+
+    exit_code = 128 + signal.SIGINT
 
 
 class Commands(click.Group):
@@ -45,5 +52,7 @@ class Commands(click.Group):
             raise Mistake(f"{error.format_message()} (see `{where} --help`)") from error
         except (ValueError, FileNotFoundError, MemoryError) as error:
             raise Mistake(str(error) or type(error).__name__) from error
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted("interrupted") from interrupt
         except (RuntimeError, OSError) as error:
             raise Failure(str(error) or type(error).__name__) from error

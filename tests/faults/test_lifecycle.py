@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from tests.engine.test_leaks import (
     until_empty,
     wait_until_workers_hold_nothing,
 )
+from tests.tiny import make_tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -67,10 +69,15 @@ def leaving_nothing(client: Client) -> Iterator[None]:
 
 @contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a program of another process, which ends with the block at the latest."""
+    """Run a program in a process group of its own, which ends with the block at the latest."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", *command], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-c", *command],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        process_group=0,
     ) as process:
         try:
             yield process
@@ -116,9 +123,74 @@ def test_a_program_that_ends_with_an_open_engine_frees_its_workers(
     with running(PROGRAM, address_of(client), str(pair.target)) as program:
         assert line_of(program) == "generates\n"
         assert actors(client) == 2
-        assert program.stdin is not None
-        program.stdin.close()
-        program.wait(PATIENCE_S)
+        said, complained = program.communicate(timeout=PATIENCE_S)
+        assert (program.returncode, said, complained) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose texts go on for longer than anybody waits."""
+    folder = tmp_path_factory.mktemp("endless")
+    return make_tiny(folder, "llama", layers=2, seed=0, max_position_embeddings=20_000)
+
+
+INTERRUPTED = """
+import signal, sys, threading
+from distributed import Client
+import pipeinfer_dask as pi
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+client = Client(sys.argv[1])
+with pi.Engine.from_pretrained(sys.argv[2], client=client, stages=2, progress=False) as engine:
+
+    def tell():
+        engine.generate("def", max_new_tokens=20)
+        print("generates", flush=True)
+
+    threading.Thread(target=tell).start()
+    try:
+        engine.generate("def", max_new_tokens=19_000)
+    except KeyboardInterrupt:
+        print(len(engine.generate("def", max_new_tokens=5).token_ids), flush=True)
+        raise
+"""
+
+
+@pytest.mark.usefixtures("leaving_nothing")
+def test_a_program_that_is_interrupted_while_it_generates_can_go_on_and_ends_clean(
+    endless: Path, client: Client
+) -> None:
+    with running(INTERRUPTED, address_of(client), str(endless)) as program:
+        assert line_of(program) == "generates\n"
+        program.send_signal(signal.SIGINT)
+        said, complained = program.communicate(timeout=PATIENCE_S)
+        assert said == "5\n"
+        # Python ends by the signal itself, unless it forgets it in what torch does at its end.
+        assert program.returncode in (-signal.SIGINT, 1)
+        assert complained.count("Traceback") == 1
+        assert complained.splitlines()[-1] == "KeyboardInterrupt"
+
+
+COMMAND = """
+import signal
+from pipeinfer_dask.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(prog_name="pipeinfer")
+"""
+
+
+def test_ctrl_c_ends_a_command_and_its_workers_with_one_line(endless: Path) -> None:
+    options = ["--target", str(endless), "--stages", "2", "--max-new-tokens", "19000"]
+    with running(COMMAND, "generate", "def", *options) as command:
+        assert command.stdout is not None
+        assert command.stdout.read(1)
+        others = psutil.Process(command.pid).children(recursive=True)
+        os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+        _, complained = command.communicate(timeout=PATIENCE_S)
+        assert (command.returncode, complained) == (130, "Error: interrupted\n")
+        _, alive = psutil.wait_procs(others, PATIENCE_S)
+        assert others and alive == []
 
 
 @pytest.mark.usefixtures("leaving_nothing")
@@ -152,7 +224,7 @@ def test_an_engine_whose_cluster_is_closed_in_mid_text_says_so_and_ends_with_it(
         engine = pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=1)
         run = engine.start(PROMPT, max_new_tokens=LONG)
         next(iter(run))
-        client.cluster.close()
+        client.cluster.close()  # type: ignore[union-attr]
         cut_off(run, pair, r"stage 0 .* is lost|the event loop has ended")
         with pytest.raises(EngineClosedError, match="open another one"):
             engine.start(PROMPT)
