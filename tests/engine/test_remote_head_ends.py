@@ -13,11 +13,22 @@ from distributed import Client, Worker
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.runtime.head.head_actor import HeadNode
+from pipeinfer_dask.runtime.links.wire import (
+    Close,
+    Message,
+    Recorded,
+    RequestEnded,
+    RequestStatus,
+)
 from pipeinfer_dask.runtime.nodes.loading import Loading
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_failure import break_after
-from tests.engine.test_leaks import wait_until_workers_hold_nothing
+from tests.engine.test_leaks import (
+    threads_of_engines,
+    until_empty,
+    wait_until_workers_hold_nothing,
+)
 
 pytestmark = pytest.mark.cluster
 
@@ -82,3 +93,34 @@ def test_what_breaks_in_the_pipeline_is_named_through_the_head(
         partial = caught.value.partial_ids
         assert partial == pair.greedy[: len(partial)] and len(partial) > 0
     wait_until_workers_hold_nothing(inproc_client)
+
+
+def say(message: Message, dask_worker: Worker) -> None:
+    """Have a head on this worker say something to its client."""
+    actors: list[Any] = list(dask_worker.state.actors.values())
+    for actor in actors:
+        if isinstance(actor._node, HeadNode):
+            actor._node._tell(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [RequestStatus(0, "asleep", 0), Recorded(0, ("no entry",)), Close()],
+    ids=["a status that is none", "an entry that is none", "what clients say"],
+)
+def test_a_head_that_talks_nonsense_is_lost_and_the_text_so_far_is_kept(
+    pair: Pair, inproc_client: Client, message: Message
+) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, stages=1, client=inproc_client, head="worker"
+    ) as engine:
+        run = engine.start(PROMPT, max_new_tokens=LONG)
+        next(iter(run))
+        # Nobody has asked for this one.
+        inproc_client.run(say, RequestEnded(7, "length", False))
+        inproc_client.run(say, message)
+        with pytest.raises(GenerationInterrupted, match=r"head .* is lost: .*[Ee]xpect"):
+            run.result()
+        assert run.token_ids
+        assert run.token_ids[:200] == pair.greedy[: len(run.token_ids)]
+    until_empty(lambda: {"threads": left} if (left := threads_of_engines()) else {})

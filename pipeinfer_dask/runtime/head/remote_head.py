@@ -241,8 +241,10 @@ class RemoteHead:
                 generation.wait_in_line(message.position)
             case RequestStatus(status="recovering"):
                 generation.recover()
-            case RequestStatus():
+            case RequestStatus(status="running"):
                 generation.begin()
+            case RequestStatus():
+                raise LinkError(f"expected a status of a request, got {message.status!r}")
             case RequestEnded():
                 del self._generations[message.request]
                 if message.failed:

@@ -190,7 +190,12 @@ class Link:
             )
         else:
             self._received += 1
-            handle(header.complete(payload))
+            message = header.complete(payload)
+            try:
+                handle(message)
+            except Exception:
+                self.counts.malformed += 1
+                raise
 
     def _pack(self, message: Message) -> list[Buffer]:
         frames = encode(Envelope(self._generation, self._sent, message))

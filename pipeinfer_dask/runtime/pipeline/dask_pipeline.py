@@ -103,7 +103,10 @@ class DaskPipeline:
         self._drafter_here: DrafterThread | None = None
         self._links: list[Link] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._under_way = 0
+        # What stages and drafter have been asked for, so that nothing else is taken from them: runs
+        # by request and number, each with its picks, and drafts by request, generation and number.
+        self._runs: dict[tuple[int, int], int] = {}
+        self._drafts: set[tuple[int, int, int]] = set()
         self._heard = time.monotonic()
         self._report: Callable[[Event], None] | None = None
         self._lost: Callable[[Exception], None] | None = None
@@ -218,7 +221,7 @@ class DaskPipeline:
     @property
     def under_way(self) -> int:
         """Runs that were sent to the first stage, and have not left the last one."""
-        return self._under_way
+        return len(self._runs)
 
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
         """Set who is told of each event, and, once, of the pipeline's end."""
@@ -248,13 +251,17 @@ class DaskPipeline:
             case StartDraft() | CancelDraft():
                 if not self._assembly.drafter.seats and self._drafter_here is None:
                     raise RuntimeError("expected no draft: this pipeline has no drafter")
+                if isinstance(command, StartDraft):
+                    now = command.generation  # who was asked before is lost
+                    self._drafts = {draft for draft in self._drafts if draft[1] == now}
+                    self._drafts.add((command.request, now, command.draft))
                 for drafter in self._drafters():
                     drafter.send(command)
 
     def feed(self, job: RunPass) -> None:
         """Send a run to the first stage, with hidden states where that stage expects some."""
         if job.run.generation == self.generation:
-            self._under_way += 1
+            self._runs[job.run.request, job.run.run] = job.run.picks
             self._heard = time.monotonic()
             self._links[0].send(job)
 
@@ -293,7 +300,7 @@ class DaskPipeline:
             self._keep(self._receive(link, seat, peer, role, handle))
 
     def _disconnect(self) -> None:
-        self._under_way = 0
+        self._runs.clear()
         given_up, self._links = self._links, []
         for link in given_up:
             link.abort()
@@ -325,7 +332,7 @@ class DaskPipeline:
             silence = time.monotonic() - self._heard
             peers = self._assembly.stages.peers
             idle = not any(peer.stalled for peer in peers)
-            if self._under_way and self._links and silence > self._deadline and idle:
+            if self._runs and self._links and silence > self._deadline and idle:
                 seat = self._assembly.stages.seats[0]
                 reason = f"no run has come through for {self._deadline:g} s, and none is computed"
                 if seat.peer is not None:
@@ -361,8 +368,14 @@ class DaskPipeline:
         if len(message.spans) != self.stages:
             raise LinkError(f"expected {self.stages} stages' spans, got {len(message.spans)}")
         run, peers = message.run, self._assembly.stages.peers
+        picks = self._runs.pop((run.request, run.run), None)
+        if picks is None:
+            raise LinkError(f"expected a run that is under way, got {run.run} of {run.request}")
+        if message.tokens is not None and len(message.tokens) != picks:
+            raise LinkError(f"expected {picks} picks, got {len(message.tokens)}")
+        if len(message.logprobs) not in (0, picks):
+            raise LinkError(f"expected log-probabilities of {picks}, got {len(message.logprobs)}")
         spans = tuple(peer.localize(span) for peer, span in zip(peers, message.spans, strict=True))
-        self._under_way -= 1
         self._heard = time.monotonic()
         done = RunDone(
             run.request, run.generation, run.run, message.tokens, spans, message.logprobs
@@ -377,6 +390,10 @@ class DaskPipeline:
                 self._heard = time.monotonic()
                 self._tell(message)
             case Drafted(span=span):
+                draft = (message.request, message.generation, message.draft)
+                if draft not in self._drafts:
+                    raise LinkError(f"expected a draft that was asked for, got {message.draft}")
+                self._drafts.remove(draft)
                 self._assembly.drafter.working()
                 for drafter in self._assembly.drafter.peers:
                     if span is not None:

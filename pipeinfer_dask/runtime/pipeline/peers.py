@@ -229,21 +229,16 @@ class Peer:
 
     def _heed(self, message: Message) -> None:
         if isinstance(message, Pong):
-            pong = self._pongs.get(message.number)
-            if pong is not None and not pong.done():
-                pong.set_result((time.monotonic(), message.clock))
-            self.stalled = message.stalled
+            if self._answer(self._pongs.get(message.number), (time.monotonic(), message.clock)):
+                self.stalled = message.stalled
         elif isinstance(message, Dialled):
-            if self._dialled is not None and not self._dialled.done():
-                self._dialled.set_result(None)
+            self._answer(self._dialled)
         elif isinstance(message, Renewed):
-            if self._renewed is not None and not self._renewed.done():
-                self._renewed.set_result(None)
+            self._answer(self._renewed if message.generation == self._generation else None)
         elif isinstance(message, BytesRead):
             self._read_bytes(message.nbytes, message.total)
         elif isinstance(message, Loaded):
-            if not self._loaded.done():
-                self._loaded.set_result(None)
+            self._answer(self._loaded)
         elif isinstance(message, Failed):
             if self._loaded.done():
                 self._lost(Trouble.FAILED, message.reason)
@@ -253,6 +248,14 @@ class Peer:
             self._suspect(message)
         else:
             self._report(message)
+
+    def _answer(self, waiting: asyncio.Future[Any] | None, result: object = None) -> bool:
+        """Give an answer to whoever waits for it; one that nobody waits for is stale."""
+        if waiting is None or waiting.done():
+            self._link.counts.stale += 1
+            return False
+        waiting.set_result(result)
+        return True
 
     def _suspect(self, told: PeerLost) -> None:
         if self._dialled is not None and not self._dialled.done():
