@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 
 import pipeinfer_dask as pi
 from tests.engine.pairs import PROMPT, Pair
@@ -33,13 +34,27 @@ def plugins(client: Client) -> list[str]:
     return [name for name in names if name.startswith("pipeinfer")]
 
 
-def until_there_are(count: int, client: Client) -> set[str]:
-    """Wait until the cluster has so many workers; return their addresses."""
-    deadline = time.monotonic() + PATIENCE_S
-    while len(left := set(client.scheduler_info(n_workers=-1)["workers"])) != count:
-        assert time.monotonic() < deadline, f"{len(left)} workers after {PATIENCE_S:g} s"
-        time.sleep(0.05)
-    return left
+class Leaving(SchedulerPlugin):
+    """Notices workers that leave."""
+
+    def __init__(self) -> None:
+        self.seen = asyncio.Event()
+
+    def remove_worker(self, *_: Any, **__: Any) -> None:
+        self.seen.set()
+
+
+async def until_there_are(count: int, dask_scheduler: Scheduler) -> None:
+    """Wait on the scheduler until no more workers than that are left."""
+    leaving = Leaving()
+    dask_scheduler.add_plugin(leaving, name="leaving")
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while len(dask_scheduler.workers) > count:
+                leaving.seen.clear()
+                await leaving.seen.wait()
+    finally:
+        dask_scheduler.remove_plugin("leaving")
 
 
 def test_a_cluster_that_shrinks_takes_no_worker_of_an_open_engine(
@@ -48,12 +63,12 @@ def test_a_cluster_that_shrinks_takes_no_worker_of_an_open_engine(
     with Client(cluster, set_as_default=False) as client:
         with pi.Engine.from_pretrained(pair.target, client=client, stages=2, spares=1) as engine:
             cluster.adapt(minimum=0, maximum=4, interval="50ms", wait_count=1)
-            until_there_are(3, client)
+            client.run_on_scheduler(until_there_are, 3)
             result = engine.generate(PROMPT, max_new_tokens=20)
             assert result.token_ids == pair.greedy[:20]
             assert len(plugins(client)) == 1
         assert plugins(client) == []
-        until_there_are(0, client)
+        client.run_on_scheduler(until_there_are, 0)
 
 
 def test_a_scheduler_forgets_an_engine_that_did_not_open_or_whose_client_has_left(
