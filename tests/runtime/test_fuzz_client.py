@@ -64,7 +64,7 @@ said = (
     | st.sampled_from([Loaded(), AwaitLoaded(), Dialled()])
     | st.builds(Renew, counts)
     | st.builds(Renewed, st.integers(0, 2))
-    | st.builds(Pong, st.integers(-1, 60), st.floats(-9, 9), st.floats(0, 1e9))
+    | st.builds(Pong, st.integers(0, 2), st.floats(-9, 9), st.floats(0, 1e9))
 )
 """What a node may say in the right form, be there a reason to or not."""
 
@@ -101,14 +101,16 @@ def test_a_peer_outlives_nonsense_or_ends_its_link(what: list[Message | list[byt
             answering = asyncio.create_task(node.receive(answer_whatever_was_taken))
             say(node, what)
             async with asyncio.timeout(20):
+                answered = True
                 try:
-                    await peer.ping()
+                    await peer.ping()  # one of what is made up may be its answer
                 except LinkError:
-                    assert link.closed
-                    assert link.counts.malformed + link.counts.gaps == 1
-                else:
-                    assert not link.closed
-                    assert Trouble.GONE not in losses
+                    answered = False
+                assert answered or link.closed
+                if link.closed:
+                    await asyncio.wait([peer._reading])
+                assert link.counts.malformed + link.counts.gaps == link.closed
+                assert link.closed or Trouble.GONE not in losses
             peer.abandon()
             await asyncio.gather(answering, peer._reading, return_exceptions=True)
 
