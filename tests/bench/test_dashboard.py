@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 
-from pipeinfer_dask.bench.dashboard import confidence
+import pytest
+
+from pipeinfer_dask.bench.dashboard import confidence, idle_row, report_of
+from pipeinfer_dask.bench.limits import check
 
 
 def test_the_interval_holds_the_median_of_what_was_drawn_from_nineteen_times_in_twenty() -> None:
@@ -19,3 +22,13 @@ def test_the_interval_holds_the_median_of_what_was_drawn_from_nineteen_times_in_
 def test_of_few_values_the_interval_is_all_of_them() -> None:
     assert confidence([3.0]) == (3.0, 3.0)
     assert confidence([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_one_click_beyond_the_bound_breaks_it() -> None:
+    quick = idle_row([0.003] * 60)
+    kept = report_of([quick, idle_row([0.003] * 59 + [0.05])])
+    assert kept["within"] == {"idle_ms_max": True}
+    check(kept)
+    broken = report_of([idle_row([0.003] * 59 + [0.0502]), quick])
+    with pytest.raises(RuntimeError, match=r"idle_ms_max of at most 50, got 50\.2"):
+        check(broken)
