@@ -14,7 +14,6 @@ import pytest
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.models.shard import Shard
-from pipeinfer_dask.protocol.messages import RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
 from pipeinfer_dask.widgets import Dashboard, DraftTree, Metrics, Stepper, Timeline, TokenStream
@@ -64,34 +63,48 @@ class Holder:
         Set when both compute a run and have layers of it before them: none begins any more.
     begun : int
         Layers that were begun since.
+    left : dict of Shard to int
+        How far each was with the run that it was held in.
+    gone : Event
+        Set when both have left it.
     """
 
     def __init__(self) -> None:
-        self.holds = Event()
+        self.holds, self.gone = Event(), Event()
         self.begun = 0
+        self.left: dict[Shard, int] = {}
         self._lock, self._never = Lock(), Event()
         self._at: dict[Shard, int] = {}  # layers of its run that each stage has begun
 
     def run(self, shard: Shard, *batch: Any, stopped: Callable[[], bool], **how: Any) -> Any:
         def looked() -> bool:
-            with self._lock:
-                others = [at for other, at in self._at.items() if other is not shard]
-                if self._at[shard] and any(0 < at < len(shard.layers) for at in others):
-                    self.holds.set()
             deadline = time.monotonic() + PATIENCE_S
-            while self.holds.is_set() and not stopped() and time.monotonic() < deadline:
+            while True:
+                with self._lock:
+                    if stopped():
+                        if self.holds.is_set():
+                            self.left.setdefault(shard, self._at[shard])
+                        if len(self.left) == 2:
+                            self.gone.set()
+                        return True
+                    # A stage looks once more behind its last layer.
+                    midst = [0 < at < len(of.layers) for of, at in self._at.items()]
+                    if len(midst) == 2 and all(midst):
+                        self.holds.set()
+                    if not self.holds.is_set() or time.monotonic() > deadline:
+                        self.begun += self.holds.is_set()
+                        self._at[shard] += 1
+                        return False
                 self._never.wait(0.001)
-            with self._lock:
-                if stopped():
-                    return True
-                self.begun += self.holds.is_set()
-                self._at[shard] += 1
-                return False
 
-        self._at[shard] = 0
+        self._rest(shard)
         try:
             return RUN(shard, *batch, stopped=looked, **how)
         finally:
+            self._rest(shard)
+
+    def _rest(self, shard: Shard) -> None:
+        with self._lock:
             self._at[shard] = 0
 
 
@@ -106,17 +119,10 @@ def test_at_a_click_on_cancel_every_stage_leaves_its_run_where_it_is(
     assert holder.holds.wait(60)
     board.controls.cancel.click()
     assert board.generation is not None
-    result = board.generation.result(60)
-    assert result.finish_reason == "stopped"
+    assert board.generation.result(60).finish_reason == "stopped"
+    assert holder.gone.wait(60)
     assert holder.begun == 0
-    left = [
-        [span.layers for span in what.spans]
-        for _, what in result.trace
-        if isinstance(what, RunDone) and what.tokens is None
-    ]
-    # Of the target's six layers each stage has three.
-    assert any(0 < first < 3 and second == 0 for first, second in left)
-    assert any(first == 3 and 0 < second < 3 for first, second in left)
+    assert all(0 < layers < len(shard.layers) for shard, layers in holder.left.items())
 
 
 @pytest.mark.parametrize(
