@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from distributed import Client, LocalCluster
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import Loading
+from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.models.stage import StageOutput
 from pipeinfer_dask.models.tensors import stored_tensors
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import LAYERS, PROMPT, Pair
 
 
@@ -61,6 +64,52 @@ def test_workers_are_measured_and_share_the_layers_out(pair: Pair, inproc_client
     ) as engine:
         assert [n for layers in engine.layer_ranges for n in layers] == list(range(LAYERS))
         assert engine.generate(PROMPT, max_new_tokens=20).token_ids == pair.greedy[:20]
+
+
+@contextmanager
+def slowed(client: Client, worker: str, times: int) -> Iterator[None]:
+    """Have a worker compute every pass so many times: its results are the same, only later."""
+
+    def begin() -> None:
+        run = Shard.run
+
+        def again(shard: Shard, *args: Any, **options: Any) -> StageOutput:
+            for _ in range(times - 1):
+                run(shard, *args, **options)
+            return run(shard, *args, **options)
+
+        Shard.run, Shard.once = again, run  # type: ignore[method-assign, attr-defined]
+
+    def end() -> None:
+        Shard.run = Shard.once  # type: ignore[method-assign, attr-defined]
+
+    client.run(begin, workers=[worker])
+    try:
+        yield
+    finally:
+        client.run(end, workers=[worker])
+
+
+@pytest.mark.cluster
+def test_a_slow_worker_gets_fewer_layers_whichever_it_is() -> None:
+    target, _ = pi.demo_pair()
+    texts = set()
+    with ExitStack() as resources:
+        client = own_cluster(2, resources)
+        for slow in client.scheduler_info(n_workers=-1)["workers"]:
+            steps: list[Loading] = []
+            with (
+                slowed(client, slow, times=20),
+                pi.Engine.from_pretrained(
+                    target, client=client, stages=2, layer_split="auto", progress=steps.append
+                ) as engine,
+            ):
+                where = {step.node.partition(" (")[0]: step.where for step in steps}
+                for index, layers in enumerate(engine.layer_ranges):
+                    assert len(layers) == (1 if where[f"stage {index}"] == slow else 5)
+                texts.add(engine.generate("def main", max_new_tokens=16).text)
+    with pi.Engine.from_pretrained(target, in_process=True) as plain:
+        assert texts == {plain.generate("def main", max_new_tokens=16).text}
 
 
 def test_stages_of_one_process_share_alike_but_for_the_head(pair: Pair) -> None:
