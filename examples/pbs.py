@@ -34,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         walltime="02:00:00",
         local_directory="$TMPDIR",  # a disk of the node's own
         job_script_prologue=["module load python"],
-        job_extra_directives=["-l place=scatter:excl"],  # nodes that nobody else uses
         log_directory="logs",
     ) as cluster:
         if asked.job_script:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -27,6 +27,7 @@ def job_cluster(
     local_directory: str | None = None,
     death_timeout: str | float | None = None,
     worker_extra_args: Sequence[str] = (),
+    exclusive: bool | None = None,
     **options: Any,
 ) -> JobQueueCluster:
     """Make a cluster of dask-jobqueue whose jobs suit the stages of a pipeline.
@@ -46,7 +47,8 @@ def job_cluster(
         The worker itself has no limit below that: a model can't be spilled to disk, and a
         worker at its limit would be stopped.
     walltime : str, optional
-        As the queueing system writes it. It ends the job, whatever the engine is doing.
+        As the queueing system writes it: ``"02:00:00"``, LSF ``"02:00"``. It ends the job,
+        whatever the engine is doing.
     interface : str, optional
         The network to use, such as ``"ib0"``, for scheduler and workers.
     local_directory : str, optional
@@ -56,6 +58,10 @@ def job_cluster(
         ``pipeinfer.hpc.death-timeout``.
     worker_extra_args : sequence of str
         More arguments for ``dask worker``.
+    exclusive : bool, optional
+        Whether a job has its node to itself: stages that share one take memory and cores from one
+        another. By default ``pipeinfer.hpc.exclusive``, which is true, where Slurm, PBS, LSF or
+        OAR can be asked for it. Directives of yours that say how a job is placed come first.
     **options
         Whatever else the class takes, such as ``queue``, ``account``, ``security``,
         ``job_extra_directives``, ``job_script_prologue`` or ``log_directory``.
@@ -74,6 +80,8 @@ def job_cluster(
     """
     if system not in SYSTEMS:
         raise ValueError(f"expected a queueing system of {', '.join(SYSTEMS)}, got {system!r}")
+    if walltime is not None:
+        SYSTEMS[system].seconds_of(walltime)
     for name in ("processes", "n_workers"):
         if name in options:
             raise ValueError(
@@ -91,10 +99,11 @@ def job_cluster(
         death_timeout = dask.config.get("pipeinfer.hpc.death-timeout")
     if walltime is not None:  # HTCondor's has none
         options["walltime"] = walltime
-    settings = f"jobqueue.{options.get('config_name') or system}.scheduler-options"
+    settings = f"jobqueue.{options.get('config_name') or system}"
+    options |= _node_to_itself(system, exclusive, options, settings)
     options["scheduler_options"] = {
         "dashboard_address": ":0",  # the usual port is taken on many a login node
-        **(dask.config.get(settings, None) or {}),
+        **(dask.config.get(f"{settings}.scheduler-options", None) or {}),
         **(options.get("scheduler_options") or {}),
     }
     kind = getattr(dask_jobqueue, SYSTEMS[system].cluster)
@@ -111,3 +120,29 @@ def job_cluster(
         **options,
     )
     return cluster
+
+
+def _node_to_itself(
+    system: str, exclusive: bool | None, options: Mapping[str, Any], settings: str
+) -> dict[str, Any]:
+    """Return the options that give a job its node, beside those that are given or configured."""
+    asked = dask.config.get("pipeinfer.hpc.exclusive") if exclusive is None else exclusive
+    if not isinstance(asked, bool):
+        raise ValueError(f"expected exclusive to be True or False, got {asked!r}")
+    ways = SYSTEMS[system].exclusive
+    if exclusive and not ways:
+        raise ValueError(
+            f"expected exclusive=False for {system}, where the site names what gives a job its "
+            "node: ask it, and pass that by job_extra_directives"
+        )
+    found: dict[str, Any] = {}
+    for name, way in ways.items() if asked else ():
+        given = options.get(name)
+        if given is None:
+            given = dask.config.get(f"{settings}.{name.replace('_', '-')}", None)
+        if isinstance(way, str):
+            found[name] = way if given is None else given
+        else:
+            placed = any(str(line).startswith(way[0].partition("=")[0]) for line in given or ())
+            found[name] = [*(given or ()), *(() if placed else way)]
+    return found

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ANSWER_S = 10.0
@@ -77,6 +77,13 @@ class QueueSystem:
         A pattern of the job script's line that sets the walltime, which is its first group.
     units : mapping of int to sequence of int
         By its number of parts between colons, the seconds that a walltime's parts stand for.
+    days : bool
+        Whether days may stand before them, as in ``1-12:00:00``.
+    example : str
+        A walltime of two hours, as it is written here.
+    exclusive : mapping of str to str or sequence of str
+        The options of dask_jobqueue's class by which a job has its node to itself; empty where
+        that is for the site to name.
     """
 
     cluster: str
@@ -85,6 +92,9 @@ class QueueSystem:
     ended: str
     walltime: str
     units: Mapping[int, Sequence[int]]
+    days: bool = False
+    example: str = "02:00:00"
+    exclusive: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
 
     def walltime_of(self, script: str) -> float | None:
         """Return the walltime that a job script asks for, in seconds; None where it is not told.
@@ -95,10 +105,19 @@ class QueueSystem:
             If it can't be read.
         """
         found = re.findall(self.walltime, script, re.MULTILINE)
-        if not found:
-            return None
-        text = found[-1]  # a later line of a script wins
-        days, _, rest = text.rpartition("-")
+        return self.seconds_of(found[-1]) if found else None  # a later line of a script wins
+
+    def seconds_of(self, walltime: str) -> float:
+        """Return the seconds that a walltime stands for.
+
+        Raises
+        ------
+        ValueError
+            If the queue would not take it.
+        """
+        if not self.units:
+            raise ValueError(f"expected no walltime, which {self.cluster} does not have: leave it")
+        days, _, rest = walltime.rpartition("-") if self.days else ("", "", walltime)
         parts = rest.split(":")
         units = (3600, 60, 1)[: len(parts)] if days else self.units.get(len(parts), ())
         try:
@@ -106,7 +125,7 @@ class QueueSystem:
             return 86_400.0 * int(days or 0) + sum(seconds)
         except ValueError:
             raise ValueError(
-                f"expected a walltime such as 02:00:00, got {text!r}: set it by walltime="
+                f"expected a walltime such as {self.example}, got {walltime!r}: set it by walltime="
             ) from None
 
 
@@ -127,21 +146,24 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         ended=r"(?!)",  # told by the states themselves
         walltime=r"^#SBATCH (?:-t|--time)[ =](\S+)",
         units={1: (60,), 2: (60, 1), 3: (3600, 60, 1)},
+        days=True,
+        exclusive={"job_extra_directives": ["--exclusive"]},
     ),
     "pbs": QueueSystem(
         cluster="PBSCluster",
         ask=("qstat", "-f"),
         telling=r"job_state|comment",
         ended=r"job_state = [CF]\b|Unknown Job Id|Job has finished",
-        walltime=r"^#PBS -l .*\bwalltime=([\d:]+)",
+        walltime=r"^#PBS -l .*\bwalltime=([^\s,]+)",
         units=_CLOCK,
+        exclusive={"job_extra_directives": ["-l place=excl"]},
     ),
     "sge": QueueSystem(
         cluster="SGECluster",
         ask=("qstat", "-j"),
         telling=r"scheduling info|error reason|job_state",
         ended=r"do not exist",
-        walltime=r"^#\$ -l .*\bh_rt=([\d:]+)",
+        walltime=r"^#\$ -l .*\bh_rt=([^\s,]+)",
         units=_CLOCK,
     ),
     "lsf": QueueSystem(
@@ -149,16 +171,19 @@ SYSTEMS: Mapping[str, QueueSystem] = {
         ask=("bjobs", "-noheader", "-o", "stat exit_reason pend_reason"),
         telling="",
         ended=r"^(?:EXIT|DONE)\b|is not found",
-        walltime=r"^#BSUB -W ([\d:]+)",
+        walltime=r"^#BSUB -W (\S+)",
         units={1: (60,), 2: (3600, 60)},
+        example="02:00",
+        exclusive={"job_extra_directives": ["-x"]},
     ),
     "oar": QueueSystem(
         cluster="OARCluster",
         ask=("oarstat", "-f", "-j"),
         telling=r"\b(?:state|message)\b",
         ended=r"\bstate = (?:Error|Terminated)\b",
-        walltime=r"^#OAR -l .*\bwalltime=([\d:]+)",
+        walltime=r"^#OAR -l .*\bwalltime=([^\s,]+)",
         units={1: (3600,), 2: (3600, 60), 3: (3600, 60, 1)},
+        exclusive={"resource_spec": "/nodes=1"},
     ),
     "htcondor": QueueSystem(
         cluster="HTCondorCluster",

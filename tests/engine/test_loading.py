@@ -78,10 +78,10 @@ def slowed(client: Client, worker: str, times: int) -> Iterator[None]:
                 run(shard, *args, **options)
             return run(shard, *args, **options)
 
-        Shard.run, Shard.once = again, run  # type: ignore[method-assign, attr-defined]
+        Shard.run, Shard.once = again, run  # type: ignore[assignment, method-assign, attr-defined]
 
     def end() -> None:
-        Shard.run = Shard.once  # type: ignore[method-assign, attr-defined]
+        Shard.run = Shard.once  # type: ignore[assignment, method-assign, attr-defined]
 
     client.run(begin, workers=[worker])
     try:

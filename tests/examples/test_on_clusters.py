@@ -53,7 +53,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         (
             "slurm.py",
-            ["#SBATCH --cpus-per-task=1", "#SBATCH --mem=2G", "#SBATCH -t 01:00:00"],
+            [
+                "#SBATCH --cpus-per-task=1",
+                "#SBATCH --mem=2G",
+                "#SBATCH -t 01:00:00",
+                "#SBATCH --exclusive",
+            ],
         ),
         (
             "pbs.py",
@@ -61,7 +66,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 "#PBS -q workq",
                 "#PBS -l select=1:ncpus=16:mem=64GB",
                 "#PBS -l walltime=02:00:00",
-                "#PBS -l place=scatter:excl",
+                "#PBS -l place=excl",
                 "module load python",
             ],
         ),

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, for any user: a controller, and two nodes that are one host."""
+"""A real Slurm on this machine, for any user: a controller, and four nodes that are one host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from typing import Self
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
 FOLDERS = ("/usr/sbin", "/usr/local/sbin")
 """Where daemons are that are not on everybody's path."""
-NODES = ("one", "two")
+NODES = ("one", "two", "three", "four")
+"""For three jobs that have a node each, and one for another in the place of one that is ending."""
 CORES = 4
 PATIENCE_S = 120.0
 """How long anything may take here, on a machine that does much else."""
@@ -27,7 +28,7 @@ PATIENCE_S = 120.0
 CONFIGURATION = """\
 ClusterName=pipeinfer
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -48,9 +49,10 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
 KillWait=2
-NodeName=one NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cores} RealMemory=16000
-NodeName=two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cores} RealMemory=16000
-PartitionName=debug Nodes=one,two Default=YES MaxTime=120 State=UP
+PartitionName=debug Nodes=ALL Default=YES MaxTime=120 State=UP
+"""
+NODE = """\
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cores} RealMemory=16000
 """
 
 
@@ -122,14 +124,15 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
         key.chmod(0o400)
+        host = socket.gethostname().split(".")[0]
+        first, *others = free_ports(1 + len(NODES))
+        nodes = [
+            NODE.format(node=node, host=host, port=port, cores=CORES)
+            for node, port in zip(NODES, others, strict=True)
+        ]
         self.configuration.write_text(
-            CONFIGURATION.format(
-                host=socket.gethostname().split(".")[0],
-                ports=free_ports(1 + len(NODES)),
-                user=getpass.getuser(),
-                folder=self.folder,
-                cores=CORES,
-            )
+            CONFIGURATION.format(host=host, port=first, user=getpass.getuser(), folder=self.folder)
+            + "".join(nodes)
         )
         munge = self.folder / "munge"
         files = (f"--{name}-file={munge}.{name}" for name in ("pid", "log", "seed"))

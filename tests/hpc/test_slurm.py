@@ -99,6 +99,8 @@ def test_a_text_waits_for_the_job_that_is_submitted_in_place_of_a_cancelled_one(
             assert run.result(PATIENCE_S).text == plain
             before = set(cluster.worker_spec)
             assert len(before) == 3
+            nodes = slurm.say("squeue", "--noheader", "--format=%N").split()
+            assert len(set(nodes)) == 3, "each job has its node to itself"
 
             lost = engine.nodes["stage 1 (layers 3 to 5)"].rpartition(" ")[2]
             runs = [engine.start(PROMPT, max_new_tokens=NEW_TOKENS)]
