@@ -81,7 +81,7 @@ def slowed(client: Client, worker: str, times: int) -> Iterator[None]:
         Shard.run, Shard.once = again, run  # type: ignore[assignment, method-assign, attr-defined]
 
     def end() -> None:
-        Shard.run = Shard.once  # type: ignore[assignment, method-assign, attr-defined]
+        Shard.run = Shard.once  # type: ignore[method-assign, attr-defined]
 
     client.run(begin, workers=[worker])
     try:
