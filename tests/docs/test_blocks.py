@@ -31,7 +31,10 @@ ELSEWHERE = re.compile(
 
 def of(language: str) -> list[object]:
     """Return each page that has blocks of a language, with them."""
-    found = [(page, [b for b in blocks(page) if b.language == language]) for page in PAGES]
+    found = [
+        (page, [b for b in blocks(page) if b.language == language and not b.on_a_cluster])
+        for page in PAGES
+    ]
     return [
         pytest.param(page, part, id=str(page.relative_to(ROOT))) for page, part in found if part
     ]
@@ -52,6 +55,14 @@ def test_each_block_says_what_it_is(page: Path) -> None:
         if block.language not in known and not block.language.startswith(("{", "!"))
     ]
     assert strange == [], "fence what can't be run as text"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_for_a_cluster_is_python(page: Path) -> None:
+    for block in blocks(page):
+        if block.on_a_cluster:
+            assert block.language == "python"
+            compile("\n" * (block.line - 1) + block.code, str(page), "exec")
 
 
 @pytest.mark.cluster
