@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed import SSHCluster
 
 import pipeinfer_dask as pi
-from pipeinfer_dask import hpc
 from tests.hpc.slurm import free_ports, program, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -43,8 +42,8 @@ def test_the_ranks_of_an_mpi_job_generate_what_plain_decoding_gives(plain: str) 
 
 
 @pytest.fixture
-def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
-    """Run an sshd for this user alone, and return how to connect to it."""
+def ssh(tmp_path: Path) -> Iterator[list[str]]:
+    """Run an sshd for this user alone, and return the options that reach it."""
     sshd = program("sshd")
     assert sshd is not None
     for name in ("host", "user"):
@@ -53,6 +52,8 @@ def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # it insists
     (port,) = free_ports(1)
+    known = tmp_path / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{port} {(tmp_path / 'host.pub').read_text()}")
     options = {
         "ListenAddress": "127.0.0.1",
         "HostKey": tmp_path / "host",
@@ -70,11 +71,14 @@ def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
     ):
         try:
             until(lambda: b"listening on" in log.read_bytes(), "an sshd")
-            yield {
-                "port": port,
-                "client_keys": [str(tmp_path / "user")],
-                "known_hosts": None,
-            }
+            yield [
+                "--port",
+                str(port),
+                "--key",
+                str(tmp_path / "user"),
+                "--known-hosts",
+                str(known),
+            ]
         finally:
             daemon.terminate()
 
@@ -82,18 +86,8 @@ def ssh(tmp_path: Path) -> Iterator[dict[str, object]]:
 @pytest.mark.ssh
 @pytest.mark.filterwarnings("ignore:other machines can reach this cluster:UserWarning")
 def test_workers_started_over_ssh_generate_what_plain_decoding_gives(
-    plain: str, ssh: dict[str, object]
+    plain: str, ssh: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target, draft = pi.demo_pair()
-    with (
-        SSHCluster(
-            ["127.0.0.1"] * 4,
-            connect_options=ssh,
-            worker_options={"nthreads": 1, "memory_limit": "0"},
-            scheduler_options={"port": 0, "dashboard": False},
-            remote_python=sys.executable,
-        ) as cluster,
-        hpc.engine_from(cluster, target, draft, stages=2, start_timeout=90) as engine,
-    ):
-        assert len(set(engine.nodes.values())) == 3
-        assert engine.generate("def main").text == plain
+    main = runpy.run_path(str(ROOT / "examples" / "ssh.py"))["main"]
+    main([*["127.0.0.1"] * 4, "--remote-python", sys.executable, *ssh])
+    assert capsys.readouterr().out == plain + "\n"
