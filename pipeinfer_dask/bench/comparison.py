@@ -15,6 +15,9 @@ CUTOFFS = (0.02, 0.1, 0.2, 0.3, 0.5)
 PLAIN_TOKENS = 12
 """Most tokens of plain decoding: each takes as long as the one before."""
 HOP_ROUNDS = 5
+"""Of the hop that is measured before; the median counts."""
+TIMEOUT_S = 600.0
+"""Most seconds to wait for one text."""
 
 Settings = Mapping[str, Mapping[str, Any]]
 

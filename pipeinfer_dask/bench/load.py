@@ -9,14 +9,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from pipeinfer_dask.bench.comparison import HOP_ROUNDS, TIMEOUT_S
 from pipeinfer_dask.bench.limits import judged
 from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs, simulate_together
 from pipeinfer_dask.trace import Metrics
 
-TIMEOUT_S = 600.0
-HOP_ROUNDS = 5
 LEAST, MOST = {"speedup": 1.5}, {"spread": 1.5}
 """Limits of the report's figures."""
 

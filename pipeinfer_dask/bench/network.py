@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from distributed import Client
 
-from pipeinfer_dask.bench.comparison import HOP_ROUNDS, compare
+from pipeinfer_dask.bench.comparison import HOP_ROUNDS, TIMEOUT_S, compare
 from pipeinfer_dask.bench.limits import judged
 from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
 from pipeinfer_dask.runtime.emulation.lags import Distance
@@ -39,7 +39,6 @@ AWAY_TOKENS = 72
 LEAST = {"share": 0.9}
 """Limits of the report's figures."""
 TOKEN_BYTES = 16 << 10
-TIMEOUT_S = 600.0
 
 
 def run_network_bench(

@@ -10,12 +10,10 @@ from contextlib import ExitStack
 from itertools import product
 from typing import Any
 
-from pipeinfer_dask.bench.comparison import compare
+from pipeinfer_dask.bench.comparison import TIMEOUT_S, compare
 from pipeinfer_dask.runtime.emulation.emulation import Emulation, default_processes
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from pipeinfer_dask.simulation import Costs
-
-TIMEOUT_S = 600.0
 
 
 def run_paced_bench(

@@ -10,7 +10,8 @@ from typing import Any
 from distributed import Client, Worker, rpc
 from distributed.protocol.pickle import dumps
 
-from pipeinfer_dask.runtime.planning.memory import CPU, Load, Need, Pool, check_memory, pools_of
+from pipeinfer_dask.models.devices import CPU
+from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
 
 PROBE_TIMEOUT_S = 1.0
 """A worker that does not answer so long is no choice."""

@@ -16,7 +16,8 @@ import dask
 import psutil
 from distributed import Worker
 
-CPU = "cpu"
+from pipeinfer_dask.models.devices import CPU
+
 HERE = "this process"
 """The worker of nodes that are threads of the caller's own process."""
 
@@ -55,7 +56,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a node is going to hold.
+    """What a node is going to take from its worker.
 
     Attributes
     ----------
