@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHIPPED = {  # beside the package itself
     *(".gitignore", "PKG-INFO", "README.md", "LICENSE", "pyproject.toml"),
-    *("CHANGELOG.md", "CITATION.cff", "constraints.txt", "environment.yml"),
+    *("CHANGELOG.md", "CITATION.cff", "constraints.txt", "environment.yml", "hatch_build.py"),
 }
 
 
@@ -115,6 +116,26 @@ def test_a_copy_that_is_no_clone_has_a_version_too(clone: Path, tmp_path: Path) 
     assert metadata_version(folder) == "0.1.dev0"
 
 
+def test_an_index_shows_a_readme_whose_links_lead_somewhere(clone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "addressed"
+    git("clone", "-q", clone, folder, cwd=tmp_path)
+    project = folder / "pyproject.toml"
+    for address in ("", "https://forge.example/owner/name"):
+        said = re.sub(
+            r'^address = ".*"$', f'address = "{address}"', project.read_text(), flags=re.M
+        )
+        project.write_text(said)
+        metadata = json.loads(run(sys.executable, "-m", "hatchling", "metadata", cwd=folder))
+        readme = metadata["readme"]["text"]
+        links = re.findall(r"\]\(([^)]+)\)", readme)
+        assert all(link.startswith(("https://", "#")) for link in links)
+        assert ("![" in readme) == bool(address)
+        files = [link.partition("/HEAD/")[2] for link in links if "/HEAD/" in link]
+        assert [name for name in files if not (folder / name.partition("#")[0]).is_file()] == []
+        assert bool(files) == bool(address)
+        assert metadata.get("urls", {}).get("Homepage", "") == address
+
+
 @pytest.mark.cluster
 def test_wheel_and_source_run_the_demo_in_an_empty_environment(
     built: tuple[Path, Path], tmp_path: Path
@@ -122,16 +143,16 @@ def test_wheel_and_source_run_the_demo_in_an_empty_environment(
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)
     pip, pipeinfer = environment / "bin" / "pip", environment / "bin" / "pipeinfer"
-    wheel, source = built
-    version = wheel.name.split("-")[1]
+    version = built[0].name.split("-")[1]
     texts = []
-    for install in (
-        ("-c", ROOT / "constraints.txt", wheel),
-        ("--force-reinstall", "--no-deps", source),
-    ):
-        run(pip, "install", "-q", *install, cwd=tmp_path)
+    for file in built:
+        # Nothing of the other one is there; what both need is not fetched twice, only looked for.
+        assert not pipeinfer.exists()
+        run(pip, "install", "-q", "-c", ROOT / "constraints.txt", file, cwd=tmp_path)
         assert run(pipeinfer, "--version", cwd=tmp_path).strip().endswith(version)
         said = run(pipeinfer, "demo", "--max-new-tokens", "8", "--json", cwd=tmp_path)
         texts += [result["text"] for result in json.loads(said.splitlines()[-1])["results"]]
+        run(pip, "uninstall", "-q", "-y", "pipeinfer-dask", cwd=tmp_path)
+        assert list(environment.rglob("pipeinfer_dask*")) == []
     assert len(texts) == 8
     assert len(set(texts)) == 1
