@@ -43,6 +43,7 @@ from pipeinfer_dask.runtime.planning.clusters import (
     call_on,
     keep_nannies,
     loop_of,
+    names_of,
     own_cluster,
     workers_of,
 )
@@ -314,10 +315,19 @@ class Engine(Serving):
 
                 return call_on(loop, start_head())
 
+            addresses: dict[str, str] = {}
             with shown(progress) as told:
-                driver = new_head(told)
+
+                def note(step: Loading) -> None:
+                    addresses[step.node] = step.where
+                    if told is not None:
+                        told(step)
+
+                driver = new_head(note)
             engine = cls.__new__(cls)
             Serving.__init__(engine, admission, opened_draft, ranges, driver, resources.pop_all())
+            if client is not None:
+                engine._places, engine._names = addresses, names_of(client)
             return engine
 
     def dashboard(self, **options: Any) -> VBox:

@@ -23,7 +23,6 @@ from pipeinfer_dask.hpc.waiting import JobError, Progress, StartTimeoutError
 from pipeinfer_dask.models.checkpoint import check_pair, open_checkpoint
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.runtime.nodes import loading
-from pipeinfer_dask.runtime.nodes.loading import Loading
 from pipeinfer_dask.runtime.planning.clusters import call_on, loop_of
 from pipeinfer_dask.trace.picture import table_html
 
@@ -38,8 +37,6 @@ class ClusterEngine(Engine):
     """
 
     _client: Client
-    _places: dict[str, str]
-    _names: dict[str, str]
     _keeper: Keeper | None
 
     @property
@@ -55,13 +52,6 @@ class ClusterEngine(Engine):
             return dict(places)
         self._names = _names(self._client)
         return {node: self._names.get(where, where) for node, where in places}
-
-    def _where(self) -> dict[str, str]:
-        # Without asking anybody: a worker that came later goes by its address until then.
-        return {
-            node.partition(" (")[0]: self._names.get(where, where)
-            for node, where in self._places.items()
-        }
 
     def _repr_html_(self) -> str:
         return table_html([repr(self), ""], list(self.nodes.items()))
@@ -155,25 +145,17 @@ def engine_from(
         if walltime is not None:
             check_runtime(walltime, least, ages_of(client))
         keeper = _keep_jobs(client, jobs, resources) if jobs is not None else None
-        places: dict[str, str] = {}
         with loading.shown(progress) as tell:
-
-            def note(step: Loading) -> None:
-                places[step.node] = step.where
-                if tell is not None:
-                    tell(step)
-
             engine = ClusterEngine.from_pretrained(
                 target,
                 draft,
                 client=client,
                 stages=stages,
                 spares=spares,
-                progress=note,
+                progress=tell if tell is not None else False,
                 **{"move_in_after": _seconds("move-in-after", None)} | options,
             )
         engine._client = client
-        engine._places = places
         engine._keeper = keeper
         engine._names = _names(client)
         # Below all else that the engine has: a client of ours is closed last.

@@ -33,7 +33,9 @@ def write_perfetto(trace: Trace, path: str | os.PathLike[str]) -> None:
 def trace_events(trace: Trace) -> Iterator[Entry]:
     """Yield the events, times in microseconds from the begin."""
     history = History(trace)
-    names = ["text", *(node_name(row) for row in range(trace.stages + 1))]
+    nodes = [node_name(row) for row in range(trace.stages + 1)]
+    places = trace.places
+    names = ["text", *(f"{node} on {places[node]}" if node in places else node for node in nodes)]
     yield _event("M", "process_name", TEXT, args={"name": "pipeinfer_dask"})
     for thread, name in enumerate(names):
         yield _event("M", "thread_name", thread, args={"name": name})

@@ -291,15 +291,18 @@ def work_table(history: History) -> str:
     took = history.ended - history.began
     columns = {name: look.meaning for name, look in LOOKS.items()}
     columns[Fate.SAVED] = Fate.SAVED.meaning
+    places = [history.trace.places.get(node_name(row), "") for row in range(len(counts))]
     rows = [
         [
             node_name(row),
+            *([places[row]] if any(places) else []),
             *(str(count.get(name, 0)) for name in columns),
             f"{busy[row] / took:.0%}" if took > 0 else "-",
         ]
         for row, count in enumerate(counts)
     ]
-    return table_html(["node", *columns.values(), "busy"], rows)
+    where = ["worker"] if any(places) else []
+    return table_html(["node", *where, *columns.values(), "busy"], rows)
 
 
 def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -120,7 +120,8 @@ class Trace:
     def to_perfetto(self, path: str | os.PathLike[str]) -> None:
         """Write the trace for https://ui.perfetto.dev (Chrome's trace event format, JSON).
 
-        A track for the text, one for the drafter and one for each stage; a slice tells what its
+        A track for the text, one for the drafter and one for each stage, with its machine and
+        worker where they are known; a slice tells what its
         run held and came to. Arrows lead from a draft to the runs that hold its guesses, from
         stage to stage, and from a run to the text that it decided on. Cancellations and losses are
         marks; guesses, runs and layers are counted over time.

@@ -8,11 +8,13 @@ import os
 import pytest
 from distributed import Client
 
+import pipeinfer_dask as pi
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.runtime.planning.gpus import Devices
 from pipeinfer_dask.runtime.planning.models import Models, _ask
 from pipeinfer_dask.runtime.planning.placement import default_stages, place, spread, without_spares
+from tests.engine.pairs import Pair
 
 FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
 
@@ -165,3 +167,23 @@ def test_workers_that_do_not_tell_what_they_have_are_named(
     worker = min(inproc_client.scheduler_info()["workers"])
     with pytest.raises(RuntimeError, match=f"expected {worker} to answer within 0.1 s"):
         _ask(inproc_client, [worker], never)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("head", ["client", "worker"])
+def test_a_trace_names_machine_and_worker_of_each_node_of_any_client(
+    inproc_client: Client, pair: Pair, head: str
+) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, client=inproc_client, stages=2, head=head
+    ) as engine:
+        trace = engine.generate("a b", max_new_tokens=4).trace
+    assert sorted(trace.places) == ["drafter", "stage 0", "stage 1"]
+    workers = inproc_client.scheduler_info(n_workers=-1)["workers"].values()
+    told = {f"{worker['host']}, worker {worker['name']}" for worker in workers}
+    assert len(set(trace.places.values()) & told) == 3
+
+
+def test_nodes_in_this_process_are_on_no_worker(pair: Pair) -> None:
+    with pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, in_process=True) as engine:
+        assert engine.generate("a b", max_new_tokens=2).trace.places == {}

@@ -15,6 +15,7 @@ import pytest
 from pipeinfer_dask.protocol.messages import Commit, Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import Fate, History, Trace
+from pipeinfer_dask.trace.picture import timeline_html
 from pipeinfer_dask.trace.tables import work_of
 from tests.trace.event_format import FIELDS, violations
 
@@ -212,3 +213,21 @@ def test_work_that_a_stage_was_spared_is_a_slice_of_that_fate(
     named = [each["args"] for each in slices if each["name"].endswith(": saved")]
     assert [(args["fate"], args["layers"]) for args in named] == [("saved", 0) for _ in saved]
     assert saved
+
+
+def test_nodes_go_by_their_machines_and_workers_where_these_are_known(tmp_path: Path) -> None:
+    placed = replace(TRACE, places={"drafter": "far, worker 7", "stage 1": "near, worker 2"})
+    listed = events(placed, tmp_path / "trace.json")
+    assert violations((tmp_path / "trace.json").read_text()) == []
+    names = [e["args"]["name"] for e in of("M", listed) if e["name"] == "thread_name"]
+    assert names == [
+        "text",
+        "drafter on far, worker 7",
+        "stage 0",
+        "stage 1 on near, worker 2",
+        "stage 2",
+    ]
+    page = timeline_html(History(placed))
+    assert page.count("<td>near, worker 2</td>") == page.count("<td>far, worker 7</td>") == 1
+    assert '<th scope="col">worker</th>' in page
+    assert '<th scope="col">worker</th>' not in timeline_html(History(TRACE))

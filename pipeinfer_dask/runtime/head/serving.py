@@ -99,6 +99,8 @@ class Serving:
         self._texts = TokenTexts(admission.tokenizer)
         self._head = head
         self._resources = resources
+        self._places: dict[str, str] = {}  # by node, as it is titled, its worker's address
+        self._names: dict[str, str] = {}  # by address, its machine and worker
         self._requests = itertools.count()
         self._lock = Lock()
         self._closed = False
@@ -226,9 +228,12 @@ class Serving:
                 raise EngineClosedError("this engine is closed: open another one") from None
         return generation
 
-    def _where(self) -> Mapping[str, str]:
-        """Return machine and worker of each node, as far as known at once."""
-        return {}
+    def _where(self) -> dict[str, str]:
+        # Without asking anybody: a worker that came later goes by its address.
+        return {
+            node.partition(" (")[0]: self._names.get(where, where)
+            for node, where in self._places.items()
+        }
 
     def chat(self, system: str | None = None, *, template: str | None = None) -> Chat:
         """Begin a conversation: its KV cache is kept from turn to turn.

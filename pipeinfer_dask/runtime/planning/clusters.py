@@ -197,6 +197,12 @@ def workers_of(client: Client) -> dict[str, int]:
     return {address: int(info["nthreads"]) for address, info in workers.items()}
 
 
+def names_of(client: Client) -> dict[str, str]:
+    """Return machine and name of each worker, by its address, as the scheduler knows them."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {address: f"{info['host']}, worker {info['name']}" for address, info in workers.items()}
+
+
 def _is_exposed(address: str) -> bool:
     """Whether somebody listens where others than this machine can hear it, and understand."""
     if address.startswith(("inproc://", "tls://", "wss://")):
