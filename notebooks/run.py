@@ -11,6 +11,8 @@ the live view there again. Needs ``pip install -e '.[notebooks]'``.
 from __future__ import annotations
 
 import os
+import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,8 +24,8 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PATIENCE_S = 300
-"""Most seconds for one cell."""
+LIMIT_S = 120.0 * float(os.environ.get("PIPEINFER_NOTEBOOK_PATIENCE", "1"))
+"""Most seconds for one notebook, its kernel's start included."""
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """What kernels find in their environment: nothing is asked of the network."""
 
@@ -42,16 +44,20 @@ def execute(notebook: Any) -> None:
     ------
     nbclient.exceptions.CellExecutionError
         If a cell fails.
+    nbclient.exceptions.CellTimeoutError
+        If the notebook takes longer than it may.
     RuntimeError
         If one says anything on stderr, a warning for example.
     """
+    ends = time.monotonic() + LIMIT_S
     with TemporaryDirectory() as empty:
         client = NotebookClient(
             notebook,
-            timeout=PATIENCE_S,
+            timeout_func=lambda cell: max(1, round(ends - time.monotonic())),
             kernel_name="python3",
             record_timing=False,
             store_widget_state=False,
+            coalesce_streams=True,
             resources={"metadata": {"path": empty}},
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
@@ -68,11 +74,13 @@ def outputs_of(notebook: Any) -> list[Any]:
 
 def still(notebook: Any) -> None:
     """Take out what only a running kernel can show, and what differs from machine to machine."""
+    here = re.compile(rf"\b{re.escape(platform.node())}(?=, worker )")
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type != "code":
             continue
         for output in cell.outputs:
+            _rename(output, here)
             if (
                 "data" in output
                 and output.data.pop(WIDGET, None)
@@ -84,6 +92,14 @@ def still(notebook: Any) -> None:
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": kernel, "language_info": {"name": "python"}}
     )
+
+
+def _rename(output: Any, here: re.Pattern[str]) -> None:
+    """Give this machine, where it holds a node, the name that it has for itself everywhere."""
+    held, texts = output.get("data", output), ("text", "text/plain", "text/html")
+    for kind in texts:
+        if isinstance(held.get(kind), str):
+            held[kind] = here.sub("localhost", held[kind])
 
 
 def main(*names: str) -> None:

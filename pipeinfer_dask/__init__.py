@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Costs",
+    "Emulation",
     "Engine",
     "Generation",
     "Result",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     __version__: str
     from pipeinfer_dask.engine import Engine, Generation, Result
     from pipeinfer_dask.models.demo_pair import demo_pair
+    from pipeinfer_dask.runtime.emulation.emulation import Emulation
     from pipeinfer_dask.simulation import Costs, Simulation, simulate
     from pipeinfer_dask.trace import Trace
     from pipeinfer_dask.widgets import dashboard
@@ -33,6 +35,7 @@ else:
         "Result": "pipeinfer_dask.engine",
         "demo_pair": "pipeinfer_dask.models.demo_pair",
         "Costs": "pipeinfer_dask.simulation",
+        "Emulation": "pipeinfer_dask.runtime.emulation.emulation",
         "Simulation": "pipeinfer_dask.simulation",
         "simulate": "pipeinfer_dask.simulation",
         "Trace": "pipeinfer_dask.trace",

@@ -77,11 +77,20 @@ class Emulation:
 
     Made by `open`. Use it in a ``with`` block, or call `close`.
 
-    Attributes
+    Parameters
     ----------
     costs : Costs
+        How long the nodes take.
     acceptance : float
+        The chance of a guess to be right.
     seed : int
+        Of the synthetic text.
+    distance : Distance or None
+        What every hop adds to the real one.
+    head : Driver
+        Who drives the nodes.
+    resources : ExitStack
+        What is released when it is closed.
     """
 
     def __init__(
@@ -121,8 +130,10 @@ class Emulation:
         ----------
         costs : Costs
             Only its computing is emulated: hops take what they take here.
-        acceptance, seed
+        acceptance : float
             Of the synthetic text, as for `simulate`.
+        seed : int
+            Of the synthetic text.
         client : distributed.Client, optional
             The cluster to use; a worker may hold several nodes. Without one a cluster of a
             few processes is started, and ended with this.
@@ -221,10 +232,21 @@ class Emulation:
 
         Parameters
         ----------
-        strategy, max_new_tokens, prompt_tokens, **knobs
+        strategy : str or Policy
+            As for `simulate`.
+        max_new_tokens : int
+            As for `simulate`.
+        prompt_tokens : int
             As for `simulate`.
         timeout : float, optional
             Most seconds to wait.
+        **knobs
+            As for `simulate`.
+
+        Returns
+        -------
+        EmulatedResult
+            As a real engine's.
 
         Raises
         ------
@@ -258,10 +280,21 @@ class Emulation:
 
         Parameters
         ----------
-        strategy, max_new_tokens, prompt_tokens, **knobs
+        strategy : str or Policy
+            As for `generate`.
+        max_new_tokens : int
+            As for `generate`.
+        prompt_tokens : int
             As for `generate`.
         seed : int, optional
             Of another text than the emulation's own.
+        **knobs
+            As for `generate`.
+
+        Returns
+        -------
+        Generation
+            As a real engine's.
 
         Raises
         ------
@@ -285,12 +318,33 @@ class Emulation:
     def text(
         self, max_new_tokens: int, prompt_tokens: int = PROMPT_TOKENS, seed: int | None = None
     ) -> list[int]:
-        """Return what `generate` or `start` must give, whatever the strategy."""
+        """Return what `generate` or `start` must give, whatever the strategy.
+
+        Parameters
+        ----------
+        max_new_tokens : int
+            As for `generate`.
+        prompt_tokens : int
+            As for `generate`.
+        seed : int, optional
+            As for `start`.
+
+        Returns
+        -------
+        list of int
+            Token ids.
+        """
         pair = SyntheticPair(self.acceptance, self.seed if seed is None else seed)
         return list(pair.text(prompt_tokens + max_new_tokens)[prompt_tokens:])
 
     def measure_costs(self) -> Costs:
-        """Measure the emulated nodes and the real links as `Engine.measure_costs` does."""
+        """Measure the emulated nodes and the real links as `Engine.measure_costs` does.
+
+        Returns
+        -------
+        Costs
+            As measured.
+        """
         return call_on(
             self._head.loop, self._head.measure_costs(next(self._requests), drafter=True)
         )
@@ -298,8 +352,17 @@ class Emulation:
     def calibrated(self, rounds: int = 10) -> Costs:
         """Return the cost model with the hops that there really are, those of a distance included.
 
-        What the simulator needs to tell how fast this emulation is. Measured with ``rounds``
-        runs of one token.
+        What the simulator needs to tell how fast this emulation is.
+
+        Parameters
+        ----------
+        rounds : int
+            So many runs of one token measure them.
+
+        Returns
+        -------
+        Costs
+            Those of the emulation, with other hops.
 
         Raises
         ------
