@@ -277,7 +277,7 @@ def legend_html() -> str:
             "a number: which run",
         )
     ]
-    return f'<div style="font-size:small">{"".join(swatches + marks)}</div>'
+    return f'<div style="font-size:small">{" ".join(swatches + marks)}</div>'
 
 
 def work_table(history: History) -> str:
