@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import ExitStack
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pipeinfer_dask.runtime.links.wire import (
     RequestStatus,
 )
 from pipeinfer_dask.runtime.nodes.loading import Loading
+from pipeinfer_dask.runtime.pipeline.assembled import CLOSE_TIMEOUT_S
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_failure import break_after
@@ -124,3 +126,29 @@ def test_a_head_that_talks_nonsense_is_lost_and_the_text_so_far_is_kept(
         assert run.token_ids
         assert run.token_ids[:200] == pair.greedy[: len(run.token_ids)]
     until_empty(lambda: {"threads": left} if (left := threads_of_engines()) else {})
+
+
+def test_a_head_that_hangs_is_lost_and_nobody_waits_for_it(pair: Pair) -> None:
+    with ExitStack() as resources:
+        client = own_cluster(2, resources)
+        _, other = client.scheduler_info()["workers"]
+        engine = pi.Engine.from_pretrained(
+            pair.target, client=client, stages=1, head=other, node_timeout=3.0
+        )
+        run = engine.start(PROMPT, max_new_tokens=LONG)
+        next(iter(run))
+        process = client.run(os.getpid)[other]
+        os.kill(process, signal.SIGSTOP)
+        try:
+            told = rf"head \(of 1 stages\) on worker {other} is lost: gave no sign of life for 3 s"
+            with pytest.raises(GenerationInterrupted, match=told) as caught:
+                run.result(60)
+            partial = caught.value.partial_ids[: len(pair.greedy)]
+            assert partial and partial == pair.greedy[: len(partial)]
+            closing = Thread(target=engine.close)
+            closing.start()
+            closing.join(CLOSE_TIMEOUT_S)  # for so long a link is kept that nobody answers on
+            assert not closing.is_alive()
+        finally:
+            os.kill(process, signal.SIGCONT)
+        wait_until_workers_hold_nothing(client)

@@ -253,6 +253,8 @@ class RemoteHead:
                     generation.finish(message.reason)
 
     def _head_lost(self, seat: Seat, peer: Peer, trouble: Trouble, reason: str) -> None:
+        if trouble is Trouble.GONE:  # nobody is to wait for what it would say at its end
+            self._nodes.drop(peer.node)
         if trouble is not Trouble.FAILED:  # else the reason says which node it was
             reason = (
                 f"{peer.title} is lost: {reason}. What has come of the texts is kept: open another "

@@ -32,6 +32,10 @@ from pipeinfer_dask.runtime.planning.gpus import CPUS, Devices, gpu_count
 T = TypeVar("T")
 
 
+LOOP_END_S = 30.0
+"""A loop that has not ended by then is left to itself; its thread does not keep a program alive."""
+
+
 class LoopThread:
     """An event loop in a thread of its own, for an engine that has no client's."""
 
@@ -45,7 +49,7 @@ class LoopThread:
 
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
+        self._thread.join(LOOP_END_S)
 
     def _run(self) -> None:
         try:
