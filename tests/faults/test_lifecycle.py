@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -205,6 +206,36 @@ def test_a_text_under_which_all_workers_are_restarted_is_finished(
         assert result.metrics.losses > 0
         assert result.token_ids[: len(pair.greedy)] == pair.greedy
         assert result.token_ids == engine.generate(PROMPT, max_new_tokens=LONG).token_ids
+
+
+def limit_memory(beyond: int | None) -> None:
+    """Refuse this process more bytes than so many beyond those it has; None: nothing any more."""
+    most = resource.RLIM_INFINITY if beyond is None else psutil.Process().memory_info().vms + beyond
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+
+def test_a_stage_that_is_refused_memory_says_so_and_its_worker_serves_the_next_engine(
+    client: Client, leaving_nothing: None, tmp_path: Path
+) -> None:
+    few = 2**23
+    # One layer's activations for a piece of a long prompt are larger than that; for a token, not.
+    wide = make_tiny(
+        tmp_path, "llama", layers=2, seed=0, intermediate_size=2**16, max_position_embeddings=1024
+    )
+    with pi.Engine.from_pretrained(wide, client=client, stages=2, progress=False) as engine:
+        text = engine.generate(PROMPT, max_new_tokens=8).token_ids
+        client.run(limit_memory, few)
+        try:
+            run = engine.start(PROMPT * 40, max_new_tokens=8)
+            with pytest.raises(GenerationInterrupted, match=r"stage 0 .*can't allocate") as caught:
+                run.result(PATIENCE_S)
+        finally:
+            client.run(limit_memory, None)
+        assert caught.value.partial_ids == run.token_ids == []
+        with pytest.raises(EngineClosedError, match=r"can't allocate .*open another one"):
+            engine.start(PROMPT)
+    with pi.Engine.from_pretrained(wide, client=client, stages=2, progress=False) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=8).token_ids == text
 
 
 def cut_off(run: pi.Generation, pair: Pair, why: str) -> None:

@@ -14,6 +14,7 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 
+from pipeinfer_dask.runtime.planning import clusters
 from pipeinfer_dask.runtime.planning.clusters import (
     PATIENCE,
     LoopThread,
@@ -139,9 +140,13 @@ def test_settings_of_clusters_that_overlap_are_gone_with_the_last_one() -> None:
 
 
 @pytest.mark.cluster
-def test_nannies_get_time_where_they_are_of_this_process_and_as_long_as_they_are_needed() -> None:
+def test_nannies_get_time_where_they_are_of_this_process_and_as_long_as_they_are_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ((name, patient),) = PATIENCE.items()
+    monkeypatch.setattr(clusters, "_SETTINGS", _Settings())  # other tests' engines hold theirs
     with (
+        dask.config.set({name: "15 s"}),
         LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as ours,
         Client(cluster.scheduler_address, set_as_default=False) as from_elsewhere,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dask
 import pytest
 from distributed import Client, LocalCluster, Security, Worker
 
@@ -65,8 +66,9 @@ STAGES = (CountingSpec("first"), CountingSpec("middle"), CountingSpec("end", las
 async def cluster(
     *, processes: bool = False, workers: int = 3, **options: Any
 ) -> AsyncIterator[tuple[Client, list[str]]]:
-    async with (
-        LocalCluster(
+    # Clusters of other tests may have all of this process's workers forked, with torch in them.
+    with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
+        local = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=processes,
@@ -75,10 +77,9 @@ async def cluster(
             silence_logs=logging.CRITICAL,
             asynchronous=True,
             **options,
-        ) as local,
-        Client(local, asynchronous=True) as client,
-    ):
-        yield client, list(local.scheduler.workers)
+        )
+        async with local, Client(local, asynchronous=True) as client:
+            yield client, list(local.scheduler.workers)
 
 
 class Listener:

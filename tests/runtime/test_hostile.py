@@ -34,7 +34,7 @@ def ping(number: int, *, generation: int = 0) -> list[Any]:
     return encode(Envelope(generation, number, Ping(number)))
 
 
-@pytest.mark.parametrize("transport", ["tcp", "tls", "inproc", "ws"])
+@pytest.mark.parametrize("transport", ["tcp", "tls", "inproc"])
 def test_what_comes_twice_or_for_another_generation_is_dropped_and_counted(transport: str) -> None:
     async def main() -> None:
         async with linked(transport) as (near, far):

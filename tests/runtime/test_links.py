@@ -21,7 +21,7 @@ from tests.runtime.chain import run_of
 
 SESSION = Session.new()
 NODE = SESSION.node("stage-0")
-TRANSPORTS = ["tcp", "tls", "inproc", "ws"]
+TRANSPORTS = ["tcp", "tls", "inproc"]
 INTAKE = Intake(tokens=2000, width=1024)
 
 

@@ -5,7 +5,7 @@ read off and on again in between. That is nothing for a scheduler and most of a 
 for a pipeline. So, once a plain tcp connection stands and both ends have shown who they
 are, its socket is taken over: a message is then one read, parsed where it arrives. A tls
 connection is read and written below the comm, which would unpickle what it is told to.
-What is left, inproc and ws, stays with the comm.
+Inproc stays with the comm, and never leaves the process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import coroutine
 from typing import Any, Protocol
 
 from distributed.comm import Comm, CommClosedError
+from distributed.comm.inproc import InProc
 from distributed.comm.tcp import TCP, TLS
 from distributed.protocol import Serialized
 from tornado.iostream import StreamClosedError
@@ -55,16 +56,24 @@ class Carrier(Protocol):
 
 
 async def carry(comm: Comm) -> Carrier:
-    """Return the fastest carrier over a connection on which nothing is under way."""
+    """Return the fastest carrier over a connection on which nothing is under way.
+
+    Raises
+    ------
+    CommClosedError
+        If it has closed, or is of a kind over which distributed unpickles what comes.
+    """
     if isinstance(comm, TCP) and not isinstance(comm, TLS):
         return await SocketCarrier.take_over(comm)
     if isinstance(comm, TLS):
         return StreamCarrier(comm)
-    return CommCarrier(comm)
+    if isinstance(comm, InProc):
+        return CommCarrier(comm)
+    raise CommClosedError(f"expected a connection over tcp, tls or inproc, got {comm!r}")
 
 
 class CommCarrier:
-    """Carries messages over any comm."""
+    """Carries messages over a comm."""
 
     def __init__(self, comm: Comm) -> None:
         # Payloads are neither unpickled nor copied nor handed to another thread.

@@ -173,6 +173,10 @@ def loop_of(client: Client) -> asyncio.AbstractEventLoop:
     return loop
 
 
+PROTOCOLS = ("tcp://", "tls://", "inproc://")
+"""Below these a link can carry bytes that Dask does not look into."""
+
+
 def workers_of(client: Client) -> dict[str, int]:
     """Return address and threads of each worker.
 
@@ -181,7 +185,7 @@ def workers_of(client: Client) -> dict[str, int]:
     Raises
     ------
     ValueError
-        If the client is closed.
+        If the client is closed, or links could not do without pickles.
     """
     if client.status != "running":
         raise ValueError(
@@ -190,6 +194,13 @@ def workers_of(client: Client) -> dict[str, int]:
         )
     known = client.scheduler_info(n_workers=-1)
     workers = known["workers"]
+    for address in workers:
+        if not address.startswith(PROTOCOLS):
+            raise ValueError(
+                f"expected workers that listen on tcp, tls or inproc, got {address}: over anything "
+                f"else Dask unpickles what comes, so start scheduler and workers with another "
+                f"--protocol"
+            )
     if exposed := [address for address in (*workers, known["address"]) if _is_exposed(address)]:
         # Python shows a warning of the same text and place once.
         warnings.warn(
@@ -209,7 +220,7 @@ def names_of(client: Client) -> dict[str, str]:
 
 def _is_exposed(address: str) -> bool:
     """Whether somebody listens where others than this machine can hear it, and understand."""
-    if address.startswith(("inproc://", "tls://", "wss://")):
+    if address.startswith(("inproc://", "tls://")):
         return False
     host = get_address_host(address)
     try:
