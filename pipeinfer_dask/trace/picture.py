@@ -39,6 +39,7 @@ HATCHES = {
     "stripes": "striped",
     "crosses": "crossed",
     "outline": "pale",
+    "ring": "ring, nothing computed",
 }
 """What the patterns of bars are called, for whom colours tell nothing."""
 
@@ -63,10 +64,11 @@ LOOKS = {
     "accepted": Look("#009e73", "underline", Fate.ACCEPTED.meaning),
     "rejected": Look("#e69f00", "stripes", Fate.REJECTED.meaning),
     "cancelled": Look("#d55e00", "crosses", Fate.CANCELLED.meaning),
+    "saved": Look("#d55e00", "ring", Fate.SAVED.meaning),
     "draft": Look("#cc79a7", "outline", "drafting"),
 }
-RING, SAVED = "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0", 'fill="#fff" stroke="#d55e00"'
-"""The mark of what a stage was spared, and how it is drawn."""
+RING = "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0"
+"""A path from its middle, for what took no time."""
 ORIGINS = {
     Origin.ACCEPTED: ("#007a59", "underline solid", "guessed by the draft model, and accepted"),
     Origin.CORRECTED: ("#9a5b00", "underline wavy", "the target's own, against a guess"),
@@ -103,6 +105,11 @@ PATTERNS = """<defs>
 </defs>"""
 
 
+def look_of(work: Work) -> str:
+    """Return which of `LOOKS` work has: that of a run whose guesses are open, as if right."""
+    return str(work.fate or Fate.ACCEPTED) if isinstance(work.of, Run) else "draft"
+
+
 def timeline_svg(history: History, part: tuple[float, float] | None = None) -> str:
     """Return who worked on what, and when, as an SVG image.
 
@@ -125,7 +132,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     saved: list[str] = []
     for done in history.done:
         for work in work_of(done):
-            name, row, span = _name(work), work.row, work.span
+            name, row, span = look_of(work), work.row, work.span
             if name == Fate.SAVED:
                 if began <= span.began <= ended:
                     saved.append(f"M{x(span.began):g} {HEAD + row * ROW + ROW // 2}{RING}")
@@ -156,7 +163,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     for (name, narrow), shapes in paths.items():
         parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name], narrow=narrow)}/>')
     if saved:
-        parts.append(f'<path d="{"".join(dict.fromkeys(saved))}" {SAVED}/>')
+        parts.append(f'<path d="{"".join(dict.fromkeys(saved))}" {_paint(LOOKS["saved"])}/>')
     for ground, texts in labels.items():
         if texts:
             parts.append(f'<g text-anchor="middle" {INKS[ground]}>{"".join(texts)}</g>')
@@ -273,7 +280,6 @@ def legend_html() -> str:
             "empty: idle",
             "&#9660; tokens become text (how many, if more than one)",
             "&#9478; runs are called off",
-            f"&#9675; {Fate.SAVED.meaning}: a stage computed nothing of a run",
             "a number: which run",
         )
     ]
@@ -286,23 +292,21 @@ def work_table(history: History) -> str:
     busy = [0.0] * (history.trace.stages + 1)
     for done in history.done:
         for work in work_of(done):
-            counts[work.row][_name(work)] = counts[work.row].get(_name(work), 0) + 1
+            counts[work.row][look_of(work)] = counts[work.row].get(look_of(work), 0) + 1
             busy[work.row] += work.span.ended - work.span.began
     took = history.ended - history.began
-    columns = {name: look.meaning for name, look in LOOKS.items()}
-    columns[Fate.SAVED] = Fate.SAVED.meaning
     places = [history.trace.places.get(node_name(row), "") for row in range(len(counts))]
     rows = [
         [
             node_name(row),
             *([places[row]] if any(places) else []),
-            *(str(count.get(name, 0)) for name in columns),
+            *(str(count.get(name, 0)) for name in LOOKS),
             f"{busy[row] / took:.0%}" if took > 0 else "-",
         ]
         for row, count in enumerate(counts)
     ]
     where = ["worker"] if any(places) else []
-    return table_html(["node", *where, *columns.values(), "busy"], rows)
+    return table_html(["node", *where, *(look.meaning for look in LOOKS.values()), "busy"], rows)
 
 
 def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -394,15 +398,12 @@ def result_html(trace: Trace, title: str) -> str:
     )
 
 
-def _name(work: Work) -> str:
-    """Return how work is shown: a run whose guesses are open, as if they were right."""
-    return str(work.fate or Fate.ACCEPTED) if isinstance(work.of, Run) else "draft"
-
-
 def _paint(look: Look, *, narrow: bool = False) -> str:
     banded = f"narrow-{look.pattern}"
     if narrow and f'id="{banded}"' in PATTERNS:
         return f'fill="url(#{banded})"'
+    if look.pattern == "ring":
+        return f'fill="#fff" stroke="{look.colour}"'
     if look.pattern == "plain":
         return f'fill="{look.colour}" stroke="#fff" stroke-width=".5"'
     if look.pattern == "outline":
@@ -412,10 +413,8 @@ def _paint(look: Look, *, narrow: bool = False) -> str:
 
 def _swatch(look: Look) -> str:
     size = 'xmlns="http://www.w3.org/2000/svg" width="18" height="12" viewBox="0 4 18 12"'
-    return image(
-        f'<svg {size}>{PATTERNS}<rect x="1" y="5" width="16" height="10" {_paint(look)}/></svg>',
-        "",
-    )
+    shape = f"M9 10{RING}" if look.pattern == "ring" else "M1 5h16v10h-16z"
+    return image(f'<svg {size}>{PATTERNS}<path d="{shape}" {_paint(look)}/></svg>', "")
 
 
 def _ticks(began: float, ended: float) -> list[float]:

@@ -54,7 +54,7 @@ def legible(history: History, columns: int) -> float:
         work.span.ended - work.span.began
         for done in history.done
         for work in work_of(done)
-        if work.row > 0 and work.span.ended > work.span.began
+        if work.row > 0 and work.span.layers and work.span.ended > work.span.began
     )
     return columns * lengths[len(lengths) // 2] / 2 if lengths else history.ended - history.began
 

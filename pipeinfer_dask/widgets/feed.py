@@ -14,8 +14,8 @@ from threading import RLock, Thread
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pipeinfer_dask.protocol.messages import Origin
-from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
-from pipeinfer_dask.trace.picture import LOOKS
+from pipeinfer_dask.trace import Draft, History, Run, Trace
+from pipeinfer_dask.trace.picture import LOOKS, look_of
 from pipeinfer_dask.trace.record import trace_of
 from pipeinfer_dask.trace.tables import work_of
 
@@ -45,12 +45,20 @@ class Schema(NamedTuple):
 TABLES = {
     # A run or a draft that is done; `number` counts each of the two kinds from 0.
     "works": Schema(
-        {"number": "u4", "look": "u1", "size": "u2", "kept": "u2", "started": "f4", "done": "f4"},
+        {"number": "u4", "size": "u2", "kept": "u2", "started": "f4", "done": "f4"},
         texts=True,
     ),
     # What one node did of it. Row 0 is the drafter; `spared` are layers not computed.
     "bars": Schema(
-        {"work": "u4", "row": "u2", "layers": "u2", "spared": "u2", "began": "f4", "ended": "f4"}
+        {
+            "work": "u4",
+            "row": "u2",
+            "look": "u1",
+            "layers": "u2",
+            "spared": "u2",
+            "began": "f4",
+            "ended": "f4",
+        }
     ),
     "waves": Schema({"time": "f4", "runs": "u2"}),
     "tokens": Schema({"guess": "u4", "time": "f4", "position": "u4", "origin": "u1"}, texts=True),
@@ -239,9 +247,9 @@ class Feed:
     def _add_work(self, done: Run | Draft) -> None:
         assert done.done is not None
         if isinstance(done, Run):
-            look, tokens, late = str(done.fate or Fate.ACCEPTED), list(done.tokens), 0
+            tokens, late = list(done.tokens), 0
         else:
-            look, tokens, late = "draft", done.guesses, done.late
+            tokens, late = done.guesses, done.late
         # What becomes of a draft's guesses is known only later: see the guesses themselves.
         kept = sum(token.kept for token in tokens) if isinstance(done, Run) else 0
         text = ""
@@ -252,13 +260,15 @@ class Feed:
         times = (self._at(done.started), self._at(done.done))
         number = len(self._texts["works"])
         size = (len(tokens) + late, kept)
-        self._add("works", done.id, LOOK_NUMBERS[look], *size, *times, text=text[:LABEL])
+        self._add("works", done.id, *size, *times, text=text[:LABEL])
         cancelled = isinstance(done, Run) and done.cancelled is not None
         bars, pack = self._packed["bars"], self._packers["bars"].pack
-        begin, layers = self.history.began, self.history.layers
-        for row, _, span in work_of(done):
+        layers = self.history.layers
+        for work in work_of(done):
+            row, span, look = work.row, work.span, LOOK_NUMBERS[look_of(work)]
             spared = layers[row - 1] - span.layers if cancelled else 0
-            bars += pack(number, row, span.layers, spared, span.began - begin, span.ended - begin)
+            times = (self._at(span.began), self._at(span.ended))
+            bars += pack(number, row, look, span.layers, spared, *times)
 
     def _fill_waves(self) -> None:
         for wave in self._taken("waves", self.history.waves):

@@ -16,7 +16,7 @@ import pytest
 from pipeinfer_dask.bench.browser import Lab, Tab
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.simulation import simulate
-from pipeinfer_dask.trace import History
+from pipeinfer_dask.trace import Fate, History
 from pipeinfer_dask.trace.picture import ORIGINS
 from pipeinfer_dask.trace.tables import work_of
 from tests.browser.conftest import Opened
@@ -29,7 +29,9 @@ from pipeinfer_dask.widgets import *
 simulation = pi.simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
 """
 SIMULATION = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
-SIMULATED_AT = History(SIMULATION.trace).began
+STORY = History(SIMULATION.trace)
+SIMULATED_AT, LAYERS = STORY.began, STORY.layers
+SAVED = [work for done in STORY.done for work in work_of(done) if work.fate is Fate.SAVED]
 MEANINGS = [ORIGINS[origin][2] for origin in Origin]
 NOTE_TEXTS = """() => {
   const canvas = CanvasRenderingContext2D.prototype;
@@ -94,10 +96,11 @@ def until(tab: Tab, selector: str, condition: str) -> dict[str, str]:
 def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> None:
     tab = opened(SIMULATED, "Timeline(simulation)")
     page = tab.page
-    all_bars = sum(1 for done in History(SIMULATION.trace).done for _ in work_of(done))
+    all_bars = sum(1 for done in STORY.done for _ in work_of(done))
     begin = until(tab, "[data-bars]", "data.complete === 'true'")
     assert int(begin["bars"]) == all_bars
     assert int(begin["tokens"]) == 80
+    page.get_by_text("ring, nothing computed: saved by calling off").first.wait_for()
     assert 0 < int(begin["drawn"]) < all_bars
 
     def seen(values: dict[str, str]) -> float:
@@ -106,6 +109,16 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     page.get_by_role("button", name="Show all").click()
     whole = until(tab, "[data-bars]", f"data.drawn === '{all_bars}'")
     canvas = page.locator(".pipeinfer canvas[tabindex]")
+    box = canvas.bounding_box()
+    assert box is not None
+    assert int(whole["rings"]) == len(SAVED) > 0
+    for work in SAVED[:2]:  # where a bar begins and ends, too: the ring is meant
+        per_s = (box["width"] - 68) / seen(whole)
+        at = 62 + (work.span.began - SIMULATED_AT) * per_s
+        page.mouse.move(box["x"] + at, box["y"] + 16 + 26 * (work.row + 0.5))
+        told = page.locator(".pipeinfer-tip").inner_text()
+        assert told.startswith(f"stage {work.row - 1}, run ") and Fate.SAVED.meaning in told
+        assert f"0 layers computed, {LAYERS[work.row - 1]} saved by calling off" in told
     canvas.hover()
     page.mouse.wheel(0, -200)  # it has no focus: the page scrolls, the picture stays
     canvas.click()
@@ -124,7 +137,7 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     near = until(tab, "[data-bars]", f"data.to !== '{moved['to']}'")
     scale = (canvas.evaluate("it => it.clientWidth") - 68) / seen(near)  # pixels a second
     bars = {}
-    for run in History(SIMULATION.trace).runs.values():
+    for run in STORY.runs.values():
         left, right = (
             62 + (time - SIMULATED_AT - float(near["from"])) * scale
             for time in (run.spans[0].began, run.spans[0].ended)
@@ -140,8 +153,6 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     page.keyboard.press("0")
     until(tab, "[data-bars]", f"data.drawn === '{all_bars}'")
 
-    box = canvas.bounding_box()
-    assert box is not None
     page.mouse.move(box["x"] + 70, box["y"] + 16 + 26 + 13)
     until(tab, "[data-bars]", "data.focused !== undefined && data.focused !== '-1'")
     assert "stage 0, run 0: reading the prompt" in page.locator(".pipeinfer-tip").inner_text()
@@ -171,6 +182,9 @@ def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opene
     rows = tab.page.locator(".pipeinfer tbody tr")
     rows.first.wait_for()
     assert rows.all_inner_texts()[1].split("\t")[0] == "stage 0"
+    head = tab.page.locator(".pipeinfer thead th").all_inner_texts()
+    told = [int(row.split("\t")[head.index(Fate.SAVED.meaning)]) for row in rows.all_inner_texts()]
+    assert told == [sum(work.row == row for work in SAVED) for row in range(4)]
     label = tab.page.locator(".pipeinfer canvas[role=application]").get_attribute("aria-label")
     assert label is not None and "bars of 4 nodes" in label
 

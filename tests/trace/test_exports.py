@@ -54,9 +54,9 @@ def test_what_a_stage_was_spared_is_a_fate_of_its_work_and_shown_by_rings(
     rings = re.findall("M([0-9.]+) ([0-9]+)m-3 0a3 3", timeline_svg(history))
     assert {int(y) for _, y in rings} == {29 + 22 * work.row for work in saved}
     page = timeline_html(history)
-    assert f"{Fate.SAVED.meaning}: a stage" in page
+    assert f"ring, nothing computed: {Fate.SAVED.meaning}" in page
     assert f'<th scope="col">{Fate.SAVED.meaning}</th>' in page
-    cells = re.findall(r"<td>(\d+)</td><td>[^<]*</td></tr>", page)
+    cells = re.findall(r"<td>(\d+)</td><td>\d+</td><td>[^<]*</td></tr>", page)
     assert [int(cell) for cell in cells] == [
         sum(work.row == row for work in saved) for row in range(either.stages + 1)
     ]
@@ -245,7 +245,7 @@ def test_pictures_in_a_notebook_are_small_and_name_nothing_outside() -> None:
     page = trace_html(long)
     assert len(page) < 60_000
     assert "http" not in re.sub(r'src="data:[^"]*"', "", page)
-    assert len(images(page)) == 7
+    assert len(images(page)) == 8
 
 
 def test_what_a_model_says_can_do_nothing_in_a_page() -> None:

@@ -1,7 +1,18 @@
 // How bars look, and what their looks mean.
 
-/** Paint a bar; patterns tell the fates apart besides the colours. */
+const RING = 3.5; // radius of the mark of what took no time, in pixels
+
+/** Paint a bar, or a ring in its middle; patterns tell the fates apart besides the colours. */
 function paintBar(context, look, x, y, width, height, patterns) {
+  if (look.pattern === "ring") {
+    context.beginPath();
+    context.arc(x + width / 2, y + height / 2, RING, 0, 2 * Math.PI);
+    context.fillStyle = "#fff";
+    context.fill();
+    context.strokeStyle = look.colour;
+    context.lineWidth = 1.5;
+    return context.stroke();
+  }
   if (look.pattern === "outline") {
     context.globalAlpha *= 0.35;
     context.fillStyle = look.colour;

@@ -63,7 +63,7 @@ async function render({ model, el }) {
     for (; indexed < bars.count; indexed += 1) {
       byRow[bars.row[indexed]].push(indexed);
       const length = bars.ended[indexed] - bars.began[indexed];
-      if (bars.row[indexed] > 0 && length > 0) lengths.push(length);
+      if (bars.row[indexed] > 0 && bars.layers[indexed] && length > 0) lengths.push(length);
     }
   };
 
@@ -96,12 +96,11 @@ async function render({ model, el }) {
   };
 
   const firstBar = (row, time) => {
-    const ended = source.ended;
     let low = 0;
     let high = row.length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (ended[row[middle]] < time) low = middle + 1;
+      if (source.ended[row[middle]] < time) low = middle + 1;
       else high = middle;
     }
     return low;
@@ -135,6 +134,7 @@ async function render({ model, el }) {
     context.textBaseline = "middle";
 
     let drawn = 0;
+    const rings = [];
     context.save();
     context.beginPath();
     context.rect(GUTTER, 0, width + 6, height);
@@ -153,16 +153,21 @@ async function render({ model, el }) {
         const x = xOf(bars.began[bar]);
         const barWidth = Math.max(1, xOf(Math.min(bars.ended[bar], moment)) - x);
         const work = bars.work[bar];
-        // A gap behind each tells bars apart that follow at once.
-        paintBar(context, looks[works.look[work]], x, y + 2, barWidth - (barWidth > 6), high - 4, patterns);
+        const kind = looks[bars.look[bar]];
         drawn += 1;
+        if (kind.pattern === "ring") {
+          rings.push([kind, x - RING, y, 2 * RING, high]);
+          continue;
+        }
+        // A gap behind each tells bars apart that follow at once.
+        paintBar(context, kind, x, y + 2, barWidth - (barWidth > 6), high - 4, patterns);
         if (barWidth > 9) {
-          const kind = looks[works.look[work]];
           const number = kind.name === "draft" ? "" : String(works.number[work]);
           paintLabel(number, works.text[work], kind, x, y, barWidth, high, ink);
         }
       }
     }
+    for (const ring of rings) paintBar(context, ...ring, patterns); // no bar may hide one
     if (chosen.bar >= 0) {
       const x = xOf(bars.began[chosen.bar]);
       context.strokeStyle = ink;
@@ -194,6 +199,7 @@ async function render({ model, el }) {
     Object.assign(el.dataset, {
       bars: bars.count,
       drawn,
+      rings: rings.length,
       waves: waves.count,
       tokens: tokens.count,
       from: seen.from.toFixed(6),
@@ -206,12 +212,12 @@ async function render({ model, el }) {
   };
 
   const fillTable = (trace) => {
-    const { works, bars } = trace.tables;
+    const { bars } = trace.tables;
     const { nodes, looks } = trace.about;
     const counts = nodes.map(() => looks.map(() => 0));
     const busy = nodes.map(() => 0);
     for (let bar = 0; bar < bars.count; bar += 1) {
-      counts[bars.row[bar]][works.look[bars.work[bar]]] += 1;
+      counts[bars.row[bar]][bars.look[bar]] += 1;
       busy[bars.row[bar]] += bars.ended[bar] - bars.began[bar];
     }
     const share = (row) => `${Math.round((100 * busy[row]) / trace.now || 0)}%`;
@@ -316,13 +322,15 @@ async function render({ model, el }) {
   canvas.addEventListener("pointerleave", () => explain(-1, -1));
 
   const explain = (x, y) => {
-    const entries = byRow[Math.floor((y - TOP) / plot().row)];
-    const time = timeAt(x);
-    const slack = 2 * ((seen.to - seen.from) / plot().width);
+    const entries = (x > GUTTER && byRow[Math.floor((y - TOP) / plot().row)]) || [];
+    const { looks } = story.about;
+    const near = (bar, pixels) => source.began[bar] <= timeAt(x + pixels) && source.ended[bar] >= timeAt(x - pixels);
     focused = -1;
-    if (entries && x > GUTTER) {
-      const at = firstBar(entries, time - slack);
-      if (at < entries.length && source.began[entries[at]] <= time + slack) focused = entries[at];
+    // Where a ring lies on bars, it is what is pointed at.
+    for (let at = firstBar(entries, timeAt(x - RING)); at < entries.length && near(entries[at], RING); at += 1) {
+      const ring = looks[source.look[entries[at]]].pattern === "ring";
+      if (ring || (focused < 0 && near(entries[at], 2))) focused = entries[at];
+      if (ring) break;
     }
     el.dataset.focused = focused;
     show(focused, x, y);
@@ -333,7 +341,7 @@ async function render({ model, el }) {
     const { nodes, places, looks } = story.about;
     const { works, bars } = story.tables;
     const work = bars.work[bar];
-    const { name, meaning } = looks[works.look[work]];
+    const { name, meaning } = looks[bars.look[bar]];
     const drafting = name === "draft";
     const spared = bars.spared[bar];
     return [
