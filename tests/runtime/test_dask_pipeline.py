@@ -68,7 +68,7 @@ async def cluster(
 ) -> AsyncIterator[tuple[Client, list[str]]]:
     # Clusters of other tests may have all of this process's workers forked, with torch in them.
     with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
-        local = LocalCluster(
+        local: Any = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=processes,
