@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeinfer_dask.bench.browser import Lab, Tab, chromium, missing, notebook_of
+from pipeinfer_dask.bench.limits import judged
 
 BARS = 3000
 STAGES = 15
 UPDATES = 100
+LEAST, MOST = {"fps": 50.0}, {"update_cpu_ms": 0.5, "bytes": 1024}
+"""Limits of the report's figures."""
 
 KERNEL = """
 import gc, json, pickle, threading, time
@@ -110,7 +113,8 @@ def run_widgets_bench(updates: int = UPDATES) -> dict[str, Any]:
         "update_cpu_ms", "kernel_cpu_ms", "bytes", "fps", "idle_fps"}]}``: for each update
         milliseconds of processor time, of the thread that follows, packs and sends, and of the
         whole kernel with its sockets beyond what it takes without a view; bytes; and frames a
-        second while updates come, and before any.
+        second while updates come, and before any. And of these, what has a limit, with
+        whether it is ``within``.
 
     Raises
     ------
@@ -124,9 +128,10 @@ def run_widgets_bench(updates: int = UPDATES) -> dict[str, Any]:
         try:
             with chromium() as browser:
                 row = measure(lab, Tab(browser.new_page(), lab.url), updates)
-                return {"suite": "widgets", "rows": [row]}
         finally:
             lab.close()
+    judgeable = {name: row[name] for name in (*LEAST, *MOST)}
+    return judged({"suite": "widgets", **judgeable, "rows": [row]}, least=LEAST, most=MOST)
 
 
 def measure(lab: Lab, tab: Tab, updates: int) -> dict[str, Any]:

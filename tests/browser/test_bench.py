@@ -15,8 +15,10 @@ pytestmark = pytest.mark.browser
 
 def test_a_live_timeline_is_measured(lab: Lab, browser: Any) -> None:
     page = browser.new_page()
-    row = measure(lab, Tab(page, lab.url), updates=15)
+    tab = Tab(page, lab.url)
+    row = measure(lab, tab, updates=15)
     page.close()
+    assert tab.foreign == []
     assert row["bars"] >= BARS and row["nodes"] == 16
     assert 10 <= row["updates"] <= 17
     assert 100 < row["bytes"] <= 1024
@@ -31,5 +33,6 @@ def test_what_a_dashboard_costs_and_how_soon_it_cancels_are_measured(
     (slower,) = measure_pairs(lab, tab, 1, in_process=True)
     (idle_s,) = measure_cancels(lab, tab, 1, in_process=True)
     page.close()
+    assert tab.foreign == []
     assert -0.9 < slower < 9  # what it costs is for a quiet machine to say
     assert -1 < idle_s < 5  # negative, if the last run had passed when the click came
