@@ -200,6 +200,7 @@ def test_what_is_closed_says_so(pair: Pair) -> None:
             {"template": "{{ foo"},
             "template that takes a conversation's first messages, got .*: give another",
         ),
+        ({"template": "plian"}, "template that shows what the user says, got 'plian': give Jinja"),
     ],
 )
 def test_what_is_no_conversation_is_refused(
@@ -210,7 +211,10 @@ def test_what_is_no_conversation_is_refused(
 
 
 def test_a_message_that_a_template_refuses_was_not_said(engine: pi.Engine) -> None:
-    refusing = "{% if messages | length > 1 %}{{ raise_exception('one is enough') }}{% endif %}ab"
+    refusing = (
+        "{% if messages | length > 1 %}{{ raise_exception('one is enough') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
     with engine.chat(template=refusing) as chat:
         chat.send(SAID[0], max_new_tokens=4)
         for text, reason in ((SAID[1], "one is enough"), (3, "expected a message as text")):

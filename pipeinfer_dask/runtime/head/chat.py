@@ -79,6 +79,12 @@ class Chat:
             # A first question shows here what is wrong with the template, before one is asked.
             first = [*self._messages, _message("user", "Hello")]
             self._render(first, "a conversation's first messages", "give another template=")
+            told = self._written(first, tokenize=False)
+            if first[-1]["content"].lower() not in told.lower():
+                raise ValueError(
+                    f"expected a chat template that shows what the user says, got {template!r}: "
+                    "give Jinja text, or 'plain' to go on with the text as it stands"
+                )
 
     @property
     def messages(self) -> list[Message]:
@@ -236,18 +242,22 @@ class Chat:
 
     def _render(self, messages: list[Message], what: str, remedy: str) -> list[int]:
         try:
-            tokens: Any = self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._template,
-                add_generation_prompt=True,
-                return_dict=False,
-            )
+            tokens = self._written(messages)
         except Exception as error:  # whatever a template raises, and jinja itself
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"expected a chat template that takes {what}, got {reason}: {remedy}"
             ) from error
         return list(tokens)
+
+    def _written(self, messages: list[Message], **how: Any) -> Any:
+        return self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            add_generation_prompt=True,
+            return_dict=False,
+            **how,
+        )
 
     def _encode(self, text: str, *, first: bool = False) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"])
