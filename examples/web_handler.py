@@ -36,6 +36,8 @@ from pipeinfer_dask import hpc
 MOST_TOKENS = 400
 """What one reader may ask for."""
 STAGES = 2
+READERS = 16
+"""So many are served at once; others wait in a queue."""
 
 
 def opened(resources: ExitStack) -> pi.Engine:
@@ -43,10 +45,12 @@ def opened(resources: ExitStack) -> pi.Engine:
     target, draft = pi.demo_pair()
     scheduler = os.environ.get("PIPEINFER_SCHEDULER")
     if scheduler is None:
-        engine = pi.Engine.from_pretrained(target, draft, stages=STAGES, in_process=True)
+        engine = pi.Engine.from_pretrained(
+            target, draft, stages=STAGES, max_concurrent=READERS, in_process=True
+        )
     else:
         client = resources.enter_context(Client(scheduler, set_as_default=False))
-        engine = hpc.engine_from(client, target, draft, stages=STAGES)
+        engine = hpc.engine_from(client, target, draft, stages=STAGES, max_concurrent=READERS)
     return resources.enter_context(engine)
 
 
