@@ -161,6 +161,7 @@ def test_what_nbconvert_makes_of_a_saved_notebook_shows_its_pictures_offline(pat
     page = Page(exporter.from_filename(str(path))[0])
     frozen = sum("Timeline: each node" in texts(output) for output in saved(path))
     assert frozen > 0
+    assert pictures_of_views(json.loads(path.read_text("utf-8"))["cells"]) > 0
     assert len(page.pictures) >= frozen
     assert all(picture.startswith(PICTURE) for picture in page.pictures)
     assert [address for address in page.loaded if address and not address.startswith("data:")] == []
