@@ -125,6 +125,22 @@ def test_addresses_that_others_can_reach_without_tls_are_known(address: str, exp
     assert _is_exposed(address) == exposed
 
 
+def test_a_cluster_over_which_dask_would_unpickle_what_comes_is_refused(pair: Pair) -> None:
+    with (
+        LocalCluster(
+            n_workers=1,
+            processes=False,
+            protocol="ws",
+            host="127.0.0.1",
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pytest.raises(ValueError, match=r"listen on tcp, tls or inproc, got ws://.*--protocol"),
+    ):
+        pi.Engine.from_pretrained(pair.target, client=client)
+
+
 def test_a_cluster_that_others_can_reach_without_tls_is_warned_of(pair: Pair) -> None:
     with ExitStack() as stack:
         cluster = stack.enter_context(
