@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from keyword import iskeyword
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -29,9 +30,12 @@ class PipeInferMagics(Magics):
     @cell_magic
     def pipeinfer(self, line: str, cell: str) -> None:
         """Generate from the cell's text, and show what comes as it comes."""
-        asked = parse_argstring(self.pipeinfer, line)
+        try:
+            asked = parse_argstring(self.pipeinfer, line)
+        except ValueError as error:  # a quotation that does not end
+            raise UsageError(f"expected arguments as in a shell, got {line!r}: {error}") from None
         who = self._named(asked.engine) if asked.engine else self._only_engine()
-        if asked.out is not None and not asked.out.isidentifier():
+        if asked.out is not None and (not asked.out.isidentifier() or iskeyword(asked.out)):
             raise UsageError(f"expected a name behind --out, got {asked.out!r}")
         try:
             generation: Generation = who.start(
@@ -41,12 +45,17 @@ class PipeInferMagics(Magics):
             )
         except (ValueError, RuntimeError) as error:
             raise UsageError(str(error)) from None
-        for piece in generation:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        try:
+            for piece in generation:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            result = generation.result()
+        except RuntimeError as error:  # what came so far stands above it
+            raise UsageError(str(error)) from None
+        finally:
+            sys.stdout.write("\n")
         if asked.out is not None:
-            self._names[asked.out] = generation.result()
+            self._names[asked.out] = result
 
     @property
     def _names(self) -> dict[str, Any]:

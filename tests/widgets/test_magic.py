@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 import pipeinfer_dask as pi
+from tests.engine.test_failure import break_after
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +69,35 @@ def test_a_chat_goes_on_from_cell_to_cell(shell: Any, engine: pi.Engine) -> None
         ("%%pipeinfer -n 0\nx", "max_new_tokens"),
         ("%%pipeinfer -n many\nx", "argument --max-new-tokens/-n: invalid int value"),
         ("%%pipeinfer -o 1st\nx", "expected a name behind --out, got '1st'"),
+        ("%%pipeinfer -o class\nx", "expected a name behind --out, got 'class'"),
+        ("%%pipeinfer 'engine\nx", 'expected arguments as in a shell, got "\'engine"'),
+        ("%%pipeinfer\n\n", "expected a prompt of at least one token, got an empty one"),
+        ("%%pipeinfer -n 9999\nx", "expected prompt and new tokens to fit the model's context"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(shell: Any, cell: str, reason: str) -> None:
     shell.user_ns["number"] = 3
     shown = run(shell, cell)
-    assert reason in shown and "Traceback" not in shown
+    assert shown.startswith("UsageError: ") and shown.count("\n") == 1
+    assert reason in shown
+
+
+def test_a_pipeline_that_is_lost_is_told_in_a_line_behind_the_text_so_far(
+    shell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, _ = pi.demo_pair()
+    with pi.Engine.from_pretrained(target, stages=2, in_process=True) as engine:
+        shell.user_ns["lost"] = engine
+        text = engine.generate("def main", max_new_tokens=12).text
+        break_after(6, monkeypatch, "run", engine.layer_ranges[-1].stop)
+        so_far, told, end = run(shell, "%%pipeinfer lost -n 12 -o said\ndef main").rsplit("\n", 2)
+        assert so_far and so_far != text and text.startswith(so_far)
+        assert re.match(r"UsageError: .*stage 1 .*numbers ran out", told) and not end
+        assert "said" not in shell.user_ns
+        again = run(shell, "%%pipeinfer lost\ndef main")
+        assert re.fullmatch(r"UsageError: the pipeline is lost .*: open another one\n", again)
+    closed = run(shell, "%%pipeinfer lost\ndef main")
+    assert closed == "UsageError: this engine is closed: open another one\n"
 
 
 def test_one_of_several_engines_has_to_be_named(shell: Any, engine: pi.Engine) -> None:
