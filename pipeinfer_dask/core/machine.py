@@ -1,20 +1,20 @@
 """The machine: one request from prompt to end, as events in and commands out.
 
-It keeps the token tree, the runs in flight and the draft under way. A policy says
-what to run and what to draft next; the machine sees to it that whatever the
-policy chooses, the committed text is the target's own:
+It keeps the token tree, the runs in flight and the draft under way. A policy says what to run and
+what to draft next; the machine sees to it that whatever the policy chooses, the committed text is
+the target's own:
 
 - only a token that the target picked is ever committed;
-- a run is cancelled when none of its tokens can become part of the text, and
-  never before, because later runs attend to the K/V that it writes; of a run that
-  goes on, single tokens may be pruned by the same rule;
-- a slot is given out again only when its token is pruned, and every run that
-  attended to it is ahead of the new one on every stage;
-- when a stage is lost, all that was in flight is lost with it, and nothing of the text:
-  its tokens keep their slots, and are read anew by the pipeline that takes over.
+- a run is cancelled when none of its tokens can become part of the text, and never before, because
+  later runs attend to the K/V that it writes; of a run that goes on, single tokens may be pruned by
+  the same rule;
+- a slot is given out again only when its token is pruned, and every run that attended to it is
+  ahead of the new one on every stage;
+- when a stage is lost, all that was in flight is lost with it, and nothing of the text: its tokens
+  keep their slots, and are read anew by the pipeline that takes over.
 
-No clock, no thread, no socket: a driver carries out the commands and reports
-events, and may be the real cluster or virtual time.
+No clock, no thread, no socket: a driver carries out the commands and reports events, and may be the
+real cluster or virtual time.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ if TYPE_CHECKING:
 
 
 class Machine:
-    """Drives one request.
+    """Drives one request. A policy looks at it, and changes nothing.
 
     Parameters
     ----------
     request : Request
+        What is to be generated.
     policy : Policy
         Fresh: a policy counts what it sees.
     generation, draft_generation : int
@@ -136,6 +137,7 @@ class Machine:
 
     @property
     def root(self) -> Node:
+        """The last token of the text; below it hangs what is proposed."""
         return self.tree.root
 
     @property
@@ -160,6 +162,7 @@ class Machine:
 
     @property
     def drafting(self) -> bool:
+        """Whether a draft is under way."""
         return self._draft is not None
 
     @property
@@ -195,8 +198,14 @@ class Machine:
         Parameters
         ----------
         event : Event
+            Of this request, or of the pipeline; any other is stale.
         now : float
             Seconds, on any clock that does not go back.
+
+        Returns
+        -------
+        list of Command
+            Empty where nothing is to be done.
 
         Raises
         ------
@@ -434,15 +443,7 @@ class Machine:
             return
         self._draft = draft
         self._draft_ids += 1
-        self._commands.append(
-            StartDraft(
-                self.request.id,
-                self.draft_generation,
-                draft.id,
-                batch_of(list(draft.nodes.values())),
-                len(frontier),
-                draft.slots,
-                replace(plan, size=len(draft.slots), last_position=self.last_position),
-                *self._how,
-            )
-        )
+        ids = self.request.id, self.draft_generation, draft.id
+        batch = batch_of(list(draft.nodes.values()))
+        plan = replace(plan, size=len(draft.slots), last_position=self.last_position)
+        self._commands.append(StartDraft(*ids, batch, len(frontier), draft.slots, plan, *self._how))

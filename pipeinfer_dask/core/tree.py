@@ -39,6 +39,12 @@ class Node:
 
     Attributes
     ----------
+    token, position : int
+        Its id, and its place.
+    parent : Node or None
+        The token before it; None for the first one.
+    children : list of Node
+        What is proposed to follow it; of a committed token, only the token that did.
     slot : int
         `NO_SLOT` until a model is to evaluate it.
     confidence : float
@@ -71,7 +77,12 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def subtree(self) -> Iterator[Node]:
-        """Yield this node and all below it, parents first."""
+        """Yield this node and all below it, parents first.
+
+        Yields
+        ------
+        Node
+        """
         stack = [self]
         while stack:
             node = stack.pop()

@@ -1,4 +1,4 @@
-"""The policies by name: what `strategy` means."""
+"""The policies by name: what `strategy` means; and what a policy of one's own is made of."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.policy import Policy
+from pipeinfer_dask.core.tree import Node
 from pipeinfer_dask.policies.adaptive import Adaptive
+from pipeinfer_dask.policies.common import depth_left, fill_cache
 from pipeinfer_dask.policies.iterative import Iterative
 from pipeinfer_dask.policies.pipeinfer import PipeInfer
 from pipeinfer_dask.policies.speculative import Speculative
+from pipeinfer_dask.protocol.messages import DraftPlan, TreePlan
 
 __all__ = [
     "Adaptive",
+    "DraftPlan",
     "Iterative",
+    "Machine",
+    "Node",
     "PipeInfer",
     "Policy",
     "Speculative",
+    "TreePlan",
+    "depth_left",
+    "fill_cache",
     "make_policy",
 ]
 

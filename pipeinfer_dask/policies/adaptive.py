@@ -25,18 +25,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.policy import (
-    DraftChoice,
-    Policy,
-    depth_left,
-    fill_cache,
-    probability,
-    switch,
-    whole,
-)
+from pipeinfer_dask.core.policy import DraftChoice, Policy
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node, log_chance
 from pipeinfer_dask.drafting.calibration import Calibration, worth
+from pipeinfer_dask.policies.common import depth_left, fill_cache, probability, switch, whole
 from pipeinfer_dask.policies.crowd import AGAIN, Crowd
 from pipeinfer_dask.policies.pace import Pace
 from pipeinfer_dask.policies.trial import Trial

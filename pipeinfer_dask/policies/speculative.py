@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.core.policy import DraftChoice, Policy, depth_left, fill_cache, whole
+from pipeinfer_dask.core.policy import DraftChoice, Policy
 from pipeinfer_dask.core.tree import Node
+from pipeinfer_dask.policies.common import depth_left, fill_cache, whole
 from pipeinfer_dask.protocol.messages import DraftPlan, TreePlan
 
 

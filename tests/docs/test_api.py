@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from docs.make_architecture import ROOT, named, public
+from tests.docs.blocks import PAGES, blocks
 
 NAMES = [name for section in public() for name in section.names]
 MODULES = sorted({name.rpartition(".")[0] for name in NAMES})
@@ -65,15 +66,27 @@ def test_a_module_says_itself_which_of_its_names_are_public(module: str) -> None
     assert {named(f"{module}.{name}") for name in said} <= {named(name) for name in NAMES}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
-def test_examples_use_public_names_alone(path: Path) -> None:
+def foreign(code: str) -> set[str]:
+    """Return what a program imports of the package that is not public."""
     used = {
         f"{node.module}.{alias.name}"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("pipeinfer_dask")
         for alias in node.names
     }
-    assert used <= {*NAMES, *MODULES}
+    return used - {*NAMES, *MODULES}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_use_public_names_alone(path: Path) -> None:
+    assert foreign(path.read_text(encoding="utf-8")) == set()
+
+
+def test_pages_use_public_names_alone() -> None:
+    programs = [(page, b.code) for page in PAGES for b in blocks(page) if b.language == "python"]
+    assert len(programs) > 20
+    found = [(page.name, name) for page, code in programs for name in sorted(foreign(code))]
+    assert found == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,18 +9,8 @@ from click.testing import CliRunner
 
 from pipeinfer_dask.bench import SUITES
 from pipeinfer_dask.cli import main
-from tests.docs.blocks import Block, blocks
+from tests.docs.blocks import PAGES, ROOT, Block, blocks
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    path
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").rglob("*.md")),
-    )
-    if "generated" not in path.parts
-]
 NOT_RUN = {"", "text", "markdown"}
 """What claims to be no code."""
 ELSEWHERE = re.compile(
