@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from threading import current_thread, main_thread
 from typing import Any
 
 import ipywidgets
+from IPython.core.getipython import get_ipython
 from IPython.display import HTML, display, update_display
 
 from pipeinfer_dask.widgets.channel import Channel
@@ -53,8 +55,21 @@ class Still(ipywidgets.DOMWidget):  # type: ignore[misc]
 
     def leave_picture(self) -> None:
         """Put a picture of what is there now where the widget is shown, if it is."""
-        if self._shown:
-            update_display(self._picture(), display_id=self._picture_id)
+        if not self._shown:
+            return
+        self._update_picture()
+        shell = get_ipython()
+        if shell is not None and current_thread() is not main_thread():
+            # Whoever runs a notebook without a page (nbclient, so nbconvert) hears only what
+            # comes while a cell runs, and drops what this thread says between two of them.
+            def once_more(_: object) -> None:
+                shell.events.unregister("pre_run_cell", once_more)
+                self._update_picture()
+
+            shell.events.register("pre_run_cell", once_more)
+
+    def _update_picture(self) -> None:
+        update_display(self._picture(), display_id=self._picture_id)
 
     @property
     def channels(self) -> Sequence[Channel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sys
 import time
 from html.parser import HTMLParser
@@ -28,7 +29,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 MOST_BYTES = 1_500_000
 LIMIT_S = 120.0 * float(os.environ.get("PIPEINFER_NOTEBOOK_PATIENCE", "1"))
-VIEW = re.compile(r"^(Timeline|Stepper|DraftTree|Metrics|TokenStream)\(|^board$|dashboard\(")
+VIEW = re.compile(r"^(Timeline|Stepper|DraftTree|Metrics|TokenStream)\(|^(board|view)$|dashboard\(")
 """The last line of a cell that shows a live view."""
 PICTURE = "data:image/svg+xml;base64,"
 PLACES = re.compile(r"/(home|tmp|root|Users|work|var)/\w|[A-Z]:\\\\|site-packages")
@@ -113,6 +114,63 @@ def test_a_notebook_that_takes_longer_than_it_may_is_stopped(
     endless = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     with pytest.raises(CellTimeoutError):
         run.execute(endless)
+
+
+VIEW_OF_ONE_THAT_GOES_ON = """
+import socket
+from threading import Event, Thread
+
+from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.widgets import Timeline
+
+
+class GoesOn:
+    trace = simulate(max_new_tokens=8, stages=2).trace
+
+    def __init__(self):
+        self.over = Event()
+        self.done = self.over.is_set
+
+
+def end_when_told():
+    with socket.create_connection(("127.0.0.1", {port})) as told:
+        told.recv(1)
+        run.over.set()
+        told.sendall(b"1" if view.feed.wait(30) else b"0")
+
+
+run = GoesOn()
+view = Timeline(run)
+Thread(target=end_when_told, daemon=True).start()
+view
+"""
+
+
+@pytest.mark.timeout(120)
+def test_what_ends_while_no_cell_runs_leaves_its_picture_when_the_next_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS[0].parents[1]))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        shown = VIEW_OF_ONE_THAT_GOES_ON.replace("{port}", str(server.getsockname()[1]))
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(cell) for cell in (shown, "1 + 1")]
+        )
+
+        def between(cell_index: int, **_: object) -> None:
+            if cell_index == 0:
+                kernel, _address = server.accept()
+                with kernel:
+                    kernel.settimeout(60)
+                    kernel.sendall(b"1")
+                    assert kernel.recv(1) == b"1"
+
+        NotebookClient(notebook, on_cell_executed=between).execute()
+    assert pictures_of_views([dict(cell) for cell in notebook.cells]) == 1
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
