@@ -1,7 +1,11 @@
-"""A real JupyterLab, a real kernel and a real browser, for all tests of this folder."""
+"""A real JupyterLab, a real kernel and a real browser, for all tests of this folder.
+
+Where one is missing they are skipped; where ``PIPEINFER_BROWSER=1`` all must be there.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,12 +37,25 @@ Opened = Callable[..., Tab]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    lacking = missing()
-    for item in items:
-        if item.get_closest_marker("browser") is not None:
-            item.add_marker(pytest.mark.timeout(300))
-            if lacking is not None:
-                item.add_marker(pytest.mark.skip(reason=lacking))
+    marked = [item for item in items if item.get_closest_marker("browser") is not None]
+    lacking = missing() if marked else None
+    if lacking is not None and os.environ.get("PIPEINFER_BROWSER") == "1":
+        raise pytest.UsageError(lacking)
+    for item in marked:
+        item.add_marker(pytest.mark.timeout(300))
+        if lacking is not None:
+            item.add_marker(pytest.mark.skip(reason=lacking))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for each in terminalreporter.stats.values() for report in each]
+    took = [
+        report.duration
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.nodeid.startswith("tests/browser/")
+    ]
+    if took:
+        terminalreporter.write_line(f"browser tests: {sum(took):.0f} s")
 
 
 @pytest.fixture(scope="session")

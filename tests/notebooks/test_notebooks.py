@@ -20,10 +20,10 @@ LACKING = [
     for name in ("ipykernel", "matplotlib", "nbclient", "nbconvert", "nbformat")
     if find_spec(name) is None
 ]
-pytestmark = pytest.mark.skipif(
-    bool(LACKING),
-    reason=f"{', '.join(LACKING)} not installed: pip install 'pipeinfer-dask[notebooks]'",
-)
+REASON = f"{', '.join(LACKING)} not installed: pip install 'pipeinfer-dask[notebooks]'"
+if LACKING and os.environ.get("PIPEINFER_BROWSER") == "1":
+    raise ImportError(REASON)
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=REASON)
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
