@@ -23,6 +23,7 @@ from distributed import Client, Worker
 from pipeinfer_dask.models.stage import CountBytes, DraftModel, Intake, Stage
 from pipeinfer_dask.protocol.messages import Event
 from pipeinfer_dask.runtime.emulation.paced import sleep_until, wake_on_time
+from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.head.remote_head import Asked, RemoteHead
 from pipeinfer_dask.runtime.links.links import Session
 from pipeinfer_dask.runtime.links.runs import RunPass
@@ -143,8 +144,10 @@ class DistantHead(RemoteHead):
     distance: ClassVar[Distance] = Distance(0.0)
     """From the client to the head's worker; see `at`."""
 
-    def __init__(self, client: Client, deadline: float, progress: Progress | None) -> None:
-        super().__init__(client, deadline, progress)
+    def __init__(
+        self, client: Client, plan: PipelinePlan, worker: str, progress: Progress | None
+    ) -> None:
+        super().__init__(client, plan, worker, progress)
         self._down = Lag[Asked](self.distance, self._post(super()._put))
         self._up = Lag[Message](self.distance, self._post(super()._heed))
 

@@ -9,12 +9,12 @@ becomes of them goes over the control link, and so does whatever has to be fast.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from dataclasses import astuple, dataclass, replace
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from distributed import Client, Security, Worker
 from distributed.protocol.pickle import loads
@@ -41,7 +41,7 @@ from pipeinfer_dask.runtime.nodes.actors import DraftSpec, Node, NodeActor, Stag
 from pipeinfer_dask.runtime.nodes.loading import HERE, Loading, Progress
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
-from pipeinfer_dask.runtime.pipeline.recovery import Recovery
+from pipeinfer_dask.runtime.pipeline.recovery import Former, Recovery
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.trace.entries import written
 
@@ -67,6 +67,10 @@ class PipelinePlan:
     max_concurrent : int
     tokenizer : PreTrainedTokenizerBase or None
         For stop strings; without it no request may have any.
+    session : Session or None
+        Of the pipeline; by default a new one.
+    former : Former or None
+        What the pipeline takes the place of.
     """
 
     stages: tuple[StageSpec, ...]
@@ -77,11 +81,33 @@ class PipelinePlan:
     node_timeout: float
     max_concurrent: int
     tokenizer: PreTrainedTokenizerBase | None = None
+    session: Session | None = None
+    former: Former | None = None
 
     @property
     def name(self) -> str:
         """A short name for people to read."""
         return f"of {len(self.stages)} stages"
+
+    def moved(self, places: Mapping[str, str], session: Session, former: Former | None) -> Self:
+        """Return the plan of what is to take this one's place.
+
+        Parameters
+        ----------
+        places : mapping of str to str
+            Where nodes have got to meanwhile: workers by ``stage 0`` and so on, and ``drafter``.
+        session : Session
+        former : Former, optional
+        """
+        stages = enumerate(self.stage_workers)
+        drafter = self.draft_worker
+        return replace(
+            self,
+            stage_workers=tuple(places.get(f"stage {n}", worker) for n, worker in stages),
+            draft_worker=drafter and places.get("drafter", drafter),
+            session=session,
+            former=former,
+        )
 
     async def open(self, client: Client, progress: Progress | None) -> DaskPipeline:
         """Open the pipeline: see `DaskPipeline.open`."""
@@ -94,6 +120,8 @@ class PipelinePlan:
             progress=progress,
             deadline=self.node_timeout,
             recovery=self.recovery,
+            session=self.session,
+            former=self.former,
         )
 
 

@@ -51,7 +51,12 @@ class Session:
 
     def node(self, name: str) -> str:
         """Return the name of a node that is unique on the cluster."""
-        return f"pipeinfer-{self.identity}-{self.generation}-{name}"
+        return f"{self.prefix(self.identity)}{self.generation}-{name}"
+
+    @staticmethod
+    def prefix(identity: str) -> str:
+        """Return what the names of all nodes of a session begin with."""
+        return f"pipeinfer-{identity}-"
 
     def prove(self, *words: str) -> bytes:
         """Return what only one who knows the secret can say about these words."""

@@ -247,6 +247,11 @@ class Node(Generic[ThreadT]):
         if self._control is not None:
             self._control.abort()
 
+    async def end(self) -> None:
+        """Let go of everything, and wait until that is done. On the worker's loop."""
+        self.stop()
+        await self._end()
+
     async def _end_thread(self) -> None:
         await offload(self.thread.close)
 
@@ -423,3 +428,21 @@ class NodeActor:
     def stats(self) -> dict[str, int]:
         """Return how many links are open, and what came that was not acted upon."""
         return self._node.stats()
+
+    async def end(self, identity: str) -> None:
+        """End the node, if it is of this session."""
+        if self._node.identity.startswith(Session.prefix(identity)):
+            await self._node.end()
+
+
+async def end_nodes(identity: str, dask_worker: Worker) -> None:
+    """End all nodes that a worker holds of one session: run there, where nobody drives them.
+
+    Parameters
+    ----------
+    identity : str
+        Of the session.
+    dask_worker : Worker
+    """
+    actors = [actor for actor in dask_worker.state.actors.values() if isinstance(actor, NodeActor)]
+    await asyncio.gather(*(actor.end(identity) for actor in actors))

@@ -27,14 +27,13 @@ from pipeinfer_dask.runtime.links.wire import Message
 from pipeinfer_dask.runtime.nodes.loading import Progress
 from pipeinfer_dask.runtime.pipeline.assembled import NodeLostError, Nodes, PipelineError, Seat
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
-from pipeinfer_dask.runtime.pipeline.recovery import Part, Recovery
+from pipeinfer_dask.runtime.pipeline.recovery import Former, Part, Recovery
 from pipeinfer_dask.runtime.pipeline.replacement import (
     LOOK_S,
-    NANNY_S,
     NoSchedulerError,
     NoWorkerError,
-    known_workers,
-    replacements,
+    Suspects,
+    end_strays,
 )
 from pipeinfer_dask.runtime.planning.memory import Load
 
@@ -105,17 +104,25 @@ class Assembly:
         self._fail = fail
         self._connect = connect
         self._disconnect = disconnect
-        self._nannies: set[str] = set()
-        self._suspects: dict[str, float] = {}
+        self._suspects = Suspects(client, recovery.move_in_after_s)
         self._choosing = asyncio.Lock()
         self._opened = self._stopped = False
         self._recovering: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        """Have all nodes stand for the first time."""
+    async def open(self, former: Former | None = None) -> None:
+        """Have all nodes stand for the first time.
+
+        In place of a former pipeline it is enough that the stages do: its texts are waiting.
+        """
         if self._recovery.most:
-            await self._note_nannies()
-        await together([part.stand() for part in (self.stages, self.drafter)])
+            await self._suspects.note_nannies()
+        if former is None:
+            await together([part.stand() for part in (self.stages, self.drafter)])
+        else:
+            await end_strays(self._client, former.identity, but=former.lost)
+            await self._suspects.inherit(former.lost)
+            await self.stages.stand()
+            self._recover_soon(self.drafter, NodeLostError("the head was lost, and the drafter"))
         self._opened = True
 
     async def stop(self) -> None:
@@ -183,27 +190,12 @@ class Assembly:
     async def _choose_workers(self, homeless: Sequence[Seat]) -> None:
         seats = [*self.stages.seats, *self.drafter.seats]
         loads = self._recovery.loads or tuple(Load(seat.title) for seat in seats)
-        known = await known_workers(self._client)
-        until = [
-            since + NANNY_S
-            for worker, since in self._suspects.items()
-            if worker in self._nannies and worker not in known
-        ]
-        until += [since + self._recovery.move_in_after_s for since in self._suspects.values()]
-        workers = await replacements(
-            self._client,
+        workers = await self._suspects.choose(
             [loads[seats.index(seat)] for seat in homeless],
-            held=Counter(seat.worker for seat in seats if seat.worker is not None),
-            suspects=self._suspects,
-            patience=max(until, default=0.0) - time.monotonic(),
+            Counter(seat.worker for seat in seats if seat.worker is not None),
         )
-        await self._note_nannies()
         for seat, worker in zip(homeless, workers, strict=True):
             seat.worker = worker
-
-    async def _note_nannies(self) -> None:
-        known = await known_workers(self._client)
-        self._nannies.update(worker for worker, about in known.items() if about["nanny"])
 
     async def _make(self, part: Part, seat: Seat, session: Session) -> None:
         try:
@@ -264,7 +256,7 @@ class Assembly:
         if peer is not None:
             self.nodes.drop(peer.node)
         if seat.worker is not None:
-            self._suspects[seat.worker] = time.monotonic()
+            self._suspects.add(seat.worker)
             seat.worker = None
 
     def _begin_recovery(self, part: Part, lost: NodeLostError) -> None:
@@ -274,6 +266,9 @@ class Assembly:
             self._tell(StageLost(generation, str(lost)))
         else:
             self._tell(DrafterLost(generation, str(lost)))
+        self._recover_soon(part, lost)
+
+    def _recover_soon(self, part: Part, lost: NodeLostError) -> None:
         task = asyncio.create_task(self._recover(part, lost))
         self._recovering.add(task)
         task.add_done_callback(self._recovering.discard)
@@ -286,7 +281,7 @@ class Assembly:
                 await part.stand(self._recovery.timeout_s)
                 break
             except Exception as error:
-                reason = self._reason(part, error)
+                reason = part.reason(error)
                 failure = PipelineError(f"{lost}; it could not be replaced: {reason}")
                 failure.__cause__ = error
                 if part is self.stages:
@@ -300,14 +295,6 @@ class Assembly:
             await asyncio.sleep(RETRY_S)
         took, where = time.monotonic() - began, ", ".join(peer.title for peer in part.peers)
         logger.info("pipeinfer has recovered within %.1f s: %s", took, where)
-
-    def _reason(self, part: Part, error: Exception) -> str:
-        if not isinstance(error, TimeoutError):
-            return str(error)
-        limit = f"{self._recovery.timeout_s:g} s"
-        if part.lacks:
-            return f"{part.lacks}, and none came within {limit}"
-        return f"it took more than {limit}"
 
 
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

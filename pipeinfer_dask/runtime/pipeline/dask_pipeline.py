@@ -44,7 +44,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import PipelineError, Seat
 from pipeinfer_dask.runtime.pipeline.assembly import Assembly
 from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
 from pipeinfer_dask.runtime.pipeline.peers import SUSPICION_S, Peer, Trouble
-from pipeinfer_dask.runtime.pipeline.recovery import NONE, Recovery
+from pipeinfer_dask.runtime.pipeline.recovery import NONE, Former, Recovery
 from pipeinfer_dask.runtime.pipeline.replacement import known_workers
 
 __all__ = ["DaskPipeline", "PipelineError"]
@@ -123,7 +123,8 @@ class DaskPipeline:
         draft_worker: str | None = None,
         *,
         progress: Progress | None = None,
-        generation: int = 0,
+        session: Session | None = None,
+        former: Former | None = None,
         deadline: float = DEADLINE_S,
         recovery: Recovery = NONE,
     ) -> Self:
@@ -135,15 +136,19 @@ class DaskPipeline:
             This must run on its event loop.
         stage_specs : sequence of StageSpec, [stages]
         stage_workers : sequence of str, [stages]
-            Address of the worker for each stage. One worker may hold several nodes.
+            Address of the worker for each stage. One worker may hold several nodes. Where there
+            was a former pipeline, its workers: one that is gone is replaced.
         draft_spec : DraftSpec, optional
             Without it there is no drafter, and no draft may be started.
         draft_worker : str, optional
             Without it the drafter is a thread of this process: for what computes next to nothing.
         progress : callable, optional
             Told of each node's loading.
-        generation : int
-            Of all nodes at first; those that replace lost ones have later ones.
+        session : Session, optional
+            By default a new one. Nodes that replace lost ones have later generations.
+        former : Former, optional
+            What this takes the place of. What is left of that is ended, and the drafter may come
+            later than the stages.
         deadline : float, seconds
             A node that answers no ping for so long, or whose computing does not move, is lost,
             and so is a worker that loads one.
@@ -171,21 +176,25 @@ class DaskPipeline:
         if client.scheduler is None:
             raise ValueError("expected a client that is connected to a cluster, got a closed one")
         known = await known_workers(client)
+        if former is not None:
+            known = {worker: known[worker] for worker in known if worker not in former.lost}
         for address in workers:
-            if address not in known:
+            if former is None and address not in known:
                 raise ValueError(
                     f"there is no worker {address}: this cluster has {', '.join(known) or 'none'}"
                 )
         stages = [
-            Seat(f"stage-{index}", cls.stage_node, spec, worker)
+            Seat(f"stage-{index}", cls.stage_node, spec, worker if worker in known else None)
             for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
         ]
         drafter = []
         if draft_spec is not None and draft_worker is not None:
-            drafter.append(Seat("drafter", DrafterNode, draft_spec, draft_worker))
-        session = Session.new(generation)
+            where = draft_worker if draft_worker in known else None
+            drafter.append(Seat("drafter", DrafterNode, draft_spec, where))
+        session = session or Session.new()
         pipeline = cls(client, session, stages, drafter, recovery, deadline, progress)
-        opening = asyncio.create_task(pipeline._open(draft_spec if draft_worker is None else None))
+        here = draft_spec if draft_worker is None else None
+        opening = asyncio.create_task(pipeline._open(here, former))
 
         def give_up(loss: Exception) -> None:
             # The others would wait for what the lost node was to do.
@@ -277,11 +286,11 @@ class DaskPipeline:
 
     # --- building -----------------------------------------------------------------
 
-    async def _open(self, drafter_here: DraftSpec | None) -> None:
+    async def _open(self, drafter_here: DraftSpec | None, former: Former | None) -> None:
         if drafter_here is not None:
             self._drafter_here = self._new_drafter_here(drafter_here)
             await asyncio.wrap_future(self._drafter_here.loaded)
-        await self._assembly.open()
+        await self._assembly.open(former)
         self._keep(self._watch_runs())
 
     async def _connect(self, session: Session) -> None:

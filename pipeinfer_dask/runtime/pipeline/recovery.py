@@ -43,6 +43,22 @@ class Recovery:
     loads: tuple[Load, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Former:
+    """A pipeline whose head was lost: another one takes its place.
+
+    Attributes
+    ----------
+    identity : str
+        Of its session.
+    lost : tuple of str
+        Workers that heads were lost on, and that nobody is to wait for.
+    """
+
+    identity: str
+    lost: tuple[str, ...]
+
+
 NONE = Recovery()
 """What is lost stays lost."""
 
@@ -133,6 +149,15 @@ class Part:
                     self.left -= 1
                     logger.warning("pipeinfer tries again: %s", lost)
                     await asyncio.sleep(0 if isinstance(lost, NodeLostError) else BREATH_S)
+
+    def reason(self, error: Exception) -> str:
+        """Return what `stand` has failed by, in words."""
+        if not isinstance(error, TimeoutError):
+            return str(error)
+        limit = f"{self._recovery.timeout_s:g} s"
+        if self.lacks:
+            return f"{self.lacks}, and none came within {limit}"
+        return f"it took more than {limit}"
 
     async def _try(self) -> None:
         self.lacks = ""

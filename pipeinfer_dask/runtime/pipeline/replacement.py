@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,10 +12,13 @@ from distributed import Client, Worker, rpc
 from distributed.protocol.pickle import dumps
 
 from pipeinfer_dask.models.devices import CPU
+from pipeinfer_dask.runtime.nodes.actors import end_nodes
 from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
 
 PROBE_TIMEOUT_S = 1.0
 """A worker that does not answer so long is no choice."""
+END_TIMEOUT_S = 5.0
+"""Nodes that nobody drives any more are waited for so long, and then left to themselves."""
 NANNY_S = 5.0
 """A nanny that has lost its worker has started another one after so long, or never will."""
 LOOK_S = 0.1
@@ -54,6 +58,63 @@ async def known_workers(client: Client) -> dict[str, dict[str, Any]]:
         ) from error
     workers: dict[str, dict[str, Any]] = identity["workers"]
     return workers
+
+
+class Suspects:
+    """Workers that nodes were lost on, and who takes over from them. Belongs to the client's loop.
+
+    Parameters
+    ----------
+    client : Client
+    move_in_after_s : float
+        As of a `Recovery`.
+    """
+
+    def __init__(self, client: Client, move_in_after_s: float) -> None:
+        self._client = client
+        self._move_in_after_s = move_in_after_s
+        self._nannies: set[str] = set()
+        self._since: dict[str, float] = {}
+
+    def add(self, worker: str) -> None:
+        """Note that a node was lost on this worker, just now."""
+        self._since[worker] = time.monotonic()
+
+    async def inherit(self, workers: Sequence[str]) -> None:
+        """Note workers that nodes were lost on before anybody looked."""
+        for worker in workers:
+            self.add(worker)
+        known = await known_workers(self._client)
+        # Whether one that is gone had a nanny nobody knows: it was like the others.
+        if any(about["nanny"] for about in known.values()):
+            self._nannies.update(workers)
+
+    def __contains__(self, worker: object) -> bool:
+        return worker in self._since
+
+    async def note_nannies(self) -> None:
+        """Note which workers have a nanny, that starts another one when they die."""
+        known = await known_workers(self._client)
+        self._nannies.update(worker for worker, about in known.items() if about["nanny"])
+
+    async def choose(self, loads: Sequence[Load], held: Mapping[str, int]) -> list[str]:
+        """Choose a worker for each of some nodes: see `replacements`."""
+        known = await known_workers(self._client)
+        until = [
+            since + NANNY_S
+            for worker, since in self._since.items()
+            if worker in self._nannies and worker not in known
+        ]
+        until += [since + self._move_in_after_s for since in self._since.values()]
+        workers = await replacements(
+            self._client,
+            loads,
+            held=held,
+            suspects=self._since,
+            patience=max(until, default=0.0) - time.monotonic(),
+        )
+        await self.note_nannies()
+        return workers
 
 
 async def replacements(
@@ -147,17 +208,49 @@ async def _rooms(client: Client, workers: Collection[str], devices: Collection[s
 async def _room_of(
     client: Client, worker: str, devices: Collection[str]
 ) -> dict[str, list[Pool]] | None:
+    wanted = {"devices": sorted(devices)}
+    rooms: dict[str, list[Pool]] | None = await _ask(client, worker, room, wanted, PROBE_TIMEOUT_S)
+    return rooms
+
+
+async def end_strays(client: Client, identity: str, *, but: Collection[str]) -> None:
+    """End what workers hold of a pipeline that nobody drives any more, and wait for that.
+
+    Parameters
+    ----------
+    client : Client
+    identity : str
+        Of the pipeline's session.
+    but : collection of str
+        Workers that are not asked: they would not answer.
+    """
+    known = await known_workers(client)
+    arguments = {"identity": identity}
+    await asyncio.gather(
+        *(
+            _ask(client, worker, end_nodes, arguments, END_TIMEOUT_S)
+            for worker in known
+            if worker not in but
+        )
+    )
+
+
+async def _ask(
+    client: Client,
+    worker: str,
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    timeout_s: float,
+) -> Any:
+    """Have a worker call a function; return its answer, None where there is none in time."""
     with suppress(OSError):  # a timeout is one
         async with (
-            asyncio.timeout(PROBE_TIMEOUT_S),
+            asyncio.timeout(timeout_s),
             rpc(worker, connection_args=client.connection_args) as asked,
         ):
-            answer = await asked.run(
-                function=dumps(room), kwargs=dumps({"devices": sorted(devices)})
-            )
+            answer = await asked.run(function=dumps(function), kwargs=dumps(arguments))
             if answer["status"] == "OK":
-                rooms: dict[str, list[Pool]] = answer["result"]
-                return rooms
+                return answer["result"]
     return None
 
 

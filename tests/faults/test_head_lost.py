@@ -1,0 +1,195 @@
+"""A head on a worker is lost in all ways, and nothing of a text with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+
+import pipeinfer_dask as pi
+from pipeinfer_dask.engine import GenerationInterrupted
+from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
+from pipeinfer_dask.trace import History
+from tests.engine.pairs import PROMPT, Pair
+from tests.engine.test_leaks import wait_until_workers_hold_nothing
+from tests.engine.test_remote_head_ends import heads
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+PATIENCE_S = 90.0
+WORKERS = 4
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Workers for two stages, a drafter with the head, and a spare; nannies restart them."""
+    with ExitStack() as resources:
+        yield own_cluster(WORKERS, resources)
+
+
+@pytest.fixture
+def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
+    """An engine with its head on a worker, which leaves nothing behind, whatever happens to it."""
+    client.wait_for_workers(WORKERS, timeout=PATIENCE_S)
+    with pi.Engine.from_pretrained(
+        pair.target,
+        pair.draft,
+        client=client,
+        stages=2,
+        spares=1,
+        node_timeout=3.0,
+        head="worker",
+        max_concurrent=2,
+    ) as engine:
+        yield engine
+    wait_until_workers_hold_nothing(client)
+
+
+def place_of_head(client: Client) -> str:
+    found = client.run(heads, on_error="ignore")
+    (worker,) = (worker for worker, count in found.items() if count)
+    return worker
+
+
+def process_of_head(client: Client) -> int:
+    worker = place_of_head(client)
+    process: int = client.run(os.getpid, workers=[worker])[worker]
+    return process
+
+
+def in_mid_text(engine: pi.Engine, **options: Any) -> pi.Generation:
+    run = engine.start(PROMPT, max_new_tokens=200, **options)
+    for _ in zip(range(3), run, strict=False):
+        pass
+    return run
+
+
+def until_recovering(run: pi.Generation) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while run.status != "recovering":
+        assert time.monotonic() < deadline and not run.done()
+        time.sleep(0.01)
+
+
+def told(result: pi.Result, *kinds: type) -> list[type]:
+    return [type(what) for _, what in result.trace if isinstance(what, kinds)]
+
+
+def test_texts_go_on_when_the_worker_of_the_head_is_killed(
+    pair: Pair, client: Client, engine: pi.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 11, "top_k": 40, "logprobs": 1}
+    sampled = engine.generate(PROMPT, max_new_tokens=200, **options)
+    worker, process = place_of_head(client), process_of_head(client)
+    runs = [
+        in_mid_text(engine, strategy="pipeinfer"),
+        in_mid_text(engine, **options),
+        engine.start(PROMPT, max_new_tokens=50),
+    ]
+    assert runs[2].status == "queued"
+    os.kill(process, signal.SIGKILL)
+    until_recovering(runs[0])
+    assert f"recovers, and goes on with all texts: head (of 2 stages) on worker {worker} is lost" in (
+        caplog.text
+    )
+    runs.append(engine.start(PROMPT, max_new_tokens=20))
+    results = [run.result(PATIENCE_S) for run in runs]
+    assert results[0].token_ids == pair.greedy
+    assert results[1].token_ids == sampled.token_ids
+    assert results[1].text == sampled.text
+    assert results[1].logprobs is not None and len(results[1].logprobs) == 200
+    assert results[2].token_ids == pair.greedy[:50]
+    assert results[3].token_ids == pair.greedy[:20]
+    assert told(results[0], StageLost, DrafterLost) == [StageLost, DrafterLost]
+    for result in results[:2]:
+        assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+    for result in results:
+        story = History(result.trace)
+        assert [one.guess.token for one in story.tokens] == result.token_ids
+        assert all(run.done is not None or run.cancelled is not None for run in story.runs.values())
+        assert len(story.runs) == result.metrics.runs
+        times = [at for at, _ in result.trace]
+        assert times == sorted(times)
+        committed = [what.tokens for _, what in result.trace if isinstance(what, Commit)]
+        assert [token for tokens in committed for token in tokens] == result.token_ids
+    assert place_of_head(client) != worker
+
+
+def test_texts_go_on_when_the_head_hangs_and_it_holds_nothing_when_it_wakes_up(
+    pair: Pair, client: Client, engine: pi.Engine
+) -> None:
+    run = in_mid_text(engine)
+    process = process_of_head(client)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        assert run.result(PATIENCE_S).token_ids == pair.greedy
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def test_conversations_and_costs_survive_the_head(
+    pair: Pair, client: Client, engine: pi.Engine
+) -> None:
+    with engine.chat(template="plain") as chat:
+        first = chat.send("def main(arguments):", max_new_tokens=8)
+        run = in_mid_text(engine)
+        os.kill(process_of_head(client), signal.SIGKILL)
+        until_recovering(run)
+        with pytest.raises(RuntimeError, match="recovers from a loss: wait, and try again"):
+            engine.measure_costs()
+        second = chat.send("", max_new_tokens=8)
+        assert first.token_ids + second.token_ids == pair.greedy[:16]
+        assert run.result(PATIENCE_S).token_ids == pair.greedy
+    assert len(engine.measure_costs().stages) == 2
+
+
+def test_a_text_that_is_cancelled_while_the_head_is_replaced_is_over_at_once(
+    client: Client, engine: pi.Engine, pair: Pair
+) -> None:
+    run, other = in_mid_text(engine), in_mid_text(engine)
+    os.kill(process_of_head(client), signal.SIGKILL)
+    until_recovering(run)
+    run.cancel()
+    result = run.result(PATIENCE_S)
+    assert result.finish_reason == "stopped"
+    assert result.token_ids == pair.greedy[: len(result.token_ids)]
+    assert other.result(PATIENCE_S).token_ids == pair.greedy
+
+
+def test_a_head_moves_in_with_a_stage_and_without_any_worker_the_text_so_far_is_kept(
+    pair: Pair,
+) -> None:
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            worker_class="distributed.Worker",
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        first, last = client.scheduler_info()["workers"]
+        processes = client.run(os.getpid)
+        with pi.Engine.from_pretrained(
+            pair.target, client=client, stages=2, head=last, recovery_timeout=5.0
+        ) as engine:
+            run = in_mid_text(engine)
+            os.kill(processes[last], signal.SIGKILL)
+            assert run.result(PATIENCE_S).token_ids == pair.greedy
+            assert place_of_head(client) == first
+
+            run = in_mid_text(engine)
+            os.kill(processes[first], signal.SIGKILL)
+            why = r"head .* is lost: .*; it could not be replaced: .* none came within 5 s"
+            with pytest.raises(GenerationInterrupted, match=why) as lost:
+                run.result(PATIENCE_S)
+            partial = lost.value.partial_ids
+            assert partial and partial == pair.greedy[: len(partial)]
