@@ -4,6 +4,11 @@
     uvicorn --app-dir examples web_handler:app
     curl -N 'http://localhost:8000/generate?prompt=def+main&max_new_tokens=64'
 
+Who waits for a turn is told the place in the queue, once and whenever it changes:
+
+    event: queued
+    data: {"position": 2}
+
 The engine is in the server's own process, or on the workers of a cluster whose scheduler
 ``PIPEINFER_SCHEDULER`` names. Then a whole class can share its pipeline, each from a notebook:
 
@@ -38,6 +43,8 @@ MOST_TOKENS = 400
 STAGES = 2
 READERS = 16
 """So many are served at once; others wait in a queue."""
+GLANCE_S = 0.05
+"""Who waits there is looked at so often."""
 
 
 def opened(resources: ExitStack) -> pi.Engine:
@@ -80,8 +87,14 @@ async def generate(request: Request) -> Response:
 
 
 async def events(generation: pi.Generation) -> AsyncIterator[str]:
-    """Yield a generation's text as events ``text``, then its figures as ``done``."""
+    """Yield its place in the queue as ``queued``, its text as ``text``, its figures as ``done``."""
+    told = None
     try:
+        while generation.status == "queued":
+            if (position := generation.position) not in (None, told):
+                told = position
+                yield event("queued", {"position": position})
+            await asyncio.sleep(GLANCE_S)
         async for piece in generation:
             yield event("text", {"text": piece, "origin": piece.origin})
         result = await generation

@@ -327,6 +327,7 @@ class Engine(Serving):
             engine = cls.__new__(cls)
             Serving.__init__(engine, admission, opened_draft, ranges, driver, resources.pop_all())
             if client is not None:
+                addresses["head"] = driving if driving is not None else "client"
                 engine._places, engine._names = addresses, names_of(client)
             return engine
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -92,9 +93,14 @@ class Jobs:
             self.drop(ended)
             if ended:
                 await self.correct()
-            while len(self.wanted) * self._workers_per_job < workers:
+            for _ in range(self.short_of(workers)):
                 self.add()
             await self.correct()
+
+    def short_of(self, workers: int, lost: Collection[str] = ()) -> int:
+        """Return how many more jobs so many workers need, if the lost ones are dropped."""
+        jobs = math.ceil(workers / self._workers_per_job)
+        return max(0, jobs - len(self.wanted.difference(lost)))
 
     def add(self) -> str:
         """Want another job, and return its name; `correct` submits it."""

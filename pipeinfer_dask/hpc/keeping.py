@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from pipeinfer_dask.hpc.jobs import Jobs, SubmitError
 from pipeinfer_dask.hpc.queues import ASK_S, JobState
+from pipeinfer_dask.hpc.scaling import Floor
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Keeper:
     patience : float, seconds
         A worker may come back in its job, by its nanny, for so long. One whose job has ended
         is replaced at once.
+    floor : Floor
+        What its engine needs of the cluster, if that scales itself.
 
     Attributes
     ----------
@@ -37,10 +40,11 @@ class Keeper:
         What the queue last said of jobs that have no worker.
     """
 
-    def __init__(self, jobs: Jobs, patience: float) -> None:
+    def __init__(self, jobs: Jobs, patience: float, floor: Floor) -> None:
         self.lacking: tuple[JobState, ...] = ()
         self._jobs = jobs
         self._patience = patience
+        self._floor = floor
         self._seen: set[str] = set()  # jobs that have had a worker
         self._since: dict[str, float] = {}  # when they lost it
         self._told: dict[str, str] = {}
@@ -60,6 +64,8 @@ class Keeper:
         # Dask itself gives up a job whose worker stays away for long.
         new = self._jobs.unsubmitted
         self._owed += len(lost)
+        if self._floor.hold():  # what is more than it needs is for the cluster to say
+            self._owed = min(self._owed, self._jobs.short_of(self._floor.workers, lost))
         if now >= self._ready:
             # Before the lost ones are dropped, or one might get the name of one of them.
             new |= {self._jobs.add() for _ in range(self._owed)}

@@ -19,6 +19,7 @@ from pipeinfer_dask.hpc import waiting
 from pipeinfer_dask.hpc.jobs import Jobs, SubmitError, ages_of, check_runtime
 from pipeinfer_dask.hpc.keeping import Keeper
 from pipeinfer_dask.hpc.queues import JobState
+from pipeinfer_dask.hpc.scaling import Floor
 from pipeinfer_dask.hpc.waiting import JobError, Progress, StartTimeoutError
 from pipeinfer_dask.models.checkpoint import check_pair, open_checkpoint
 from pipeinfer_dask.models.layers import split_layers
@@ -46,7 +47,10 @@ class ClusterEngine(Engine):
 
     @property
     def nodes(self) -> dict[str, str]:
-        """By node, such as ``stage 0 (layers 0 to 9)``, the machine and worker that hold it."""
+        """By node, such as ``stage 0 (layers 0 to 9)``, the machine and worker that hold it.
+
+        The ``head`` is the ``client`` itself, unless a worker drives the pipeline.
+        """
         places = sorted(self._places.items())
         if self._client.status != "running":
             return dict(places)
@@ -135,16 +139,18 @@ def engine_from(
             raise ValueError(
                 f"expected a cluster or a client made with asynchronous=False, got {cluster!r}"
             )
+        floor = Floor(client.cluster, wanted)
+        resources.callback(floor.release)
         with waiting.shown(progress) as told:
             try:
-                call_on(loop_of(client), _workers(client, jobs, wanted, timeout, told))
+                call_on(loop_of(client), _workers(client, jobs, floor, timeout, told))
             except SubmitError as refused:
                 raise JobError(
                     f"expected the queue to take a job, but it says: {refused}"
                 ) from None
         if walltime is not None:
             check_runtime(walltime, least, ages_of(client))
-        keeper = _keep_jobs(client, jobs, resources) if jobs is not None else None
+        keeper = _keep_jobs(client, jobs, floor, resources) if jobs is not None else None
         with loading.shown(progress) as tell:
             engine = ClusterEngine.from_pretrained(
                 target,
@@ -209,8 +215,10 @@ def _check_models(
 
 
 async def _workers(
-    client: Client, jobs: Jobs | None, wanted: int, patience: float, told: Any
+    client: Client, jobs: Jobs | None, floor: Floor, patience: float, told: Any
 ) -> None:
+    wanted = floor.workers
+    floor.hold()  # first, or what is submitted now could be cancelled at once
     if jobs is not None:
         try:
             await jobs.submit(wanted, patience)
@@ -222,10 +230,10 @@ async def _workers(
     await waiting.wait_for_workers(client, wanted, patience, jobs, told)
 
 
-def _keep_jobs(client: Client, jobs: Jobs, resources: ExitStack) -> Keeper:
+def _keep_jobs(client: Client, jobs: Jobs, floor: Floor, resources: ExitStack) -> Keeper:
     """Replace lost jobs until ``resources`` are closed."""
     loop = loop_of(client)
-    keeper = Keeper(jobs, _seconds("replace-after", None))
+    keeper = Keeper(jobs, _seconds("replace-after", None), floor)
 
     async def begin() -> asyncio.Task[None]:
         return asyncio.get_running_loop().create_task(keeper.keep())

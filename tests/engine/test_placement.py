@@ -178,7 +178,8 @@ def test_a_trace_names_machine_and_worker_of_each_node_of_any_client(
         pair.target, pair.draft, client=inproc_client, stages=2, head=head
     ) as engine:
         trace = engine.generate("a b", max_new_tokens=4).trace
-    assert sorted(trace.places) == ["drafter", "stage 0", "stage 1"]
+    assert sorted(trace.places) == ["drafter", "head", "stage 0", "stage 1"]
+    assert trace.places["head"] == (trace.places["drafter"] if head == "worker" else "client")
     workers = inproc_client.scheduler_info(n_workers=-1)["workers"].values()
     told = {f"{worker['host']}, worker {worker['name']}" for worker in workers}
     assert len(set(trace.places.values()) & told) == 3

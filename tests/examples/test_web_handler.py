@@ -56,6 +56,16 @@ async def get(app: Any, **params: Any) -> Any:
         return await client.get("/generate", params=params)
 
 
+def scope(query: bytes) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "GET",
+        "path": "/generate",
+        "query_string": query,
+        "headers": [],
+    }
+
+
 def test_text_comes_as_events_and_the_figures_last(app: Any) -> None:
     async def visit(app: Any) -> Any:
         reply = await get(app, prompt="def main", max_new_tokens=12)
@@ -104,20 +114,45 @@ def test_a_reader_who_leaves_ends_the_text(app: Any, monkeypatch: pytest.MonkeyP
             if message.get("body"):
                 some.set()
 
-        query = b"prompt=def+main&max_new_tokens=400"
-        scope = {
-            "type": "http",
-            "method": "GET",
-            "path": "/generate",
-            "query_string": query,
-            "headers": [],
-        }
-        await app(scope, receive, send)
+        await app(scope(b"prompt=def+main&max_new_tokens=400"), receive, send)
         return await started[0]
 
     result = served(app, visit)
     assert result.finish_reason == "stopped"
     assert 0 < len(result.token_ids) < 400
+
+
+def test_who_waits_for_a_turn_is_told_the_place_in_the_queue(
+    example: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = example("web_handler")
+    monkeypatch.setattr(server, "READERS", 1)
+
+    async def visit(app: Any) -> tuple[str, pi.Result]:
+        engine = app.state.engine
+        # One has the pipeline, and another one is the next to have it.
+        before = [engine.start("import os", max_new_tokens=400) for _ in range(2)]
+        read = ""
+
+        async def receive() -> dict[str, Any]:
+            return await asyncio.Future()  # he stays
+
+        async def send(message: dict[str, Any]) -> None:
+            nonlocal read
+            read += message.get("body", b"").decode()
+            for place, one in zip((2, 1), before, strict=True):
+                if read.endswith(f'event: queued\ndata: {{"position": {place}}}\n\n'):
+                    one.cancel()
+
+        await app(scope(b"prompt=def+main&max_new_tokens=12"), receive, send)
+        return read, await engine.start("def main", max_new_tokens=12)
+
+    read, result = served(server.app, visit)
+    names, data = zip(*(part.split("\n") for part in read.strip().split("\n\n")), strict=True)
+    assert list(dict.fromkeys(names)) == ["event: queued", "event: text", "event: done"]
+    said = [json.loads(line[6:]) for line in data]
+    assert [one["position"] for one in said if "position" in one] == [2, 1]
+    assert "".join(one.get("text", "") for one in said) == result.text
 
 
 @pytest.mark.cluster

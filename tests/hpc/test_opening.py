@@ -53,14 +53,16 @@ def test_an_engine_knows_its_nodes_and_keeps_them_and_its_spares_until_it_is_clo
             places = {node.partition(" (")[0]: place for node, place in engine.nodes.items()}
             assert result.trace.places == places
             shown = Timeline(result).channel.about
+            assert places.pop("head") == "client"
             assert dict(zip(shown["nodes"], shown["places"], strict=True)) == places
             assert sorted(engine.nodes) == [
                 "drafter (draft)",
+                "head",
                 "stage 0 (layers 0 to 2)",
                 "stage 1 (layers 3 to 5)",
             ]
-            assert len(set(engine.nodes.values())) == 3
-            assert all(", worker " in place for place in engine.nodes.values())
+            assert len(set(places.values())) == 3
+            assert all(", worker " in place for place in places.values())
             assert engine.nodes["drafter (draft)"] in engine._repr_html_()
             kept = workers - removable(observer)
             assert len(kept) == 4

@@ -7,11 +7,12 @@ import re
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
+from distributed import Adaptive, Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
@@ -59,7 +60,7 @@ def test_a_text_goes_on_when_its_stages_job_is_cancelled_and_another_job_takes_t
         Client(cluster, set_as_default=False) as observer,
         hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, spares=1) as engine,
     ):
-        (lost,) = (place.rpartition(" ")[2] for place in engine.nodes.values())
+        lost = engine.nodes["stage 0 (layers 0 to 5)"].rpartition(" ")[2]
         (spare,) = set(cluster.worker_spec) - {lost}
         runs = [engine.start(PROMPT, max_new_tokens=NEW_TOKENS)]
         next(iter(runs[0]))
@@ -71,8 +72,7 @@ def test_a_text_goes_on_when_its_stages_job_is_cancelled_and_another_job_takes_t
             if result.metrics.losses:
                 break
         assert runs[0].result().text == plain
-        (place,) = engine.nodes.values()
-        assert place.endswith(f", worker {spare}")
+        assert engine.nodes["stage 0 (layers 0 to 5)"].endswith(f", worker {spare}")
 
         def replaced() -> bool:
             workers = observer.scheduler_info(n_workers=-1)["workers"].values()
@@ -117,6 +117,7 @@ def test_a_text_waits_for_the_job_that_is_submitted_in_place_of_a_cancelled_one(
             (submitted_anew,) = set(cluster.worker_spec) - before
             places = engine.nodes
         assert places["stage 1 (layers 3 to 5)"].endswith(f", worker {submitted_anew}")
+        assert places.pop("head") == "client"
         assert len(set(places.values())) == 3
     with capsys.disabled():
         sys.stdout.write(f"\nfrom sbatch to the first token: {first_token_s:.1f} s\n")
@@ -155,6 +156,51 @@ def test_any_number_of_losses_is_made_good_also_of_jobs_that_never_ran(
         until(lambda: observer.scheduler_info()["workers"] != {}, "its worker")
         assert engine.generate(PROMPT, max_new_tokens=4).token_ids
         until(lambda: engine.lacking == (), "a queue that nobody waits for")
+
+
+class Counting(Adaptive):
+    """Counts its rounds in which a job is still to come."""
+
+    waited = 0
+
+    async def adapt(self) -> None:
+        await super().adapt()
+        self.waited += bool(self.plan - self.observed)
+
+
+def test_a_cluster_that_scales_itself_down_to_nothing_cancels_no_job_that_an_engine_waits_for(
+    slurm: Slurm, plain: str, tmp_path: Path
+) -> None:
+    target, draft = pi.demo_pair()
+    with job_cluster(tmp_path) as cluster:
+        scaling = cluster.adapt(
+            Adaptive=Counting, minimum=0, maximum=4, interval="100ms", wait_count=1
+        )
+
+        def waits(rounds: int) -> Callable[[], bool]:
+            enough = scaling.waited + rounds
+            return lambda: scaling.waited >= enough
+
+        with (
+            slurm.starting_nothing_until(waits(5)),
+            hpc.engine_from(cluster, target, draft, stages=2) as engine,
+        ):
+            jobs = set(cluster.worker_spec)
+            assert len(jobs) == 3 and scaling.minimum == 3
+            lost = engine.nodes["stage 1 (layers 3 to 5)"].rpartition(" ")[2]
+            slurm.say("scontrol", "update", "PartitionName=debug", "State=DOWN")
+            try:
+                slurm.say("scancel", str(cluster.workers[lost].job_id))
+                until(lambda: lost not in cluster.worker_spec, "a job in place of the lost one")
+                replaced = set(cluster.worker_spec)
+                until(waits(5), "rounds of scaling while it waits")
+            finally:
+                slurm.say("scontrol", "update", "PartitionName=debug", "State=UP")
+            assert replaced > jobs - {lost} and len(replaced) == 3
+            assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text == plain
+            assert set(cluster.worker_spec) == replaced, "none of them was cancelled"
+        assert scaling.minimum == 0
+        until(lambda: not slurm.say("squeue", "--noheader"), "a cluster without workers")
 
 
 def test_a_job_that_waits_is_told_in_the_queues_own_words_and_stays_in_the_queue(
