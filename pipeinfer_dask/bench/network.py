@@ -36,7 +36,8 @@ AWAY_MS = (0.0, 10.0, 50.0)
 HEADS: tuple[Literal["client", "worker"], ...] = ("client", "worker")
 AWAY_STAGES = 4
 AWAY_TOKENS = 72
-LEAST = {"share": 0.9}
+AWAY_STRATEGIES = ("pipeinfer", "adaptive")
+LEAST = {f"{strategy}_share": 0.9 for strategy in AWAY_STRATEGIES}
 """Limits of the report's figures."""
 TOKEN_BYTES = 16 << 10
 
@@ -75,8 +76,9 @@ def run_network_bench(
         ``asked_hop_ms`` and ``bandwidth_mbit`` (None: unlimited). ``hop_ms`` is measured. And
         ``"clients"``: rows of ``away_ms``, ``head`` ("client" or "worker"), the tokens/s of
         `pipeinfer` and `adaptive` on up to 4 stages, from start to result as the client sees
-        them, and ``share``, of what `adaptive` gives the first of these clients. And the
-        least ``share`` of a head on a worker, and whether it is ``within`` its limit.
+        them, and ``share``, by strategy, of what it gives the first of these clients. And each
+        strategy's least share with a head on a worker (``pipeinfer_share``, ``adaptive_share``),
+        and whether it is ``within`` its limit.
     """
     costs = Costs.even(
         stages, stage_s=stage_ms / 1e3, token_cost=token_cost, token_bytes=TOKEN_BYTES
@@ -109,8 +111,9 @@ def run_network_bench(
             )
         few = min(stages, AWAY_STAGES)
         clients = _clients(client, away_ms, few, stage_ms, token_cost, acceptance, seed, rounds)
-    share = min((row["share"] for row in clients if row["head"] == "worker"), default=None)
-    report = {"suite": "network", "rows": rows, "clients": clients, "share": share}
+    shares = [row["share"] for row in clients if row["head"] == "worker"]
+    least = {f"{s}_share": min((one[s] for one in shares), default=None) for s in AWAY_STRATEGIES}
+    report = {"suite": "network", "rows": rows, "clients": clients, **least}
     return judged(report, least=LEAST, most={})
 
 
@@ -133,11 +136,12 @@ def _clients(
         ) as emulation:
             speeds = {
                 strategy: median(_seen_by_the_client(emulation, strategy) for _ in range(rounds))
-                for strategy in ("pipeinfer", "adaptive")
+                for strategy in AWAY_STRATEGIES
             }
-        first = rows[0]["adaptive"] if rows else speeds["adaptive"]
+        first = rows[0] if rows else speeds
         about = {"away_ms": ms, "head": head, "stages": stages, "stage_ms": stage_ms}
-        rows.append({**about, **speeds, "share": speeds["adaptive"] / first})
+        share = {strategy: speed / first[strategy] for strategy, speed in speeds.items()}
+        rows.append({**about, **speeds, "share": share})
     return rows
 
 
