@@ -40,3 +40,9 @@ def blocks(page: Path) -> list[Block]:
         )
         for found in FENCE.finditer(text)
     ]
+
+
+def block_with(page: Path, part: str) -> str:
+    """Return the code of the page's one block of Python in which this stands."""
+    (found,) = [b.code for b in blocks(page) if b.language == "python" and part in b.code]
+    return found

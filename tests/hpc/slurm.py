@@ -1,4 +1,7 @@
-"""A real Slurm on this machine, for any user: a controller, and four nodes that are one host."""
+"""A real Slurm on this machine, for any user: a controller, and four nodes that are one host.
+
+python -m tests.hpc.slurm       # runs one until Ctrl-C, to try things by hand
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import getpass
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -50,6 +55,14 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
 KillWait=2
 PartitionName=debug Nodes=ALL Default=YES MaxTime=120 State=UP
+"""
+USAGE = """\
+A Slurm with {nodes} nodes of {cores} cores, until Ctrl-C. In another terminal:
+
+export SLURM_CONF={configuration}
+sinfo
+python examples/slurm.py --interface lo --memory '1 GB' --log-directory {folder}/logs
+
 """
 NODE = """\
 NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cores} RealMemory=16000
@@ -170,6 +183,7 @@ class Slurm:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for us alone, who end them in order
                 )
             )
 
@@ -197,3 +211,27 @@ def free_ports(count: int) -> list[int]:
     with ExitStack() as held:
         taken = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [port.getsockname()[1] for port in taken]
+
+
+def main() -> None:
+    """Run a Slurm until Ctrl-C, and say how to use it."""
+    if (missing := lacking()) is not None:
+        raise SystemExit(missing)
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(ending, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), Slurm() as slurm:
+        (slurm.folder / "logs").mkdir()
+        sys.stdout.write(
+            USAGE.format(
+                nodes=len(NODES),
+                cores=CORES,
+                configuration=slurm.configuration,
+                folder=slurm.folder,
+            )
+        )
+        sys.stdout.flush()
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

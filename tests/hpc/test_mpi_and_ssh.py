@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import distributed
 import pytest
 
 import pipeinfer_dask as pi
+from pipeinfer_dask import hpc
+from tests.docs.blocks import block_with
 from tests.hpc.slurm import free_ports, program, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -90,4 +94,24 @@ def test_workers_started_over_ssh_generate_what_plain_decoding_gives(
 ) -> None:
     main = runpy.run_path(str(ROOT / "examples" / "ssh.py"))["main"]
     main([*["127.0.0.1"] * 4, "--remote-python", sys.executable, *ssh])
+    assert capsys.readouterr().out == plain + "\n"
+
+
+@pytest.mark.ssh
+@pytest.mark.filterwarnings("ignore:other machines can reach this cluster:UserWarning")
+def test_what_the_page_shows_for_ssh_generates_what_plain_decoding_gives(
+    plain: str, ssh: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    port, key, known = ssh[1::2]
+    ways = {
+        "remote_python": sys.executable,
+        "connect_options": {"port": int(port), "client_keys": [key], "known_hosts": known},
+        "scheduler_options": {"port": 0, "dashboard": False},
+    }
+    code = re.sub(r'"node\d"', '"127.0.0.1"', block_with(ROOT / "docs" / "hpc.md", "SSHCluster"))
+    code, count = re.subn(r"remote_python=.*,", "**ways,", code)
+    assert count == 1
+    target, draft = pi.demo_pair()
+    names = {"distributed": distributed, "hpc": hpc, "target": target, "draft": draft}
+    exec(code.replace('"nthreads": 32', '"nthreads": 1'), names | {"ways": ways})
     assert capsys.readouterr().out == plain + "\n"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from distributed import Adaptive, Client
 
@@ -260,3 +263,30 @@ def test_too_short_a_walltime_is_refused_before_anything_is_submitted(
     ):
         hpc.engine_from(cluster, pi.demo_pair()[0], stages=1)
     assert not slurm.say("squeue", "--noheader")
+
+
+def test_a_slurm_that_is_started_by_hand_ends_on_ctrl_c_with_all_that_it_runs(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-m", "tests.hpc.slurm"]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        said = iter(running.stdout.readline, "")
+        line = next(line for line in said if line.startswith("export SLURM_CONF="))
+        configuration = Path(line.partition("=")[2].strip())
+        daemons = psutil.Process(running.pid).children(recursive=True)
+        told = tmp_path / "pid"
+        job = f"--wrap=echo $$ > {told}.new; mv {told}.new {told}; sleep 600"
+        subprocess.run(
+            ["sbatch", "--output=/dev/null", job],
+            env=os.environ | {"SLURM_CONF": str(configuration)},
+            check=True,
+        )
+        until(told.exists, "a job that runs")
+        running.send_signal(signal.SIGINT)
+        assert running.wait(PATIENCE_S) == 0
+    assert {daemon.is_running() for daemon in daemons} == {False}
+    assert not psutil.pid_exists(int(told.read_text()))
+    assert not configuration.parent.exists()
