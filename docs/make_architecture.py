@@ -13,10 +13,11 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from docs.import_reasons import REASONS
 from docs.tables import fill, table
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.protocol import messages
@@ -67,6 +68,14 @@ class Function(NamedTuple):
     node: ast.FunctionDef
 
 
+class Place(NamedTuple):
+    """A node of the source, the class that it stands in, and what its parameters were given as."""
+
+    owner: str
+    node: ast.AST
+    given: dict[str, str]
+
+
 class Calls:
     """Which commands each function of the core may lead to, by the names that it calls."""
 
@@ -95,25 +104,47 @@ class Calls:
         return name, [known for known in methods if not own or known.owner == owner]
 
     def reached(
-        self, nodes: Iterable[ast.AST], owner: str, seen: set[tuple[str, str]] | None = None
-    ) -> set[str]:
-        """Return the commands that are made in these nodes of a class, or in what they call."""
+        self, nodes: Iterable[ast.AST], inside: Place, seen: set[tuple[str, str]] | None = None
+    ) -> Iterator[Place]:
+        """Yield what stands in these nodes of a function, and in what they call."""
         seen = set() if seen is None else seen
-        found = set()
         for node in (inner for outer in nodes for inner in ast.walk(outer)):
-            if not isinstance(node, ast.Call):
-                continue
-            name, functions = self.called(node, owner)
-            if name in self.commands:
-                found.add(name)
-            for function in functions:
-                if (function.owner, name) not in seen:
-                    seen.add((function.owner, name))
-                    found |= self.reached([function.node], function.owner, seen)
-        return found
+            yield inside._replace(node=node)
+            if isinstance(node, ast.Call):
+                name, functions = self.called(node, inside.owner)
+                arguments = [ast.unparse(each) for each in node.args]
+                for function in functions:
+                    if (function.owner, name) not in seen:
+                        seen.add((function.owner, name))
+                        names = [each.arg for each in function.node.args.args if each.arg != "self"]
+                        given = dict(zip(names, arguments, strict=False))
+                        place = Place(function.owner, function.node, given)
+                        yield from self.reached([function.node], place, seen)
 
-    def in_order(self, names: set[str]) -> list[str]:
+    def of_the_machine(self, nodes: Sequence[ast.AST]) -> Iterator[Place]:
+        """Yield what stands in these nodes of the machine's class, and in what they call."""
+        return self.reached(nodes, Place(Machine.__name__, nodes[0], {}))
+
+    def made(self, nodes: Sequence[ast.AST]) -> list[str]:
+        """Return the commands that these nodes of the machine may lead to, in their order."""
+        names = {
+            self.called(node, owner)[0]
+            for owner, node, _ in self.of_the_machine(nodes)
+            if isinstance(node, ast.Call)
+        }
         return [kind.__name__ for kind in messages.Command.__args__ if kind.__name__ in names]
+
+    def put(self, nodes: Sequence[ast.AST], state: Collection[str]) -> list[str]:
+        """Return what these nodes of the machine may make of its state."""
+        found: dict[str, None] = {}
+        for owner, node, given in self.of_the_machine(nodes):
+            if owner == Machine.__name__ and isinstance(node, ast.Assign):
+                value = ast.unparse(node.value)
+                value = given.get(value, value)
+                for target in map(ast.unparse, node.targets):
+                    if target.removeprefix("self.") in state and target != value:
+                        found[f"{target} = {value}"] = None
+        return list(found)
 
 
 def machine_table() -> str:
@@ -121,30 +152,56 @@ def machine_table() -> str:
     calls = Calls()
     (handle,) = ast.parse(textwrap.dedent(inspect.getsource(Machine.handle))).body
     assert isinstance(handle, ast.FunctionDef)
+    state = decisive(handle)
     rows: list[list[str]] = []
     for statement in handle.body:
         if isinstance(statement, ast.Match):
             for case in statement.cases:
                 events = re.findall(r"(\w+)\(\)", ast.unparse(case.pattern))
-                state = f"`{ast.unparse(case.guard)}`" if case.guard is not None else "any"
-                rows.append([code(events), state, *does(case.body, calls)])
+                guard = case.guard or condition(case.body[0])
+                said = f"`{ast.unparse(guard)}`" if guard is not None else "any"
+                rows.append([code(events), said, *does(case.body, calls, state)])
         elif isinstance(statement, ast.If):
-            rows += branches(statement, calls)
-    return table(["event", "state", "what is done", "commands it may lead to"], rows)
+            rows += branches(statement, calls, state)
+    return table(
+        ["event", "state", "what is done", "next state", "commands it may lead to"],
+        rows,
+    )
 
 
-def branches(statement: ast.If, calls: Calls) -> Iterator[list[str]]:
+def decisive(handle: ast.FunctionDef) -> set[str]:
+    """Return what of the machine a method's conditions look at: the state that the table has."""
+    conditions = [node.test for node in ast.walk(handle) if isinstance(node, ast.If)]
+    guards = [node.guard for node in ast.walk(handle) if isinstance(node, ast.match_case)]
+    looked_at = (node for each in (*conditions, *filter(None, guards)) for node in ast.walk(each))
+    return {
+        node.attr
+        for node in looked_at
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+    }
+
+
+def condition(statement: ast.stmt) -> ast.expr | None:
+    """Return what has to hold for a case to do anything, where that is asked of the state alone."""
+    if not isinstance(statement, ast.If):
+        return None
+    is_plain = not any(isinstance(node, ast.NamedExpr) for node in ast.walk(statement.test))
+    return statement.test if is_plain else None
+
+
+def branches(statement: ast.If, calls: Calls, state: Collection[str]) -> Iterator[list[str]]:
     """Yield a row for each branch of a condition that stands outside the events."""
-    condition = f"`{ast.unparse(statement.test)}`"
+    asked = f"`{ast.unparse(statement.test)}`"
     leaves = isinstance(statement.body[-1], ast.Return)
-    yield ["before any" if leaves else "after each", condition, *does(statement.body, calls)]
+    when = "before any" if leaves else "after each"
+    yield [when, asked, *does(statement.body, calls, state)]
     for other in statement.orelse:
         if isinstance(other, ast.If):
-            yield from branches(other, calls)
+            yield from branches(other, calls, state)
 
 
-def does(body: Sequence[ast.stmt], calls: Calls) -> tuple[str, str]:
-    """Return which methods of its own the machine calls, and what may come of it."""
+def does(body: Sequence[ast.stmt], calls: Calls, state: Collection[str]) -> tuple[str, str, str]:
+    """Return which methods the machine calls, its next state, and the commands it may give."""
     own: dict[str, None] = {}
     for node in (inner for statement in body for inner in ast.walk(statement)):
         if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Attribute):
@@ -153,7 +210,7 @@ def does(body: Sequence[ast.stmt], calls: Calls) -> tuple[str, str]:
             target = ast.unparse(node.func)
             if target.startswith("self."):
                 own[target.removeprefix("self.")] = None
-    return code(own), code(calls.in_order(calls.reached(body, Machine.__name__)))
+    return code(own), code(calls.put(body, state)), code(calls.made(body))
 
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-"}
@@ -214,8 +271,25 @@ def packages_table(shown: str) -> str:
         count = lines(name)
         if abs(said.get(name, 0) - count) > max(50, count / 10):
             said[name] = max(50, round(count, -2))
-        rows.append([f"`{name}`", said[name], PACKAGES[name], code(imports(name))])
-    return table(["package", "lines, about", "what it is for", "imports from"], rows)
+        rows.append([f"`{name}`", said[name], PACKAGES[name]])
+    return table(["package", "lines, about", "what it is for"], rows)
+
+
+def imports_table() -> str:
+    """Return what each package imports from, and why.
+
+    Raises
+    ------
+    ValueError
+        If an import has no reason, or a reason no import.
+    """
+    rows = []
+    for name in there():
+        reasons = REASONS.get(name, {})
+        if wrong := reasons.keys() ^ set(imports(name)):
+            raise ValueError(f"imports of {name} without a reason, or the other way: {wrong}")
+        rows += [[f"`{name}`", f"`{other}`", reasons[other]] for other in imports(name)]
+    return table(["package", "imports from", "why"], rows)
 
 
 # --- public names -----------------------------------------------------------------
@@ -268,6 +342,7 @@ def filled(page: str) -> str:
         "events": messages_table(messages.Event.__args__),
         "commands": messages_table(messages.Command.__args__),
         "packages": packages_table(page),
+        "imports": imports_table(),
         "names": names_table(),
     }
     for name, part in parts.items():

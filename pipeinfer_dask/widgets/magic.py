@@ -10,8 +10,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from pipeinfer_dask.engine import Engine, Generation
-from pipeinfer_dask.runtime.head.chat import Chat
+from pipeinfer_dask.engine import Chat, Engine, Generation
 
 
 @magics_class

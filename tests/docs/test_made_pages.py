@@ -7,6 +7,7 @@ from datetime import date
 import pytest
 
 from docs import make_architecture, make_concepts, make_performance
+from docs.import_reasons import REASONS
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Command
 from pipeinfer_dask.simulation import simulate
@@ -24,7 +25,7 @@ def commands_by_event() -> dict[str, set[str]]:
     table = page.partition("<!-- table: machine -->")[2].partition("<!-- end -->")[0]
     said: dict[str, set[str]] = {}
     for line in table.strip().splitlines()[2:]:
-        events, _, _, commands = line.strip("| ").split(" | ")
+        events, _, _, _, commands = line.strip("| ").split(" | ")
         for event in re.findall(r"`(\w+)`|(after each)", events):
             said.setdefault("".join(event), set()).update(re.findall(r"`(\w+)`", commands))
     return said
@@ -44,6 +45,24 @@ def test_the_machine_does_what_its_table_says_and_nothing_else(strategy: str) ->
 
 def test_packages_stand_in_the_order_in_which_imports_may_run() -> None:
     assert tuple(make_architecture.PACKAGES) == LAYERS
+
+
+def test_an_import_without_a_reason_makes_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = {**REASONS, "cli": {"engine": REASONS["cli"]["engine"]}}
+    monkeypatch.setattr(make_architecture, "REASONS", without)
+    with pytest.raises(ValueError, match="imports of cli without a reason"):
+        make_architecture.imports_table()
+
+
+def test_the_machines_table_says_what_state_a_loss_and_its_end_lead_to() -> None:
+    rows = [
+        line.strip("| ").split(" | ") for line in make_architecture.machine_table().splitlines()
+    ]
+    following = {event: state for event, _, _, state, _ in rows}
+    assert following["`StageLost`"] == "`self.generation = AWAY`"
+    assert following["`StagesBack`"] == "`self.generation = event.generation`"
+    assert "`self.draft_generation = AWAY`" in following["`DrafterLost`"]
+    assert following["`Woken`"] == "-"
 
 
 def test_a_line_count_stands_until_it_is_off_by_more_than_a_tenth() -> None:
