@@ -1,7 +1,8 @@
 """Sphinx: the pages of this folder, the API from its docstrings, the notebooks as they were saved.
 
-pip install -c constraints.txt -e '.[docs]'
-sphinx-build -W --keep-going docs build/docs && python docs/check_links.py build/docs
+.venv/bin/pip install -c constraints.txt -e '.[docs]'
+.venv/bin/sphinx-build -W --keep-going docs build/docs
+.venv/bin/python docs/check_links.py build/docs
 """
 
 import re

@@ -4,7 +4,8 @@ Its layers are made to take as long as those of large models.
 
     python docs/make_screenshots.py
 
-Needs ``pip install -e '.[browser]'`` and a Chromium. The pictures go to docs/images.
+Needs ``.venv/bin/pip install -c constraints.txt -e '.[browser]'`` and a Chromium. The
+pictures go to docs/images.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Generations in an asyncio program: awaited, streamed, and given up after a time.
 
-python examples/asynchronous.py
+.venv/bin/python examples/asynchronous.py
 """
 
 import asyncio

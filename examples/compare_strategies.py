@@ -1,8 +1,8 @@
 """All strategies on one prompt: figures, a plot, and a timeline of each.
 
-    pip install -c constraints.txt '.[examples]'
-    python examples/compare_strategies.py plots
-    python examples/compare_strategies.py plots --target my/target --draft my/draft --stages 4
+    .venv/bin/pip install -c constraints.txt '.[examples]'
+    .venv/bin/python examples/compare_strategies.py plots
+    .venv/bin/python examples/compare_strategies.py plots --target my/target --draft my/draft
 
 Nodes that share the cores of one machine are no pipeline. So the plot has a second panel: what the
 same costs would give on machines of their own, in virtual time.
@@ -18,7 +18,7 @@ try:
     import matplotlib
 except ImportError:
     raise SystemExit(
-        "this needs matplotlib: pip install -c constraints.txt '.[examples]'"
+        "this needs matplotlib: .venv/bin/pip install -c constraints.txt '.[examples]'"
     ) from None
 matplotlib.use("Agg")  # files only: no window
 import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@ and the workers' own ports.
 
 Usage::
 
-    python examples/existing_scheduler_tls.py tls://10.0.0.1:8786 \
+    .venv/bin/python examples/existing_scheduler_tls.py tls://10.0.0.1:8786 \
         --ca-file ca.pem --cert cert.pem --key key.pem
 """
 

@@ -1,14 +1,14 @@
 """Share the layers out by what each node can hold and compute.
 
-Start workers on nodes of any kind, and give this the scheduler's address. Each worker
+Start workers on nodes of any kind, such as a large and a small one, and give this the scheduler's address. Each worker
 measures a layer of the model; faster ones get more layers, as far as their memory goes.
 
 Usage::
 
-    dask scheduler --scheduler-file cluster.json
-    dask worker --scheduler-file cluster.json --nthreads 32 --memory-limit 0    # on a large node
-    dask worker --scheduler-file cluster.json --nthreads 8 --memory-limit 16GB  # on a small one
-    python examples/heterogeneous_nodes.py tcp://10.0.0.1:8786
+    .venv/bin/dask scheduler --scheduler-file cluster.json
+    .venv/bin/dask worker --scheduler-file cluster.json --nthreads 32 --memory-limit 0
+    .venv/bin/dask worker --scheduler-file cluster.json --nthreads 8 --memory-limit 16GB
+    .venv/bin/python examples/heterogeneous_nodes.py tcp://10.0.0.1:8786
 """
 
 from __future__ import annotations

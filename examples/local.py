@@ -1,7 +1,7 @@
 """A text through worker processes of this machine, and how it came about.
 
-python examples/local.py
-python examples/local.py "class Stack:"
+.venv/bin/python examples/local.py
+.venv/bin/python examples/local.py "class Stack:"
 """
 
 import sys

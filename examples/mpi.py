@@ -1,11 +1,11 @@
 """Generate on the ranks of an MPI job: rank 0 is the scheduler, rank 1 this program.
 
 All other ranks are workers: one for each stage, and one for the draft model. Needs
-``pip install 'pipeinfer-dask[hpc]'``, beside the MPI that starts it.
+``.venv/bin/pip install -c constraints.txt '.[hpc]'``, beside the MPI that starts it.
 
 Usage::
 
-    mpirun -n 5 python examples/mpi.py --stages 2
+    mpirun -n 5 .venv/bin/python examples/mpi.py --stages 2
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Other systems differ in the name alone: ``"sge"``, ``"lsf"``, ``"oar"`` or ``"ht
 
 Usage::
 
-    python examples/pbs.py --job-script
-    python examples/pbs.py --queue workq --account project1
+    .venv/bin/python examples/pbs.py --job-script
+    .venv/bin/python examples/pbs.py --queue workq --account project1
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ job of its own. ``--job-script`` prints what would be submitted, and submits not
 
 Usage::
 
-    python examples/slurm.py --queue normal --cores 32 --memory "64 GB" --interface ib0
+    .venv/bin/python examples/slurm.py --queue normal --cores 32 --memory "64 GB" --interface ib0
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Generate on machines that SSH reaches: the scheduler on the first, a worker on each further one.
 
-A machine may be named twice. Needs ``pip install 'pipeinfer-dask[hpc]'`` here, and this package on
-each of them, at the same place.
+A machine may be named twice. Needs ``.venv/bin/pip install -c constraints.txt '.[hpc]'`` here, and
+this package on each of them, at the same place.
 
 Usage::
 
-    python examples/ssh.py node1 node1 node2 node3 --remote-python /shared/venv/bin/python
+    .venv/bin/python examples/ssh.py node1 node1 node2 node3 --remote-python /shared/venv/bin/python
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A text as it comes, each piece marked by its origin. Ctrl-C ends the text, not the engine.
 
-python examples/streaming.py
-python examples/streaming.py "class Stack:" --temperature 0.8 --seed 1
+.venv/bin/python examples/streaming.py
+.venv/bin/python examples/streaming.py "class Stack:" --temperature 0.8 --seed 1
 """
 
 import click

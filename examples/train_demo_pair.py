@@ -30,7 +30,7 @@ steps.
 
 Usage::
 
-    python examples/train_demo_pair.py --output pipeinfer_dask/models/demo_pair
+    .venv/bin/python examples/train_demo_pair.py --output pipeinfer_dask/models/demo_pair
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An engine behind a web server: text as server-sent events, and a reader who leaves ends his text.
 
-    pip install -c constraints.txt '.[examples]'
-    uvicorn --app-dir examples web_handler:app
+    .venv/bin/pip install -c constraints.txt '.[examples]'
+    .venv/bin/uvicorn --app-dir examples web_handler:app
     curl -N 'http://localhost:8000/generate?prompt=def+main&max_new_tokens=64'
 
 Who waits for a turn is told the place in the queue, once and whenever it changes:
@@ -12,7 +12,7 @@ Who waits for a turn is told the place in the queue, once and whenever it change
 The engine is in the server's own process, or on the workers of a cluster whose scheduler
 ``PIPEINFER_SCHEDULER`` names. Then a whole class can share its pipeline, each from a notebook:
 
-    PIPEINFER_SCHEDULER=tcp://10.0.0.1:8786 uvicorn --app-dir examples web_handler:app
+    PIPEINFER_SCHEDULER=tcp://10.0.0.1:8786 .venv/bin/uvicorn --app-dir examples web_handler:app
 
 There is no authentication here: put it behind something that has it.
 """
@@ -31,7 +31,9 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError:
-    raise SystemExit("this needs starlette: pip install -c constraints.txt '.[examples]'") from None
+    raise SystemExit(
+        "this needs starlette: .venv/bin/pip install -c constraints.txt '.[examples]'"
+    ) from None
 
 from distributed import Client
 

@@ -5,7 +5,7 @@
 
 A live view is nothing without its kernel. What is saved is the picture that each view gives as
 well, so that a page on the web shows it, and a notebook stays small. Whoever runs a cell has
-the live view there again. Needs ``pip install -e '.[notebooks]'``.
+the live view there again. Needs ``.venv/bin/pip install -c constraints.txt -e '.[notebooks]'``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ def dataframe(trace: Trace, rows: Rows) -> Any:
     try:
         import pandas as pd
     except ImportError:
-        raise ImportError("a data frame needs pandas: pip install pandas") from None
+        raise ImportError(
+            "a data frame needs pandas: pip install 'pipeinfer-dask[tables]'"
+        ) from None
     read, columns = TABLES[rows]
     frame = pd.DataFrame(list(read(History(trace))), columns=columns.split())
     # Where a value may be missing, all of them would lose their type.

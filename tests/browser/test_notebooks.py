@@ -48,7 +48,7 @@ def test_a_notebook_runs_and_its_views_live(
 ) -> None:
     if find_spec("matplotlib") is None:
         lacks = pytest.fail if os.environ.get("PIPEINFER_BROWSER") == "1" else pytest.skip
-        lacks("notebooks draw: pip install '.[notebooks]'")
+        lacks("notebooks draw: needs '.[notebooks]'")
     tab = opened(notebook=with_its_engine_open(path))
     page = tab.page
     buttons = {name: page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel")}

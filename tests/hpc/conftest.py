@@ -16,13 +16,13 @@ from tests.hpc.slurm import Slurm
 def _lacking_mpi() -> str | None:
     if shutil.which("mpirun") and find_spec("dask_mpi") and find_spec("mpi4py"):
         return None
-    return "no MPI: apt-get install openmpi-bin, pip install '.[hpc]'"
+    return "no MPI: apt-get install openmpi-bin, and '.[hpc]'"
 
 
 def _lacking_ssh() -> str | None:
     if slurms.program("sshd") and shutil.which("ssh-keygen") and find_spec("asyncssh"):
         return None
-    return "no SSH: apt-get install openssh-server, pip install '.[hpc]'"
+    return "no SSH: apt-get install openssh-server, and '.[hpc]'"
 
 
 LACKING = {"slurm": slurms.lacking, "mpi": _lacking_mpi, "ssh": _lacking_ssh}

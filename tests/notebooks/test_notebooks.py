@@ -20,7 +20,7 @@ LACKING = [
     for name in ("ipykernel", "matplotlib", "nbclient", "nbconvert", "nbformat")
     if find_spec(name) is None
 ]
-REASON = f"{', '.join(LACKING)} not installed: pip install 'pipeinfer-dask[notebooks]'"
+REASON = f"{', '.join(LACKING)} not installed: needs '.[notebooks]'"
 if LACKING and os.environ.get("PIPEINFER_BROWSER") == "1":
     raise ImportError(REASON)
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=REASON)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from pipeinfer_dask.cli import main
@@ -34,6 +35,19 @@ def test_ci_begins_with_the_commands_of_the_readme(root: Path) -> None:
         "ruff format --check .",
         "mypy",
     ]
+
+
+@pytest.mark.parametrize("workflow", ["ci.yml", "release.yml"])
+def test_a_workflow_runs_the_whole_check_with_the_python_that_it_has_set_up(
+    root: Path, workflow: str
+) -> None:
+    told = yaml.safe_load((root / ".github" / "workflows" / workflow).read_text())
+    steps = [step for job in told["jobs"].values() for step in job["steps"]]
+    (check,) = [place for place, step in enumerate(steps) if ".ci/run" in step.get("run", "")]
+    # It installs system packages, and sudo alone would look for python3 on root's own path.
+    assert steps[check]["run"] == 'sudo env "PATH=$PATH" bash .ci/run'
+    before = [step.get("uses", "").partition("@")[0] for step in steps[:check]]
+    assert before == ["actions/checkout", "actions/setup-python"]
 
 
 def test_the_simulation_in_the_readme_is_what_its_command_prints(root: Path) -> None:

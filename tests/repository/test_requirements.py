@@ -1,5 +1,6 @@
 """One set of dependency ranges: pyproject.toml, environment.yml and constraints.txt agree."""
 
+import re
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -55,3 +56,33 @@ def test_torch_is_pinned_without_a_build_so_that_any_index_has_it(
 ) -> None:
     assert str(pins["torch"]) == "torch==2.13.0"
     assert not [name for name in pins if name.startswith(("nvidia", "triton"))]
+
+
+# How an extra is named: to whoever has a copy of the repository, or whatever is installed.
+OF_A_COPY = re.compile(r"'\.\[([a-z,]+)\]'")
+OF_WHAT_IS_INSTALLED = re.compile(r"pipeinfer-dask\[([a-z,]+)\]")
+
+
+def test_every_extra_that_is_named_anywhere_exists(
+    tracked: list[Path], project: dict[str, list[Requirement]]
+) -> None:
+    named = {
+        (path.name, extra)
+        for path in tracked
+        if path.suffix in {"", ".py", ".md", ".toml", ".ipynb", ".yml", ".yaml"}
+        for form in (OF_A_COPY, OF_WHAT_IS_INSTALLED)
+        for found in form.findall(path.read_text(encoding="utf-8"))
+        for extra in found.split(",")
+    }
+    assert len(named) > 20
+    assert {(name, extra) for name, extra in named if extra not in project} == set()
+
+
+def test_an_installed_package_names_extras_of_what_is_installed_and_all_else_of_a_copy(
+    root: Path, tracked: list[Path]
+) -> None:
+    installed = root / "pipeinfer_dask"
+    for path in tracked:
+        if path.suffix in {".py", ".md"} and path != Path(__file__):
+            unfit = OF_A_COPY if installed in path.parents else OF_WHAT_IS_INSTALLED
+            assert unfit.findall(path.read_text(encoding="utf-8")) == [], path

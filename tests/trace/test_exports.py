@@ -29,7 +29,7 @@ EVIL = "</pre><script>alert('1')</script>&"
 
 
 def test_a_data_frame_has_a_row_for_all_that_was_done(tmp_path: Path) -> None:
-    pytest.importorskip("pandas", reason="pandas is not installed: pip install -e '.[tables]'")
+    pytest.importorskip("pandas", reason="needs '.[tables]'")
     frame = TRACE.to_dataframe()
     metrics = TRACE.metrics()
     stages = frame[frame.node != "drafter"]
@@ -63,7 +63,7 @@ def test_what_a_stage_was_spared_is_a_fate_of_its_work_and_shown_by_rings(
 
 
 def test_data_frames_of_runs_tokens_and_guesses_tell_the_same_story() -> None:
-    pytest.importorskip("pandas", reason="pandas is not installed: pip install -e '.[tables]'")
+    pytest.importorskip("pandas", reason="needs '.[tables]'")
     metrics = TRACE.metrics()
     runs, tokens, guesses = (TRACE.to_dataframe(rows) for rows in ("runs", "tokens", "guesses"))
     assert len(runs) == metrics.runs
@@ -87,7 +87,7 @@ def test_a_data_frame_comes_back_from_a_parquet_file_with_its_types(
     rows: Rows, either: Trace, tmp_path: Path
 ) -> None:
     for lacking in ("pandas", "pyarrow"):
-        pytest.importorskip(lacking, reason=f"no {lacking}: pip install -e '.[tables]'")
+        pytest.importorskip(lacking, reason="needs '.[tables]'")
     import pandas as pd
 
     frame = either.to_dataframe(rows)
@@ -113,7 +113,7 @@ def test_a_table_that_there_is_not_is_refused() -> None:
 
 def test_without_pandas_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="pip install pandas"):
+    with pytest.raises(ImportError, match=r"pip install 'pipeinfer-dask\[tables\]'"):
         TRACE.to_dataframe()
 
 
