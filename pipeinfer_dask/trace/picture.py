@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
 from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
 from pipeinfer_dask.trace.tables import Work, legible, node_name, window, work_of
+from pipeinfer_dask.trace.text import text_html
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
 """Of a timeline, in pixels: all of it, its row names, a row, and the space above."""
@@ -69,15 +69,6 @@ LOOKS = {
 }
 RING = "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0"
 """A path from its middle, for what took no time."""
-ORIGINS = {
-    Origin.ACCEPTED: ("#007a59", "underline solid", "guessed by the draft model, and accepted"),
-    Origin.CORRECTED: ("#9a5b00", "underline wavy", "the target's own, against a guess"),
-    Origin.PLAIN: ("inherit", "none", "the target's own, nothing was guessed"),
-}
-"""For each origin: a colour, a line below it, and what it means."""
-
-GROUND, INK = "#fff", "#222"
-"""Of text whose marks have colours: these can be read on no dark page."""
 
 INKS = {
     "plain": 'fill="#fff"',
@@ -180,7 +171,7 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         for (time, count), next_mark in zip(commits.items(), later, strict=False)
         if count > 1 and next_mark - x(time) >= DIGIT * len(str(count)) + 8
     ]
-    for moment in _ticks(began - history.began, ended - history.began):
+    for moment in ticks(began - history.began, ended - history.began):
         where, label = x(moment + history.began), f"{moment * 1e3:g} ms"
         middle = min(where, WIDTH - DIGIT * len(label) / 2 - 2)  # the last one is not cut
         parts.append(
@@ -190,12 +181,11 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     return "".join([*parts, "</svg>"])
 
 
-def image(svg: str, description: str) -> str:
+def image(svg: str, description: str, style: str = "max-width:100%") -> str:
     """Return an SVG as an HTML image with a description."""
     data = base64.b64encode(svg.encode()).decode()
     return (
-        f'<img style="max-width:100%" alt="{escape(description)}" '
-        f'src="data:image/svg+xml;base64,{data}">'
+        f'<img style="{style}" alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
     )
 
 
@@ -318,33 +308,6 @@ def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def text_html(history: History) -> str:
-    """Return the text, each token marked by where it came from."""
-    spans = [
-        f'<span style="color:{colour};text-decoration:{line}" title="{meaning}">'
-        f"{escape(text)}</span>"
-        for token, text in zip(history.tokens, pieces_of(history), strict=True)
-        for colour, line, meaning in [ORIGINS[token.origin]]
-    ]
-    key = " | ".join(
-        f'<span style="color:{colour};text-decoration:{line}">{meaning}</span>'
-        for colour, line, meaning in ORIGINS.values()
-    )
-    style = "white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;background:inherit"
-    return (
-        f'<div style="background:{GROUND};color:{INK};padding:4px 8px">'
-        f'<pre style="{style}">{"".join(spans)}</pre>'
-        f"<small>{key}</small></div>"
-    )
-
-
-def pieces_of(history: History) -> list[str]:
-    """Return what each token of the text added to it."""
-    trace = history.trace
-    known = trace.pieces[: len(history.tokens)]
-    return known + [trace.text_of(token.guess.token) for token in history.tokens[len(known) :]]
-
-
 def metrics_html(metrics: Metrics) -> str:
     """Return the figures as a table."""
 
@@ -363,21 +326,6 @@ def metrics_html(metrics: Metrics) -> str:
         ("stages busy", " ".join(f"{share:.0%}" for share in metrics.stage_utilization)),
     ]
     return table_html(["figure", "value"], rows)
-
-
-def depths_html(history: History) -> str:
-    """Return for each distance ahead of the text how many guesses became text, as a table."""
-    counts: dict[int, list[int]] = {}
-    for guess in history.settled:
-        if guess.ahead:
-            count = counts.setdefault(guess.ahead, [0, 0])
-            count[0] += guess.kept
-            count[1] += 1
-    rows = [
-        [str(ahead), f"{kept} of {count}", f"{kept / count:.0%}"]
-        for ahead, (kept, count) in sorted(counts.items())
-    ]
-    return table_html(["places ahead", "guesses that became text", "share"], rows) if rows else ""
 
 
 def trace_html(trace: Trace) -> str:
@@ -417,9 +365,10 @@ def _swatch(look: Look) -> str:
     return image(f'<svg {size}>{PATTERNS}<path d="{shape}" {_paint(look)}/></svg>', "")
 
 
-def _ticks(began: float, ended: float) -> list[float]:
-    """Return round moments between two, in seconds: about eight."""
-    step = 10 ** math.floor(math.log10(max(ended - began, 1e-9) / 8))
-    step *= next(factor for factor in (1, 2, 5, 10, 20) if (ended - began) / step / factor <= 10)
+def ticks(began: float, ended: float, most: int = 10) -> list[float]:
+    """Return round values between two, at most so many of them and one more."""
+    length = max(ended - began, 1e-9)
+    step = 10 ** math.floor(math.log10(length / most))
+    step *= next(factor for factor in (1, 2, 5, 10, 20) if length / step / factor <= most)
     first = math.ceil(began / step - 1e-9)
     return [round(n * step, 9) for n in range(first, math.floor(ended / step + 1e-9) + 1)]

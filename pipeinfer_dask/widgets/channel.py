@@ -16,8 +16,9 @@ import ipywidgets
 import traitlets
 
 from pipeinfer_dask.protocol.messages import Origin
-from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
+from pipeinfer_dask.trace.picture import LOOKS
 from pipeinfer_dask.trace.tables import node_name
+from pipeinfer_dask.trace.text import ORIGINS
 from pipeinfer_dask.widgets.feed import TABLES, Feed
 
 HEAD = struct.Struct("<f?")

@@ -17,8 +17,8 @@ from pipeinfer_dask.bench.browser import Lab, Tab
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.simulation import simulate
 from pipeinfer_dask.trace import Fate, History
-from pipeinfer_dask.trace.picture import ORIGINS
 from pipeinfer_dask.trace.tables import work_of
+from pipeinfer_dask.trace.text import ORIGINS
 from tests.browser.conftest import Opened
 
 pytestmark = pytest.mark.browser
@@ -328,7 +328,7 @@ def test_a_tree_is_seen_in_full_and_says_of_each_guess_what_it_is(opened: Opened
     tab = opened(SIMULATED, "DraftTree(simulation, moment=2.0)")
     shown = until(tab, "[data-boxes]", "Number(data.boxes) > 3")
     cut = "it => it.scrollWidth > it.clientWidth"
-    assert not tab.page.locator(".pipeinfer-scroll").evaluate(cut)
+    assert not tab.page.locator(".pipeinfer-scroll").first.evaluate(cut)
     items = tab.page.get_by_role("listitem").filter(has=tab.page.locator("rect"))
     said = [item.get_attribute("aria-label") or "" for item in items.all()]
     assert len(said) == int(shown["boxes"])
@@ -337,6 +337,16 @@ def test_a_tree_is_seen_in_full_and_says_of_each_guess_what_it_is(opened: Opened
         r"#\d+: (a guess, the target is asked|only guessed|ruled out just now), \d+%, after #\d+"
     )
     assert sum(bool(re.fullmatch(guess, each)) for each in said) >= int(shown["open"])
+    table = tab.page.get_by_text("The same as a table")
+    table.click()
+    rows = tab.page.locator(".pipeinfer-scroll tbody tr")
+    rows.first.wait_for()
+    guesses = [each for each in said if not each.endswith(": text")]
+    told = [" ".join(row.locator("td").all_inner_texts()) for row in rows.all()]
+    assert len(told) == len(guesses)
+    for line, each in zip(told, guesses, strict=True):
+        word, kind, sure, after = re.fullmatch("(.*): (.*), (.*), after (.*)", each).groups()
+        assert line.startswith(f"{word} {after} {kind} {sure}")
     assert float(data(tab, "[data-steps]")["moment"]) == 2
     tab.page.get_by_role("button", name="A step ahead").click()
     assert until(tab, "[data-boxes]", f"data.draws > {shown['draws']}") != shown
@@ -372,8 +382,11 @@ def test_a_notebook_saved_with_live_views_holds_pictures_of_them(
     assert "tokens a second" in board and "guessed by the draft model" in board
     assert len(timeline) < 100_000
     with exported(saved, browser) as page:
-        images = page.locator(".jp-OutputArea-output img:not([alt=''])")
-        assert [images.nth(at).is_visible() for at in range(images.count())] == [True, True]
+        images = page.locator(".jp-OutputArea-output img:not([alt=''])").all()
+        kinds = [(image.get_attribute("alt") or "").split(" ")[0] for image in images]
+        assert kinds.count("Timeline:") == 2 and kinds.count("Draft") == 1
+        assert kinds.count("Guesses") == 4  # over time and by depth, of the board and by themselves
+        assert all(image.is_visible() for image in images)
         assert page.get_by_text("tokens a second").first.is_visible()
     tab.end_kernel()
     tab.open(lab.address_of(saved.name))

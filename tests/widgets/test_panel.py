@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +10,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.models.shard import Shard
+from pipeinfer_dask.protocol.messages import Commit
 from pipeinfer_dask.simulation import simulate
-from pipeinfer_dask.trace.picture import LOOKS, ORIGINS
+from pipeinfer_dask.trace import History
+from pipeinfer_dask.trace.picture import LOOKS
+from pipeinfer_dask.trace.text import ORIGINS, pieces_of
+from pipeinfer_dask.trace.tree import KINDS
 from pipeinfer_dask.widgets import Dashboard, DraftTree, Metrics, Stepper, Timeline, TokenStream
 from pipeinfer_dask.widgets.still import COMMON, module, style
 
@@ -185,21 +191,130 @@ def test_a_stepper_calls_its_traces_as_it_is_told() -> None:
             Stepper(*traces, titles=titles)
 
 
-def test_a_frozen_tree_lists_the_likeliest_guesses_alone() -> None:
-    tree = DraftTree(simulate("adaptive", stages=8, max_new_tokens=20)).to_html()
-    guessed, listed = map(int, re.findall(r"(\d+) tokens, the likeliest (\d+)", tree)[0])
-    assert tree.count("<li>") == listed == 20 < guessed
-    assert re.search(r"\d+%, run \d+ slot \d+, (became text|ruled out later)", tree)
-    assert tree.count("<s>") == tree.count("ruled out later") > 0
+def svgs(page: str) -> list[ElementTree.Element]:
+    found = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    return [ElementTree.fromstring(base64.b64decode(data)) for data in found]
+
+
+def said(picture: ElementTree.Element) -> list[str]:
+    return [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_a_frozen_tree_is_drawn_when_most_guesses_were_open_with_the_same_as_a_table() -> None:
+    simulation = simulate("adaptive", stages=8, max_new_tokens=20)
+    story = Timeline(simulation).feed.history
+    page = DraftTree(simulation).to_html()
+    opened, out = map(int, re.findall(r"(\d+) guesses open, (\d+) ruled out just now", page)[0])
+    moments = {guess.made for guess in story.guesses if guess.ahead}
+    assert opened == max(
+        sum(
+            each.made <= moment and (each.settled is None or each.settled > moment)
+            for each in story.guesses
+            if each.ahead
+        )
+        for moment in moments
+    )
+    assert opened > 20 and ", the likeliest shown" in page
+    tree = svgs(page)[0]
+    frames = [rect for rect in tree.iter("{http://www.w3.org/2000/svg}rect") if rect.get("rx")]
+    drawn = len(frames) - 2  # of the text
+    assert 20 <= drawn <= 20 + min(out, 8)
+    assert re.search(r"\d+%", " ".join(said(tree)))
+    assert re.search(r"run \d+ slot \d+", " ".join(said(tree)))
+    rows = re.findall("<tr><td>.*?</tr>", page)
+    assert len(rows) == drawn
+    assert all(re.search(r"<td>\d+%</td>.*<td>(became text|ruled out)</td>", row) for row in rows)
+    assert 'alt="Draft tree at' in page
+
+
+def test_a_frozen_tree_shows_struck_through_what_was_ruled_out_just_then() -> None:
+    page = DraftTree(simulate("adaptive", stages=8, max_new_tokens=100)).to_html()
+    struck = [
+        text
+        for text in svgs(page)[0].iter("{http://www.w3.org/2000/svg}text")
+        if text.get("text-decoration") == "line-through"
+    ]
+    assert len(struck) == page.count("<td>ruled out just now</td>") > 0
+
+
+def test_a_tree_of_guesses_made_before_the_first_token_hangs_from_the_prompt() -> None:
+    trace = simulate("pipeinfer", stages=4, max_new_tokens=4).trace
+    first = next(at for at, (_, what) in enumerate(trace) if isinstance(what, Commit))
+    early = pi.Trace(trace.stages)
+    for entry in trace.records[:first]:
+        early.add(*entry)
+    history = History(early)
+    assert not history.tokens and any(guess.kept for guess in history.guesses)
+    assert len(svgs(DraftTree(early).to_html())) > 1  # the legend has some, too
+
+
+@pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer", "adaptive"])
+def test_whatever_has_a_text_has_a_frozen_tree_that_is_drawn(strategy: str) -> None:
+    page = DraftTree(simulate(strategy, stages=2, max_new_tokens=3)).to_html()
+    assert 'alt="Draft tree at' in page
+    assert ("nothing was guessed" in page) is (strategy == "iterative")
+
+
+def test_a_live_tree_and_a_frozen_one_have_the_same_words_and_marks() -> None:
+    source = module("tree.js")
+    for kind in KINDS.values():
+        assert f'meaning: "{kind.meaning}"' in source
+        assert f"wide: {kind.wide:g}" in source
+    for words in ("%: how sure the draft model is", "slot: place in the cache"):
+        assert words in source and words in DraftTree(simulate(stages=2)).to_html()
+
+
+def test_a_frozen_text_can_show_what_was_guessed_and_ruled_out_struck_through() -> None:
+    simulation = simulate("pipeinfer", stages=3, acceptance=0.5, max_new_tokens=30)
+    story = Timeline(simulation).feed.history
+    places = {token.guess.position for token in story.tokens}
+    ruled_out = {
+        (guess.position, guess.token)
+        for guess in story.settled
+        if guess.ahead and not guess.kept and guess.position in places
+    }
+    page = TokenStream(simulation).to_html()
+    plain, struck = re.findall("<pre.*?</pre>", page)
+    assert "<s " not in plain and struck.count("<s ") == len(ruled_out) > 0
+    assert "<details open>" in page
+    assert re.sub("<[^>]*>", "", re.sub("<s .*?</s>", "", struck)) == simulation_text(story)
+    assert "<details>" in pi.simulate("pipeinfer", stages=3)._repr_html_()
+    assert "struck through" not in TokenStream(simulate("iterative", stages=2)).to_html()
+
+
+def simulation_text(story: History) -> str:
+    return "".join(pieces_of(story))
 
 
 def test_frozen_figures_say_how_many_guesses_became_text_at_each_depth() -> None:
     simulation = simulate("adaptive", stages=4, max_new_tokens=30)
     page = Metrics(simulation).to_html()
-    counts = re.findall(r"<td>\d+</td><td>(\d+) of (\d+)</td>", page)
+    counts = re.findall(r"<td>\d+</td><td>(\d+) of (\d+)</td></tr>", page)
     settled = [guess for guess in Timeline(simulation).feed.history.settled if guess.ahead]
     assert sum(int(kept) for kept, _ in counts) == sum(guess.kept for guess in settled) > 0
     assert sum(int(count) for _, count in counts) == len(settled)
+
+
+def test_frozen_figures_are_charts_with_a_description_each_and_the_same_as_tables() -> None:
+    simulation = simulate("adaptive", stages=4, max_new_tokens=30)
+    metrics = simulation.metrics
+    page = Metrics(simulation).to_html()
+    source = module("metrics.js")
+    titles = re.findall(r'alt="([^:"]+): ', page)
+    assert len(titles) == len(svgs(page)) == 5
+    assert all(f'"{title}"' in source for title in titles)
+    cards = dict(re.findall(r"<b [^>]*>([^<]*)</b>([^<]*)<", page))
+    assert cards[f"{metrics.tokens_per_s:.1f}"] == "tokens a second"
+    assert all(f'["{name}"' in source for name in cards.values()) and len(cards) == 5
+    for picture in svgs(page)[:3]:
+        [line] = [path for path in picture.iter() if path.get("stroke-width") == "2"]
+        assert (line.get("d") or "").count("L") > 5
+    depths = [guess.ahead for guess in Timeline(simulation).feed.history.settled if guess.ahead]
+    bars = [each for each in svgs(page)[3].iter() if each.get("fill") == "#009e73"]
+    assert len(bars) == min(24, max(depths))
+    last = simulation.trace.records[-1][0]
+    *_, (until, tokens) = re.findall(r"<tr><td>([0-9.]+) ms</td><td>(\d+)</td>", page)
+    assert float(until) <= 1e3 * last + 0.1 and int(tokens) == 30
 
 
 def test_a_dashboard_steps_through_what_is_over(engine: pi.Engine) -> None:

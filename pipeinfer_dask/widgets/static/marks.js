@@ -84,8 +84,10 @@ function marksFor(el, context, seen, plot, xOf) {
       let label = visible(text);
       const room = next - x - 4;
       if (context.measureText(label).width > room) {
+        // Of what is too long its letters say most, not the spaces before them.
+        const letters = visible(text.trim());
         const fits = Math.floor(room / context.measureText("m").width);
-        label = fits >= 2 ? `${label.slice(0, fits - 1)}…` : "";
+        label = letters.length <= fits ? letters : fits >= 2 ? `${letters.slice(0, fits - 1)}…` : "";
       }
       context.fillText(label, x + 2, bottom + TEXT / 2 + 1);
       free = x + context.measureText(label).width;

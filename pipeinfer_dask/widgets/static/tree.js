@@ -30,7 +30,9 @@ async function render({ model, el }) {
   for (const meaning of ["%: how sure the draft model is", "slot: place in the cache"]) {
     key.append(make("span", { className: "pipeinfer-key pipeinfer-muted" }, meaning));
   }
-  el.append(holder, key);
+  const table = make("div", { className: "pipeinfer-scroll pipeinfer-words" });
+  const details = make("details", {}, make("summary", {}, "The same as a table"), table);
+  el.append(holder, key, details);
 
   /** The guesses that are there at a moment, and those that the last commitment ruled out. */
   const stateAt = (trace, moment) => {
@@ -107,13 +109,17 @@ async function render({ model, el }) {
         }));
       }
     }
+    const rows = []; // of the table
     for (const box of boxes) {
       const isText = text.includes(box.guess);
       const run = runs.get(box.guess);
       const kind = KINDS[isText ? "text" : box.out ? "out" : run !== undefined ? "asked" : "guessed"];
       const word = visible(guesses.text[box.guess]);
       const sure = isText ? "" : `${Math.round(100 * guesses.confidence[box.guess])}%`;
-      const after = box.parent ? `, after ${visible(guesses.text[box.parent.guess])}` : "";
+      const before = box.parent ? visible(guesses.text[box.parent.guess]) : "";
+      const after = box.parent ? `, after ${before}` : "";
+      const where = run !== undefined ? `run ${placed.run[run]} slot ${placed.slot[run]}` : "";
+      if (!isText) rows.push([word, before, kind.meaning, sure, where]);
       const group = makeSvg("g", {
         opacity: box.out ? 0.65 : 1, role: "listitem",
         "aria-label": [`${word}: ${kind.meaning}`, sure].filter(Boolean).join(", ") + after,
@@ -125,18 +131,20 @@ async function render({ model, el }) {
           "text-decoration": kind.struck ? "line-through" : "none",
         }, word.slice(0, 11)),
         makeSvg("text", { x: x(box) + 7, y: y(box) + 27, opacity: 0.8 }, sure),
-        makeSvg("text", { x: x(box) + 7, y: y(box) + 40, opacity: 0.8 },
-          run !== undefined ? `run ${placed.run[run]} slot ${placed.slot[run]}` : ""),
+        makeSvg("text", { x: x(box) + 7, y: y(box) + 40, opacity: 0.8, style: where.length > 14 ? "font-size: 10px" : "" }, where),
       );
       svg.append(group);
     }
     holder.replaceChildren(text.length ? svg : make("div", { className: "pipeinfer-muted" }, "No text yet."));
+    if (details.open) table.replaceChildren(tableOf(["guess", "after", "what it is", "how sure", "where"], rows));
     const hidden = left <= 0 ? `, the first ${BOX.most} shown` : "";
     heading(trace, ` · ${open} guesses open${hidden}`);
     Object.assign(el.dataset, { open, gone, boxes: boxes.length });
   };
 
-  return follow(model, el, story, draw, 250).stop;
+  const { redraw, stop } = follow(model, el, story, draw, 250);
+  details.addEventListener("toggle", redraw);
+  return stop;
 }
 
 export default { render };
