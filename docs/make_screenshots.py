@@ -108,7 +108,7 @@ def take(lab: Lab, tab: Tab) -> None:
         if theme == "Light":
             save(stepper, "stepper", theme)
             save(timeline, "timeline", theme)
-            if tree.locator(SCROLL).evaluate(IS_CUT):
+            if tree.locator(SCROLL).first.evaluate(IS_CUT):
                 raise SystemExit("the tree is wider than its picture: choose another moment")
             save(tree, "tree", theme)
 
@@ -117,7 +117,9 @@ def step_back_to_a_tree(board: Any) -> None:
     """Step back from the end until the tree has some guesses, and can be read."""
     tree = board.locator("[data-boxes]")
     back = board.get_by_role("button", name="A step back")
-    while int(tree.get_attribute("data-open")) < GUESSES or tree.locator(SCROLL).evaluate(IS_SMALL):
+    while int(tree.get_attribute("data-open")) < GUESSES or tree.locator(SCROLL).first.evaluate(
+        IS_SMALL
+    ):
         drawn = tree.get_attribute("data-draws")
         back.click()
         tree.and_(board.page.locator(f":not([data-draws='{drawn}'])")).wait_for()

@@ -139,9 +139,11 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
                     ground = "plain" if solid else "patterned"
                     label = f'<text x="{middle:g}" y="{top + 12}">{done.id}</text>'
                     labels[ground].append(label)
+    told = _part_told(history, began, ended)
+    high = bottom + (34 if told else 20)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 20}" '
-        f'viewBox="0 0 {WIDTH} {bottom + 20}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{high}" '
+        f'viewBox="0 0 {WIDTH} {high}" font-family="sans-serif" font-size="11">',
         PATTERNS,
         '<rect width="100%" height="100%" fill="#fff"/>',
     ]
@@ -178,7 +180,24 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
             f'<path d="M{where:g} {bottom}v4" stroke="#222"/><text x="{middle:g}" '
             f'y="{bottom + 15}" fill="#222" text-anchor="middle">{label}</text>'
         )
+    if told:
+        parts.append(f'<text x="{GUTTER}" y="{bottom + 29}" fill="#222">Shown: {told}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def _part_told(history: History, began: float, ended: float) -> str:
+    """Return which part a picture shows, in words; nothing where that is all."""
+    first, last, all_of_it = (
+        f"{1e3 * max(0.0, time - history.began):.0f}" for time in (began, ended, history.ended)
+    )
+    from_begin, to_end = began <= history.began, ended >= history.ended - 1e-9
+    if from_begin and to_end:
+        return ""
+    if to_end:
+        return f"from {first} ms to the end at {all_of_it} ms"
+    if from_begin:
+        return f"the first {last} of {all_of_it} ms"
+    return f"{first} to {last} of {all_of_it} ms"
 
 
 def image(svg: str, description: str, style: str = "max-width:100%") -> str:
@@ -196,7 +215,7 @@ def timeline_html(history: History) -> str:
     """
     part = excerpt([history])
     return (
-        f"<div>{legend_html()}{_timeline_image(history, part)}{_left_out([history], part)}"
+        f"<div>{legend_html()}{_timeline_image(history, part)}"
         f"<details><summary>The same as a table</summary>{work_table(history)}</details></div>"
     )
 
@@ -218,7 +237,7 @@ def comparison_html(stories: Sequence[tuple[str, History]]) -> str:
     ]
     tables = [f"<div>{escape(title)}{work_table(history)}</div>" for title, history in stories]
     return (
-        f"<div>{legend_html()}{''.join(parts)}{_left_out(histories, part)}"
+        f"<div>{legend_html()}{''.join(parts)}"
         f"<details><summary>The same as tables</summary>{''.join(tables)}</details></div>"
     )
 
@@ -241,21 +260,10 @@ def excerpt(histories: Sequence[History]) -> tuple[float, float]:
 def _timeline_image(history: History, part: tuple[float, float]) -> str:
     """Return the picture of a part, in seconds from the begin."""
     began, ended = part
-    svg = timeline_svg(history, (history.began + began, history.began + ended))
-    what = f"each node, and when it worked on what, {began * 1e3:.0f} to {ended * 1e3:.0f} ms"
-    return image(svg, f"Timeline: {what}")
-
-
-def _left_out(histories: Sequence[History], part: tuple[float, float]) -> str:
-    """Return as HTML that only a part is shown, if that is so."""
-    began, ended = part
-    longest = max((history.ended - history.began for history in histories), default=0.0)
-    if began <= 0 and ended >= longest:
-        return ""
-    return (
-        f"<div><small>Shown are {began * 1e3:.0f} to {ended * 1e3:.0f} of {longest * 1e3:.0f} ms, "
-        f"so that single runs can be told apart.</small></div>"
-    )
+    shown = history.began + began, history.began + ended
+    told = _part_told(history, *shown) or f"0 to {ended * 1e3:.0f} ms"
+    what = f"Timeline: each node, and when it worked on what, {told}"
+    return image(timeline_svg(history, shown), what)
 
 
 def legend_html() -> str:

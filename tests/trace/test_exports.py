@@ -157,16 +157,17 @@ def test_a_picture_shows_each_node_and_each_bar_in_one_path_for_each_fate() -> N
 
 
 def marks_at(picture: ElementTree.Element) -> list[str]:
-    return [text for text in texts(picture) if text.endswith(" ms")]
+    return [text for text in texts(picture) if re.fullmatch("[0-9.]+ ms", text)]
 
 
 def test_a_long_timeline_shows_a_part_with_wide_bars_and_says_which() -> None:
     history = History(simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=300).trace)
     page = timeline_html(history)
-    shown = re.findall("Shown are ([0-9]+) to ([0-9]+) of ([0-9]+) ms", page)
-    [(began, ended, took)] = [tuple(map(int, found)) for found in shown]
+    told = "([0-9]+) to ([0-9]+) of ([0-9]+) ms"
+    [shown] = [text for text in texts(images(page)[-1]) if text.startswith("Shown: ")]
+    [(began, ended, took)] = [tuple(map(int, found)) for found in re.findall(told, shown)]
     assert 0 < began < ended < took == round(history.ended * 1e3)
-    assert f"worked on what, {began} to {ended} ms" in page
+    assert f"worked on what, {began} to {ended} of {took} ms" in page
     *_, picture = images(page)
     ticks = [float(mark.removesuffix(" ms")) for mark in marks_at(picture)]
     assert min(ticks) >= began and max(ticks) <= ended
@@ -181,7 +182,7 @@ def test_a_long_timeline_shows_a_part_with_wide_bars_and_says_which() -> None:
 def test_a_short_timeline_is_shown_from_its_prompt_to_its_end() -> None:
     history = History(simulate("iterative", stages=4, max_new_tokens=12).trace)
     page = timeline_html(history)
-    assert "Shown are" not in page
+    assert not [text for text in texts(images(page)[-1]) if text.startswith("Shown")]
     assert marks_at(images(page)[-1])[0] == "0 ms"
     assert f"0 to {history.ended * 1e3:.0f} ms" in page
 
@@ -237,7 +238,29 @@ def test_timelines_side_by_side_have_one_scale_and_one_legend() -> None:
     page = comparison_html([("slow", long[0]), ("fast", long[1])])
     slow, fast = images(page)[-2:]
     assert marks_at(slow) == marks_at(fast)
-    assert page.count(f"of {long[0].ended * 1e3:.0f} ms") == 1
+    assert [
+        any(f"of {story.ended * 1e3:.0f} ms" in text for text in texts(picture))
+        for story, picture in zip(long, (slow, fast), strict=True)
+    ] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ((0.0, 0.055), ["Shown: the first 55 of {all} ms"]),
+        ((0.25, 0.5), ["Shown: 250 to 500 of {all} ms"]),
+        ((0.25, 9.0), ["Shown: from 250 ms to the end at {all} ms"]),
+        ((0.0, 9.0), []),
+        (None, []),
+    ],
+)
+def test_a_picture_of_a_part_says_so_in_itself(
+    part: tuple[float, float] | None, told: list[str]
+) -> None:
+    history = History(simulate("iterative", stages=4, max_new_tokens=12).trace)
+    said = texts(ElementTree.fromstring(timeline_svg(history, part)))
+    whole = f"{history.ended * 1e3:.0f}"
+    assert [text for text in said if "Shown" in text] == [text.format(all=whole) for text in told]
 
 
 def test_pictures_in_a_notebook_are_small_and_name_nothing_outside() -> None:
