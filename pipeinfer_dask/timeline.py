@@ -34,6 +34,7 @@ class Sign(Enum):
     ACCEPTED = ("+", "green", Fate.ACCEPTED.meaning)
     REJECTED = ("-", "yellow", Fate.REJECTED.meaning)
     CANCELLED = ("x", "red", Fate.CANCELLED.meaning)
+    SAVED = ("o", "red", Fate.SAVED.meaning)
     DRAFT = ("~", "magenta", "drafting")
     IDLE = (".", "dim", "idle")
 
@@ -100,8 +101,8 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
     width = max(ended - began, 1e-12) / columns
     rows: list[list[tuple[Span, Sign]]] = [[] for _ in range(trace.stages + 1)]
     for done in history.done:
-        sign = Sign.of(done.fate) if isinstance(done, Run) else Sign.DRAFT
         for work in work_of(done):
+            sign = Sign.of(work.fate) if isinstance(done, Run) else Sign.DRAFT
             rows[work.row].append((work.span, sign))
     picture = Text()
     label = max(len(node_name(row)) for row in range(len(rows))) + 1
@@ -175,8 +176,11 @@ def _cells(
 ) -> list[Sign]:
     """Return for each column what took most of it."""
     shares: list[dict[Sign, float]] = [{} for _ in range(columns)]
+    idle = [Sign.IDLE] * columns
     for span, sign in row:
         first = max(0, int((span.began - began) / width))
+        if sign is Sign.SAVED and span.began >= began and first < columns:
+            idle[first] = sign  # it took no time: it is seen where nothing else is
         for column in range(first, columns):
             left = began + column * width
             if span.ended <= left:
@@ -187,6 +191,6 @@ def _cells(
     return [
         max(cell, key=lambda sign: cell[sign])
         if cell and sum(cell.values()) >= width / 2
-        else Sign.IDLE
-        for cell in shares
+        else empty
+        for cell, empty in zip(shares, idle, strict=True)
     ]

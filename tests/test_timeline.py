@@ -11,7 +11,8 @@ from rich.text import Text
 
 from pipeinfer_dask.simulation import Costs, simulate
 from pipeinfer_dask.timeline import Sign, draw, legend, show, window
-from pipeinfer_dask.trace import History
+from pipeinfer_dask.trace import Fate, History
+from pipeinfer_dask.trace.tables import node_name, work_of
 
 PLAIN_COSTS = Costs.even(3, stage_s=1.0, hop_cost=0.0)
 PLAIN = simulate("iterative", costs=PLAIN_COSTS, prompt_tokens=1, max_new_tokens=8)
@@ -53,6 +54,44 @@ def test_runs_that_were_called_off_at_once_are_counted_below_the_stages() -> Non
     picture = rows(draw(trace, 20, (began, ended)).plain)
     assert picture["cancels"].strip() == str(len(waves[0].runs))
     assert picture["cancels"].index(picture["cancels"].strip()) == 10
+
+
+def test_what_calling_off_has_saved_a_stage_is_seen_where_it_was_idle() -> None:
+    trace = simulate("pipeinfer", stages=3, acceptance=0.4, max_new_tokens=10).trace
+    history = History(trace)
+    works = [work for done in history.done for work in work_of(done)]
+    saved = [work for work in works if work.fate is Fate.SAVED]
+    assert saved
+    columns, picture = 400, rows(draw(trace, 400, (0.0, history.ended + 1e-6)).plain)
+    seen = 0
+    for row in range(1, trace.stages + 1):
+        line = picture[node_name(row)]
+        places = {
+            int(work.span.began / (history.ended + 1e-6) * columns)
+            for work in saved
+            if work.row == row
+        }
+        assert {at for at, sign in enumerate(line) if sign == "o"} <= places
+        assert all(line[at] != "." for at in places)
+        seen += line.count("o")
+    assert seen > 0
+
+
+PICTURE = """
+drafter ~~~~.....~~.......~.~......~~~......~~~~.~~~.~..~~~.~.~.~...~~...~.~.~
+stage 0 ##++xxxxx##++xxxxx##+++xxxx##+++xxxxx##++++xxxxx##xxxx##xxxx##+++xxxxx
+stage 1 ..##+++xxo.##+++xxo.##+++xxo.###++xxx..##++++xxx..##xxo.##xxx..##++xxx
+stage 2 ....##.++o...##.++o...##.++x...##.+++....##+++++o...##o...##o....##+++
+cancels          4        4        4        4          4      3     3        4
+tokens  1     1  2     1  2     1  1     1  1     1  2 2      1     1     1  1
+"""
+"""Of what the strategy does today: where that changes, look at the new one, and save it here."""
+
+
+def test_a_picture_is_as_it_was_saved_sign_by_sign() -> None:
+    trace = simulate("pipeinfer", stages=3, acceptance=0.4, max_new_tokens=30, seed=3).trace
+    lines = draw(trace, 70).plain.splitlines()
+    assert [line.rstrip() for line in lines] == PICTURE.strip().splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 133])

@@ -278,6 +278,21 @@ def test_a_stepper_shows_strategies_on_one_clock(opened: Opened) -> None:
     )
 
 
+def test_where_a_text_has_no_room_its_letters_are_written_and_not_the_spaces_before(
+    opened: Opened,
+) -> None:
+    words = "trace = simulation.trace\ntrace.texts = dict.fromkeys(range(99), '    return')\n"
+    tab = opened(SIMULATED, words + "trace.pieces = []\nTimeline(trace)")
+    until(tab, "[data-bars]", "data.complete === 'true'")
+    tab.page.evaluate(NOTE_TEXTS)
+    draws = data(tab, "[data-bars]")["draws"]
+    tab.page.get_by_role("button", name="Show all").click()
+    until(tab, "[data-bars]", f"Number(data.draws) > {draws}")
+    texts = tab.page.evaluate("window.written.filter(({row}) => row === 4).map(({text}) => text)")
+    written = {text for text in texts if text and not text.isdigit()}
+    assert written and all(text.startswith("r") for text in written - {"␣␣␣␣return"})
+
+
 def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Opened) -> None:
     tab = opened(SIMULATED, "Stepper(simulation, tree=True)")
     page = tab.page
@@ -338,8 +353,7 @@ def test_a_tree_is_seen_in_full_and_says_of_each_guess_what_it_is(opened: Opened
         r"#\d+: (a guess, the target is asked|only guessed|ruled out just now), \d+%, after #\d+"
     )
     assert sum(bool(re.fullmatch(guess, each)) for each in said) >= int(shown["open"])
-    table = tab.page.get_by_text("The same as a table")
-    table.click()
+    tab.page.locator(".pipeinfer").get_by_text("The same as a table").click()
     rows = tab.page.locator(".pipeinfer-scroll tbody tr")
     rows.first.wait_for()
     guesses = [each for each in said if not each.endswith(": text")]

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from pipeinfer_dask.trace.picture import LOOKS, legend_html
+
 LACKING = [
     name
     for name in ("ipykernel", "matplotlib", "nbclient", "nbconvert", "nbformat")
@@ -60,7 +62,7 @@ def pictures_of_views(cells: list[dict[str, Any]]) -> int:
         pages = [str(output.get("data", {}).get("text/html", "")) for output in cell["outputs"]]
         kept = [page for page in pages if "pipeinfer-picture-" in page]
         assert kept, f"no picture is kept of {source}"
-        assert all(PICTURE in page or "<li>" in page for page in kept)
+        assert all(Page(page).pictures for page in kept)
     return found
 
 
@@ -191,6 +193,15 @@ def test_a_saved_notebook_is_small_has_run_to_its_end_and_says_nothing_of_a_mach
         assert not PLACES.search(texts(output)), texts(output)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_the_legends_of_a_saved_notebook_are_those_of_today(path: Path) -> None:
+    pages = ["".join(output.get("data", {}).get("text/html", "")) for output in saved(path)]
+    drawn = [page for page in pages if "Timeline: each node" in page]
+    assert drawn and all(legend_html() in page for page in drawn)
+    keys = [f" {look.legend}</span>" for look in LOOKS.values()]
+    assert all(page.count(key) <= page.count(legend_html()) for page in drawn for key in keys)
+
+
 class Page(HTMLParser):
     """The addresses that a page loads something from, and its pictures."""
 
@@ -198,6 +209,7 @@ class Page(HTMLParser):
         super().__init__()
         self.loaded: list[str] = []
         self.pictures: list[str] = []
+        self.texts: list[str] = []  # how those of frozen views are written
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -206,6 +218,8 @@ class Page(HTMLParser):
             self.loaded.append(values.get("src") or "")
         elif tag in ("link", "image", "object"):
             self.loaded.append(values.get("href") or values.get("data") or "")
+        if tag == "pre" and values.get("style"):
+            self.texts.append(values["style"] or "")
         if tag == "img" and values.get("alt"):
             self.pictures.append(values.get("src") or "")
 
@@ -222,4 +236,5 @@ def test_what_nbconvert_makes_of_a_saved_notebook_shows_its_pictures_offline(pat
     assert pictures_of_views(json.loads(path.read_text("utf-8"))["cells"]) > 0
     assert len(page.pictures) >= frozen
     assert all(picture.startswith(PICTURE) for picture in page.pictures)
+    assert all("font-family:monospace" in style for style in page.texts)
     assert [address for address in page.loaded if address and not address.startswith("data:")] == []
