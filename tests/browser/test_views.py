@@ -360,7 +360,9 @@ def test_a_tree_is_seen_in_full_and_says_of_each_guess_what_it_is(opened: Opened
     told = [" ".join(row.locator("td").all_inner_texts()) for row in rows.all()]
     assert len(told) == len(guesses)
     for line, each in zip(told, guesses, strict=True):
-        word, kind, sure, after = re.fullmatch("(.*): (.*), (.*), after (.*)", each).groups()
+        parts = re.fullmatch("(.*): (.*), (.*), after (.*)", each)
+        assert parts is not None
+        word, kind, sure, after = parts.groups()
         assert line.startswith(f"{word} {after} {kind} {sure}")
     assert float(data(tab, "[data-steps]")["moment"]) == 2
     tab.page.get_by_role("button", name="A step ahead").click()
