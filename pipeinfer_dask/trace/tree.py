@@ -1,8 +1,8 @@
-"""A static picture of the draft tree, at the moment at which most guesses were open."""
+"""A static picture of the draft tree, at the moment at which it has most to show."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -53,7 +53,7 @@ class Box:
 
 
 def tree_html(history: History) -> str:
-    """Return what was guessed to follow the text when the tree was fullest.
+    """Return what was guessed to follow the text at a moment when the tree was full.
 
     Parameters
     ----------
@@ -80,11 +80,11 @@ def tree_html(history: History) -> str:
     counts = f"{len(opened)} guesses open, {len(out)} ruled out just now"
     all_drawn = len(boxes) - len(text) == len(opened) + len(out)
     some = "" if all_drawn else ", the likeliest shown"
-    told = f"when it was fullest: {counts}{some}" if opened else "nothing was guessed"
+    told = f"{counts}{some}" if opened else "nothing was guessed"
     svg, wide = _svg(history, boxes, moment)
     style = f"width:100%;min-width:{SMALLEST * wide:.0f}px;max-width:{wide}px"
     return (
-        f"<div><b>Draft tree</b> {at}, {told}"
+        f"<div><b>Draft tree</b> {at}: {told}"
         f'<div style="overflow-x:auto">{image(svg, f"Draft tree {at}: {counts}", style)}</div>'
         f"{_legend()}<details><summary>The same as a table</summary>"
         f"{_table(history, boxes, moment)}</details></div>"
@@ -92,19 +92,26 @@ def tree_html(history: History) -> str:
 
 
 def fullest(history: History) -> float:
-    """Return when most guesses were open; without any guess, the end."""
-    changes = sorted(
-        (time, change)
-        for guess in history.guesses
-        if guess.ahead
-        for time, change in ((guess.made, 1), (guess.settled, -1))
-        if time is not None
-    )
-    moment, most, live = history.ended, 0, 0
-    for time, change in changes:
-        live += change
-        if live > most:
-            moment, most = time, live
+    """Return when the picture has most to show; without any guess, the end.
+
+    First those that are open count, as many as are drawn, then those just ruled out.
+    """
+    changes, out = Counter[float](), {token.time: 0 for token in history.tokens}
+    for guess in history.guesses:
+        if guess.ahead:
+            changes[guess.made] += 1
+            if guess.settled is not None:
+                changes[guess.settled] -= 1
+                if guess.settled in out:
+                    out[guess.settled] += not guess.kept
+    moment, most = history.ended, (0, 0, 0)
+    opened = gone = 0
+    for time in sorted({*changes, *out}):
+        opened += changes[time]
+        gone = out.get(time, gone)
+        shown = min(opened, MOST_OPEN), min(gone, MOST_OUT), opened
+        if opened and shown > most:
+            moment, most = time, shown
     return moment
 
 

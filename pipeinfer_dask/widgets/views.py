@@ -119,7 +119,7 @@ class DraftTree(TraceView):
     label = traitlets.Unicode("Draft tree").tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the likeliest of the tree when it was fullest, and the same as a table.
+        """Return the likeliest of the tree when it was full, and the same as a table.
 
         Returns
         -------
