@@ -189,6 +189,19 @@ class Run:
             return Fate.ACCEPTED
         return Fate.REJECTED if all(guess.settled is not None for guess in self.guesses) else None
 
+    @property
+    def decided(self) -> float | None:
+        """When its fate was known, in seconds; None while that is open."""
+        if self.cancelled is not None:
+            return self.cancelled
+        if self.kind is Kind.PREFILL or not self.guesses:
+            return self.started
+        settled = [guess.settled for guess in self.guesses if guess.settled is not None]
+        kept = [g.settled for g in self.guesses if g.kept and g.settled is not None]
+        if kept:
+            return min(kept)
+        return max(settled) if len(settled) == len(self.guesses) else None
+
 
 @dataclass(slots=True, eq=False)
 class Draft:

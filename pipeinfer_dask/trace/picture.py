@@ -17,7 +17,7 @@ from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics
 from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
-from pipeinfer_dask.trace.tables import Work, legible, node_name, window, work_of
+from pipeinfer_dask.trace.tables import Work, legible, node_name, window, work_until
 from pipeinfer_dask.trace.text import text_html
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
@@ -39,6 +39,7 @@ HATCHES = {
     "stripes": "striped",
     "crosses": "crossed",
     "outline": "pale",
+    "hollow": "hollow, dashed",
     "ring": "ring, nothing computed",
 }
 """What the patterns of bars are called, for whom colours tell nothing."""
@@ -66,6 +67,7 @@ LOOKS = {
     "cancelled": Look("#d55e00", "crosses", Fate.CANCELLED.meaning),
     "saved": Look("#d55e00", "ring", Fate.SAVED.meaning),
     "draft": Look("#cc79a7", "outline", "drafting"),
+    "open": Look("#767676", "hollow", "still open"),
 }
 RING = "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0"
 """A path from its middle, for what took no time."""
@@ -96,12 +98,17 @@ PATTERNS = """<defs>
 </defs>"""
 
 
-def look_of(work: Work) -> str:
-    """Return which of `LOOKS` work has: that of a run whose guesses are open, as if right."""
-    return str(work.fate or Fate.ACCEPTED) if isinstance(work.of, Run) else "draft"
+def look_of(work: Work, moment: float = math.inf) -> str:
+    """Return which of `LOOKS` work has at a moment: nothing tells then what is decided later."""
+    if not isinstance(work.of, Run):
+        return "draft"
+    open_then = moment < math.inf and work.open_at(moment)
+    return "open" if open_then or work.fate is None else str(work.fate)
 
 
-def timeline_svg(history: History, part: tuple[float, float] | None = None) -> str:
+def timeline_svg(
+    history: History, part: tuple[float, float] | None = None, moment: float = math.inf
+) -> str:
     """Return who worked on what, and when, as an SVG image.
 
     Parameters
@@ -109,6 +116,8 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     history : History
     part : (float, float), seconds, optional
         What to show; by default all. A part that ends later leaves room.
+    moment : float, seconds
+        What came later is not shown, nor what a run came to that was open then.
     """
     began, ended = part if part is not None else (history.began, history.ended)
     scale = (WIDTH - GUTTER - MARGIN) / max(ended - began, 1e-12)
@@ -121,24 +130,22 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     paths: dict[tuple[str, bool], list[str]] = {}
     labels: dict[str, list[str]] = {"plain": [], "patterned": []}
     saved: list[str] = []
-    for done in history.done:
-        for work in work_of(done):
-            name, row, span = look_of(work), work.row, work.span
-            if name == Fate.SAVED:
-                if began <= span.began <= ended:
-                    saved.append(f"M{x(span.began):g} {HEAD + row * ROW + ROW // 2}{RING}")
-            elif span.ended > began and span.began < ended and span.ended > span.began:
-                left = x(span.began)
-                wide = max(1.0, round(x(span.ended) - left, 1))
-                top = HEAD + row * ROW + 3
-                shapes = paths.setdefault((name, wide <= NARROW), [])
-                shapes.append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
-                if isinstance(done, Run) and wide >= DIGIT * len(str(done.id)) + 4:
-                    middle = round(left + wide / 2, 1)
-                    solid = LOOKS[name].pattern in ("plain", "underline")
-                    ground = "plain" if solid else "patterned"
-                    label = f'<text x="{middle:g}" y="{top + 12}">{done.id}</text>'
-                    labels[ground].append(label)
+    for work in work_until(history, moment):
+        name, row, span = look_of(work, moment), work.row, work.span
+        if name == Fate.SAVED:
+            if began <= span.began <= ended:
+                saved.append(f"M{x(span.began):g} {HEAD + row * ROW + ROW // 2}{RING}")
+        elif span.ended > began and span.began < ended and span.ended > span.began:
+            left = x(span.began)
+            wide = max(1.0, round(x(span.ended) - left, 1))
+            top = HEAD + row * ROW + 3
+            shapes = paths.setdefault((name, wide <= NARROW), [])
+            shapes.append(f"M{left:g} {top}h{wide:g}v{ROW - 6}h-{wide:g}z")
+            if isinstance(work.of, Run) and wide >= DIGIT * len(str(work.of.id)) + 4:
+                middle = round(left + wide / 2, 1)
+                solid = LOOKS[name].pattern in ("plain", "underline")
+                label = f'<text x="{middle:g}" y="{top + 12}">{work.of.id}</text>'
+                labels["plain" if solid else "patterned"].append(label)
     told = _part_told(history, began, ended)
     high = bottom + (34 if told else 20)
     parts = [
@@ -160,11 +167,12 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
     for ground, texts in labels.items():
         if texts:
             parts.append(f'<g text-anchor="middle" {INKS[ground]}>{"".join(texts)}</g>')
-    waves = [wave.time for wave in history.waves if began <= wave.time <= ended]
+    last = min(ended, moment)
+    waves = [wave.time for wave in history.waves if began <= wave.time <= last]
     if waves:
         lines = "".join(f"M{x(time):g} {HEAD}V{bottom}" for time in waves)
         parts.append(f'<path d="{lines}" stroke="#d55e00" stroke-dasharray="3 3" opacity=".6"/>')
-    commits = Counter(token.time for token in history.tokens if began <= token.time <= ended)
+    commits = Counter(token.time for token in history.tokens if began <= token.time <= last)
     marks = "".join(f"M{x(time):g} {HEAD - 2}l-3 -7h6z" for time in commits)
     parts.append(f'<path d="{marks}" fill="#222"/>')
     later = [*(x(time) for time in commits), math.inf][1:]
@@ -182,6 +190,8 @@ def timeline_svg(history: History, part: tuple[float, float] | None = None) -> s
         )
     if told:
         parts.append(f'<text x="{GUTTER}" y="{bottom + 29}" fill="#222">Shown: {told}</text>')
+    if began <= moment <= ended:
+        parts.append(f'<path d="M{x(moment):g} 0V{bottom}" stroke="#222" stroke-width="2"/>')
     return "".join([*parts, "</svg>"])
 
 
@@ -208,15 +218,20 @@ def image(svg: str, description: str, style: str = "max-width:100%") -> str:
     )
 
 
-def timeline_html(history: History) -> str:
+def timeline_html(history: History, moment: float = math.inf) -> str:
     """Return a timeline with its legend, and the same as a table.
 
-    Of a long one a part is shown in which single runs can be told apart.
+    Of a long one a part is shown in which single runs can be told apart. At a moment, in seconds
+    from the begin, it is what was known then.
     """
-    part = excerpt([history])
+    began, ended = part = excerpt([history])
+    if moment < math.inf and not began <= moment <= ended:
+        part = max(0.0, moment - ended + began), moment
+    then = history.began + moment
     return (
-        f"<div>{legend_html()}{_timeline_image(history, part)}"
-        f"<details><summary>The same as a table</summary>{work_table(history)}</details></div>"
+        f"<div>{legend_html(among_open=moment < math.inf)}{_timeline_image(history, part, then)}"
+        f"<details><summary>The same as a table</summary>{work_table(history, then)}</details>"
+        "</div>"
     )
 
 
@@ -257,20 +272,23 @@ def excerpt(histories: Sequence[History]) -> tuple[float, float]:
     return first, min(longest, first + most)
 
 
-def _timeline_image(history: History, part: tuple[float, float]) -> str:
+def _timeline_image(history: History, part: tuple[float, float], then: float = math.inf) -> str:
     """Return the picture of a part, in seconds from the begin."""
     began, ended = part
     shown = history.began + began, history.began + ended
     told = _part_told(history, *shown) or f"0 to {ended * 1e3:.0f} ms"
     what = f"Timeline: each node, and when it worked on what, {told}"
-    return image(timeline_svg(history, shown), what)
+    if then < math.inf:
+        what += f", as it was at {(then - history.began) * 1e3:.0f} ms"
+    return image(timeline_svg(history, shown, then), what)
 
 
-def legend_html() -> str:
-    """Return what the bars of a timeline mean."""
+def legend_html(*, among_open: bool = False) -> str:
+    """Return what the bars of a timeline mean; where some are open, of them too."""
     swatches = [
         f'<span style="white-space:nowrap;margin-right:1em">{_swatch(look)} {look.legend}</span>'
-        for look in LOOKS.values()
+        for name, look in LOOKS.items()
+        if among_open or name != "open"
     ]
     marks = [
         f'<span style="white-space:nowrap;margin-right:1em">{mark}</span>'
@@ -284,27 +302,28 @@ def legend_html() -> str:
     return f'<div style="font-size:small">{" ".join(swatches + marks)}</div>'
 
 
-def work_table(history: History) -> str:
+def work_table(history: History, moment: float = math.inf) -> str:
     """Return for each node how many runs it worked on, by fate, and for how long, as HTML."""
+    looks = {name: look for name, look in LOOKS.items() if name != "open" or moment < math.inf}
     counts: list[dict[str, int]] = [{} for _ in range(history.trace.stages + 1)]
     busy = [0.0] * (history.trace.stages + 1)
-    for done in history.done:
-        for work in work_of(done):
-            counts[work.row][look_of(work)] = counts[work.row].get(look_of(work), 0) + 1
-            busy[work.row] += work.span.ended - work.span.began
-    took = history.ended - history.began
+    for work in work_until(history, moment):
+        name = look_of(work, moment)
+        counts[work.row][name] = counts[work.row].get(name, 0) + 1
+        busy[work.row] += work.span.ended - work.span.began
+    took = min(history.ended, moment) - history.began
     places = [history.trace.places.get(node_name(row), "") for row in range(len(counts))]
     rows = [
         [
             node_name(row),
             *([places[row]] if any(places) else []),
-            *(str(count.get(name, 0)) for name in LOOKS),
+            *(str(count.get(name, 0)) for name in looks),
             f"{busy[row] / took:.0%}" if took > 0 else "-",
         ]
         for row, count in enumerate(counts)
     ]
     where = ["worker"] if any(places) else []
-    return table_html(["node", *where, *(look.meaning for look in LOOKS.values()), "busy"], rows)
+    return table_html(["node", *where, *(look.meaning for look in looks.values()), "busy"], rows)
 
 
 def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -362,6 +381,8 @@ def _paint(look: Look, *, narrow: bool = False) -> str:
         return f'fill="#fff" stroke="{look.colour}"'
     if look.pattern == "plain":
         return f'fill="{look.colour}" stroke="#fff" stroke-width=".5"'
+    if look.pattern == "hollow":
+        return f'fill="#fff" stroke="{look.colour}" stroke-dasharray="3 2"'
     if look.pattern == "outline":
         return f'fill="{look.colour}" fill-opacity=".35" stroke="{look.colour}"'
     return f'fill="url(#{look.pattern})" stroke="{look.colour}" stroke-width=".7"'

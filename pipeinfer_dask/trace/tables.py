@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from pipeinfer_dask.protocol.messages import Span
@@ -33,6 +34,13 @@ class Work(NamedTuple):
         fate = self.of.fate
         return Fate.SAVED if fate is Fate.CANCELLED and self.span.layers == 0 else fate
 
+    def open_at(self, moment: float) -> bool:
+        """Whether it was not known then what its run would come to."""
+        if not isinstance(self.of, Run):
+            return False
+        decided = self.of.decided
+        return decided is None or decided > moment
+
 
 def node_name(row: int) -> str:
     """Return what the node of a row is called."""
@@ -46,6 +54,15 @@ def work_of(done: Run | Draft) -> Iterator[Work]:
             yield Work(stage + 1, done, span)
     elif done.span is not None:
         yield Work(0, done, done.span)
+
+
+def work_until(history: History, moment: float) -> Iterator[Work]:
+    """Yield what the nodes had done at a moment: what they did then has no later end."""
+    for done in history.done:
+        for work in work_of(done):
+            if work.span.began <= moment:
+                ended = min(work.span.ended, moment)
+                yield work._replace(span=replace(work.span, ended=ended))
 
 
 def legible(history: History, columns: int) -> float:

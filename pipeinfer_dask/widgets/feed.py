@@ -6,6 +6,7 @@ generation and one that steps through an old one are the same. Times are seconds
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections import defaultdict
@@ -43,9 +44,17 @@ class Schema(NamedTuple):
 
 
 TABLES = {
-    # A run or a draft that is done; `number` counts each of the two kinds from 0.
+    # A run or a draft that is done; `number` counts each of the two kinds from 0. What it came to
+    # was open until it was `decided`.
     "works": Schema(
-        {"number": "u4", "size": "u2", "kept": "u2", "started": "f4", "done": "f4"},
+        {
+            "number": "u4",
+            "size": "u2",
+            "kept": "u2",
+            "started": "f4",
+            "done": "f4",
+            "decided": "f4",
+        },
         texts=True,
     ),
     # What one node did of it. Row 0 is the drafter; `spared` are layers not computed.
@@ -257,7 +266,12 @@ class Feed:
             text += self.trace.text_of(token.token)
             if len(text) >= LABEL:
                 break
-        times = (self._at(done.started), self._at(done.done))
+        decided = done.decided if isinstance(done, Run) else done.started
+        times = (
+            self._at(done.started),
+            self._at(done.done),
+            self._at(math.inf if decided is None else decided),
+        )
         number = len(self._texts["works"])
         size = (len(tokens) + late, kept)
         self._add("works", done.id, *size, *times, text=text[:LABEL])

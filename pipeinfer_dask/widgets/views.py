@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import traitlets
 
 from pipeinfer_dask.trace.charts import charts_html
@@ -37,13 +39,16 @@ class Timeline(TraceView):
     def to_html(self) -> str:
         """Return the timeline as an image, a part of a long one, with its legend and a table.
 
+        Where a moment is chosen, it is what was known then.
+
         Returns
         -------
         str
             HTML without scripts.
         """
         with self.feed.lock:
-            return timeline_html(self.feed.history)
+            moment = math.inf if self.moment < 0 else self.moment
+            return timeline_html(self.feed.history, moment)
 
 
 class Metrics(TraceView):

@@ -284,3 +284,31 @@ def test_what_a_model_says_can_do_nothing_in_a_page() -> None:
 def test_a_trace_of_nothing_is_shown_as_such() -> None:
     assert "nothing is done yet" in trace_html(Trace(2))
     assert "nothing is done yet" in result_html(Trace(2), "queued")
+
+
+HOLLOW = re.compile(r'<path d="([^"]*)" fill="#fff" stroke="#767676" stroke-dasharray')
+
+
+def test_a_picture_of_a_moment_shows_as_open_what_was_decided_later() -> None:
+    history = History(TRACE)
+    works = [work for done in history.done for work in work_of(done)]
+    cancelled = [work.of for work in works if work.fate is Fate.CANCELLED]
+    decided = [run.decided for run in cancelled if isinstance(run, Run) and run.decided is not None]
+    for number, moment in enumerate((decided[-1] - 1e-9, decided[-1])):
+        begun = [work for work in works if work.span.began < moment and work.span.layers]
+        still_open = [work for work in begun if work.open_at(moment)]
+        assert bool(still_open) is (number == 0)  # all that were open are called off at once
+        picture = timeline_svg(history, None, moment)
+        shapes = "".join(HOLLOW.findall(picture))
+        assert shapes.count("z") == len(still_open)
+        page = timeline_html(history, moment - history.began)
+        assert "hollow, dashed: still open" in page and '<th scope="col">still open</th>' in page
+        assert f"as it was at {(moment - history.began) * 1e3:.0f} ms" in page
+        cells = re.findall(r"<td>(\d+)</td><td>[^<]*</td></tr>", page)
+        assert [int(cell) for cell in cells] == [
+            sum(work.row == row for work in still_open) for row in range(TRACE.stages + 1)
+        ]
+    before, after = (timeline_svg(history, None, decided[0] + gap) for gap in (-1e-9, 0))
+    assert before.count("#d55e00") < after.count("#d55e00")
+    ended = timeline_html(history)
+    assert not HOLLOW.search(timeline_svg(history)) and "still open" not in ended

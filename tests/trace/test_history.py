@@ -205,3 +205,22 @@ def test_the_end_settles_what_was_still_open() -> None:
     assert open_guesses
     assert all(guess.ruled_out for guess in open_guesses)
     assert all(run.kind is not Kind.PREFILL for run in story.runs.values() if run.cancelled)
+
+
+@pytest.mark.parametrize("strategy", ["iterative", "speculative", "pipeinfer", "adaptive"])
+def test_a_fate_is_decided_when_the_record_first_tells_it(strategy: str) -> None:
+    recorded = simulate(strategy, stages=3, acceptance=0.6, max_new_tokens=60).trace
+    trace = Trace(recorded.stages)
+    history = History(trace)
+    known: dict[int, tuple[float, Fate]] = {}
+    for time, what in recorded:
+        trace.add(time, what)
+        history.update()
+        for run in history.runs.values():
+            if run.fate is not None:
+                known.setdefault(run.id, (time, run.fate))
+            else:
+                assert run.decided is None
+    assert known == {run.id: (run.decided, run.fate) for run in history.runs.values()}
+    guessing = [run for run in history.runs.values() if run.guesses]
+    assert all(run.decided is not None and run.decided > run.started for run in guessing)

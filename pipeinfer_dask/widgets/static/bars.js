@@ -13,6 +13,19 @@ function paintBar(context, look, x, y, width, height, patterns) {
     context.lineWidth = 1.5;
     return context.stroke();
   }
+  if (look.pattern === "hollow") {
+    context.strokeStyle = look.colour;
+    context.lineWidth = 1.5;
+    context.setLineDash([3, 2]);
+    if (width > 3) context.strokeRect(x + 1, y + 1, width - 2, height - 2);
+    else {
+      context.beginPath();
+      context.moveTo(x + width / 2, y);
+      context.lineTo(x + width / 2, y + height);
+      context.stroke();
+    }
+    return context.setLineDash([]);
+  }
   if (look.pattern === "outline") {
     context.globalAlpha *= 0.35;
     context.fillStyle = look.colour;

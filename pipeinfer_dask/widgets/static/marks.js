@@ -15,15 +15,16 @@ function marksFor(el, context, seen, plot, xOf) {
     const behind = left + taken + (number ? 5 : 0);
     if (!number && !label) return;
     const solid = pattern === "plain" || pattern === "underline";
+    const bare = pattern === "outline" || pattern === "hollow";
     const middle = y + high / 2 + (pattern === "underline" ? -1 : 0.5);
     context.textAlign = "left";
     context.font = "12px monospace";
-    if (!solid && pattern !== "outline") {
+    if (!solid && !bare) {
       const wide = label ? behind - left + context.measureText(label).width : taken;
       context.fillStyle = "#fff";
       context.fillRect(left - 2, y + 4, Math.min(wide + 4, room - 2), high - 8);
     }
-    context.fillStyle = solid ? "#fff" : pattern === "outline" ? ink : "#222";
+    context.fillStyle = solid ? "#fff" : bare ? ink : "#222";
     if (label) {
       context.save();
       context.beginPath();

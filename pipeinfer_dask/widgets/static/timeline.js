@@ -106,6 +106,13 @@ async function render({ model, el }) {
     return low;
   };
 
+  /** Which look a bar has at a moment: nothing tells what is decided later. */
+  const lookAt = (bar, moment) => {
+    const { looks } = story.about;
+    const isOpen = story.tables.works.decided[source.work[bar]] > moment;
+    return isOpen ? looks.findIndex((each) => each.name === "open") : source.look[bar];
+  };
+
   const draw = (trace) => {
     index(trace);
     const moment = momentOf(model);
@@ -134,6 +141,7 @@ async function render({ model, el }) {
     context.textBaseline = "middle";
 
     let drawn = 0;
+    let open = 0;
     const rings = [];
     context.save();
     context.beginPath();
@@ -153,8 +161,9 @@ async function render({ model, el }) {
         const x = xOf(bars.began[bar]);
         const barWidth = Math.max(1, xOf(Math.min(bars.ended[bar], moment)) - x);
         const work = bars.work[bar];
-        const kind = looks[bars.look[bar]];
+        const kind = looks[lookAt(bar, moment)];
         drawn += 1;
+        open += kind.name === "open";
         if (kind.pattern === "ring") {
           rings.push([kind, x - RING, y, 2 * RING, high]);
           continue;
@@ -199,6 +208,7 @@ async function render({ model, el }) {
     Object.assign(el.dataset, {
       bars: bars.count,
       drawn,
+      open,
       rings: rings.length,
       waves: waves.count,
       tokens: tokens.count,
@@ -216,11 +226,13 @@ async function render({ model, el }) {
     const { nodes, looks } = trace.about;
     const counts = nodes.map(() => looks.map(() => 0));
     const busy = nodes.map(() => 0);
+    const moment = momentOf(model);
     for (let bar = 0; bar < bars.count; bar += 1) {
-      counts[bars.row[bar]][bars.look[bar]] += 1;
-      busy[bars.row[bar]] += bars.ended[bar] - bars.began[bar];
+      if (bars.began[bar] > moment) continue;
+      counts[bars.row[bar]][lookAt(bar, moment)] += 1;
+      busy[bars.row[bar]] += Math.min(bars.ended[bar], moment) - bars.began[bar];
     }
-    const share = (row) => `${Math.round((100 * busy[row]) / trace.now || 0)}%`;
+    const share = (row) => `${Math.round((100 * busy[row]) / Math.min(trace.now, moment) || 0)}%`;
     table.replaceChildren(
       tableOf(
         ["node", ...looks.map((each) => each.meaning), "busy"],
@@ -232,9 +244,10 @@ async function render({ model, el }) {
   const listBars = (trace) => {
     const { bars } = trace.tables;
     const rows = [];
+    const last = Math.min(seen.to, momentOf(model));
     for (const entries of byRow) {
       for (let at = firstBar(entries, seen.from); at < entries.length && rows.length < LISTED; at += 1) {
-        if (bars.began[entries[at]] > seen.to) break;
+        if (bars.began[entries[at]] > last) break;
         rows.push(words(entries[at]));
       }
     }
@@ -321,8 +334,11 @@ async function render({ model, el }) {
   });
   canvas.addEventListener("pointerleave", () => explain(-1, -1));
 
+  /** The bars of a row that are there at the moment shown. */
+  const begun = (row) => (byRow[row] ?? []).filter((bar) => source.began[bar] <= momentOf(model));
+
   const explain = (x, y) => {
-    const entries = (x > GUTTER && byRow[Math.floor((y - TOP) / plot().row)]) || [];
+    const entries = x > GUTTER ? begun(Math.floor((y - TOP) / plot().row)) : [];
     const { looks } = story.about;
     const near = (bar, pixels) => source.began[bar] <= timeAt(x + pixels) && source.ended[bar] >= timeAt(x - pixels);
     focused = -1;
@@ -341,18 +357,23 @@ async function render({ model, el }) {
     const { nodes, places, looks } = story.about;
     const { works, bars } = story.tables;
     const work = bars.work[bar];
-    const { name, meaning } = looks[bars.look[bar]];
-    const drafting = name === "draft";
-    const spared = bars.spared[bar];
+    const moment = momentOf(model);
+    const { name, meaning } = looks[lookAt(bar, moment)];
+    const [drafting, open] = [name === "draft", name === "open"];
+    const spared = open ? 0 : bars.spared[bar];
+    const lasts = bars.ended[bar] > moment;
+    const ended = lasts ? moment : bars.ended[bar];
     return [
       `${nodes[bars.row[bar]]}, ${drafting ? "draft" : "run"} ${works.number[work]}: ${meaning}`,
       places?.[bars.row[bar]] ?? "",
       works.text[work] ? `“${visible(works.text[work])}”` : "",
-      drafting ? `${works.size[work]} guesses` : `${works.size[work]} tokens, ${works.kept[work]} of them text`,
-      drafting
-        ? `${bars.layers[bar]} passes of the draft model`
-        : `${bars.layers[bar]} layers computed${spared ? `, ${spared} saved by calling off` : ""}`,
-      `${ms(bars.began[bar])} to ${ms(bars.ended[bar])} (${ms(bars.ended[bar] - bars.began[bar], 2)})`,
+      drafting ? `${works.size[work]} guesses` : `${works.size[work]} tokens${open ? "" : `, ${works.kept[work]} of them text`}`,
+      lasts
+        ? ""
+        : drafting
+          ? `${bars.layers[bar]} passes of the draft model`
+          : `${bars.layers[bar]} layers computed${spared ? `, ${spared} saved by calling off` : ""}`,
+      `${ms(bars.began[bar])} to ${ms(ended)} (${ms(ended - bars.began[bar], 2)}${lasts ? " so far" : ""})`,
     ];
   };
 
@@ -372,12 +393,12 @@ async function render({ model, el }) {
     let row = from === undefined ? 0 : bars.row[from];
     if (from !== undefined && rows) {
       do row += rows;
-      while (byRow[row] && !byRow[row].length);
+      while (byRow[row] && !begun(row).length);
     } else if (from === undefined) {
-      row = Math.max(0, byRow.findIndex((entries) => entries.length));
+      row = Math.max(0, byRow.findIndex((_, at) => begun(at).length));
     }
-    const entries = byRow[row];
-    if (!entries?.length) return;
+    const entries = begun(row);
+    if (!entries.length) return;
     const near = from === undefined ? middle : (bars.began[from] + bars.ended[from]) / 2;
     const at = rows || from === undefined ? firstBar(entries, near) : entries.indexOf(from) + along;
     chosen.bar = entries[Math.min(Math.max(0, at), entries.length - 1)];
