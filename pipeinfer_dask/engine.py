@@ -190,7 +190,7 @@ class Engine(Serving):
             Where requests are driven from: ``"client"``, this process, or ``"worker"``, next to
             the pipeline, for clients that are far from the cluster. That is the drafter's
             worker, or the first stage's where the drafter has none; an address names another.
-            With that worker the engine is lost.
+            If that worker is lost, another one drives, and all stages load again.
         progress : callable or bool, optional
             Told of each step of loading as a `Loading`: which node has read how many bytes, and
             which stands, of lost nodes too. True shows a bar, False none; notebooks show one.

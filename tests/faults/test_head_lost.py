@@ -44,7 +44,7 @@ def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
         client=client,
         stages=2,
         spares=1,
-        node_timeout=3.0,
+        node_timeout=5.0,
         head="worker",
         max_concurrent=2,
     ) as engine:
@@ -71,9 +71,10 @@ def in_mid_text(engine: pi.Engine, **options: Any) -> pi.Generation:
     return run
 
 
-def until_recovering(run: pi.Generation) -> None:
+def until_the_head_is_lost(run: pi.Generation) -> None:
+    """Wait for that, which nobody announces; a busy machine may lose a stage before."""
     deadline = time.monotonic() + PATIENCE_S
-    while run.status != "recovering":
+    while not any(loss.reason.startswith("head") for loss in History(run.trace).losses):
         assert time.monotonic() < deadline and not run.done()
         time.sleep(0.01)
 
@@ -95,9 +96,10 @@ def test_texts_go_on_when_the_worker_of_the_head_is_killed(
     ]
     assert runs[2].status == "queued"
     os.kill(process, signal.SIGKILL)
-    until_recovering(runs[0])
-    assert f"recovers, and goes on with all texts: head (of 2 stages) on worker {worker} is lost" in (
-        caplog.text
+    until_the_head_is_lost(runs[0])
+    assert (
+        f"recovers, and goes on with all texts: head (of 2 stages) on worker {worker} is lost"
+        in (caplog.text)
     )
     runs.append(engine.start(PROMPT, max_new_tokens=20))
     results = [run.result(PATIENCE_S) for run in runs]
@@ -137,15 +139,21 @@ def test_texts_go_on_when_the_head_hangs_and_it_holds_nothing_when_it_wakes_up(
 def test_conversations_and_costs_survive_the_head(
     pair: Pair, client: Client, engine: pi.Engine
 ) -> None:
+    turns = "def main(arguments):", " more"
+    with (
+        pi.Engine.from_pretrained(pair.target, in_process=True) as near,
+        near.chat(template="plain") as same,
+    ):
+        expected = [same.send(turn, max_new_tokens=8).token_ids for turn in turns]
     with engine.chat(template="plain") as chat:
-        first = chat.send("def main(arguments):", max_new_tokens=8)
+        first = chat.send(turns[0], max_new_tokens=8)
         run = in_mid_text(engine)
         os.kill(process_of_head(client), signal.SIGKILL)
-        until_recovering(run)
-        with pytest.raises(RuntimeError, match="recovers from a loss: wait, and try again"):
+        until_the_head_is_lost(run)
+        with pytest.raises(RuntimeError, match="expected an idle pipeline, got"):
             engine.measure_costs()
-        second = chat.send("", max_new_tokens=8)
-        assert first.token_ids + second.token_ids == pair.greedy[:16]
+        second = chat.send(turns[1], max_new_tokens=8)
+        assert [first.token_ids, second.token_ids] == expected
         assert run.result(PATIENCE_S).token_ids == pair.greedy
     assert len(engine.measure_costs().stages) == 2
 
@@ -155,7 +163,7 @@ def test_a_text_that_is_cancelled_while_the_head_is_replaced_is_over_at_once(
 ) -> None:
     run, other = in_mid_text(engine), in_mid_text(engine)
     os.kill(process_of_head(client), signal.SIGKILL)
-    until_recovering(run)
+    until_the_head_is_lost(run)
     run.cancel()
     result = run.result(PATIENCE_S)
     assert result.finish_reason == "stopped"
@@ -171,23 +179,24 @@ def test_a_head_moves_in_with_a_stage_and_without_any_worker_the_text_so_far_is_
             n_workers=2,
             threads_per_worker=1,
             worker_class="distributed.Worker",
+            processes=False,
+            protocol="tcp",
             memory_limit=0,
             dashboard_address="127.0.0.1:0",
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        first, last = client.scheduler_info()["workers"]
-        processes = client.run(os.getpid)
+        first, last = cluster.workers.values()
         with pi.Engine.from_pretrained(
-            pair.target, client=client, stages=2, head=last, recovery_timeout=5.0
+            pair.target, client=client, stages=2, head=last.address, recovery_timeout=5.0
         ) as engine:
             run = in_mid_text(engine)
-            os.kill(processes[last], signal.SIGKILL)
+            cluster.sync(last.close)
             assert run.result(PATIENCE_S).token_ids == pair.greedy
-            assert place_of_head(client) == first
+            assert place_of_head(client) == first.address
 
             run = in_mid_text(engine)
-            os.kill(processes[first], signal.SIGKILL)
+            cluster.sync(first.close)
             why = r"head .* is lost: .*; it could not be replaced: .* none came within 5 s"
             with pytest.raises(GenerationInterrupted, match=why) as lost:
                 run.result(PATIENCE_S)

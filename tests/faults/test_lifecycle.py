@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from distributed import Client
 import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.protocol.messages import StageLost
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_leaks import (
@@ -214,20 +216,55 @@ def limit_memory(beyond: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
-def test_a_stage_that_is_refused_memory_says_so_and_its_worker_serves_the_next_engine(
-    client: Client, leaving_nothing: None, tmp_path: Path
-) -> None:
-    few = 2**23
-    # One layer's activations for a piece of a long prompt are larger than that; for a token, not.
-    wide = make_tiny(
-        tmp_path, "llama", layers=2, seed=0, intermediate_size=2**16, max_position_embeddings=1024
+FEW = 2**23
+"""Bytes: the activations of a layer of `wide` for a token are fewer, for a long prompt more."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    return make_tiny(
+        folder, "llama", layers=2, seed=0, intermediate_size=2**16, max_position_embeddings=1024
     )
+
+
+@pytest.mark.usefixtures("leaving_nothing")
+def test_a_stage_that_is_refused_memory_moves_to_a_worker_that_has_some(
+    client: Client, wide: Path
+) -> None:
+    saboteur = Saboteur(client)
+    with pi.Engine.from_pretrained(wide, client=client, stages=2, progress=False) as engine:
+        whole = engine.generate(PROMPT * 40, max_new_tokens=8)
+        full = saboteur.places()["stage-0"]
+        client.run(limit_memory, FEW, workers=[full])
+        try:
+            result = engine.generate(PROMPT * 40, max_new_tokens=8)
+            assert result.token_ids == whole.token_ids
+            (loss,) = (what for _, what in result.trace if isinstance(what, StageLost))
+            assert re.match(r"stage 0 .* has run out of memory: .*can't allocate", loss.reason)
+            spare = saboteur.places()["stage-0"]
+            assert spare not in (full, saboteur.places()["stage-1"])
+
+            # Those that are left, one of which holds a stage: what is full is asked no more.
+            client.run(limit_memory, FEW, workers=[spare])
+            result = engine.generate(PROMPT * 40, max_new_tokens=8)
+            assert result.token_ids == whole.token_ids
+            assert len(set(saboteur.places().values())) == 1
+        finally:
+            client.run(limit_memory, None)
+
+
+@pytest.mark.usefixtures("leaving_nothing")
+def test_where_all_workers_are_refused_memory_the_text_so_far_is_kept_at_once(
+    client: Client, wide: Path
+) -> None:
     with pi.Engine.from_pretrained(wide, client=client, stages=2, progress=False) as engine:
         text = engine.generate(PROMPT, max_new_tokens=8).token_ids
-        client.run(limit_memory, few)
+        client.run(limit_memory, FEW)
         try:
             run = engine.start(PROMPT * 40, max_new_tokens=8)
-            with pytest.raises(GenerationInterrupted, match=r"stage 0 .*can't allocate") as caught:
+            why = r"stage 0 .* has run out of memory: .*can't allocate .*could not be replaced: "
+            with pytest.raises(GenerationInterrupted, match=why) as caught:
                 run.result(PATIENCE_S)
         finally:
             client.run(limit_memory, None)

@@ -328,10 +328,15 @@ class Generation:
                     self.strategy,
                     self.trace,
                     seed=sampling.seed if sampling is not None else None,
-                    logprobs=list(self._logprobs) if sampling and sampling.logprobs else None,
+                    logprobs=self._known_logprobs,
                 )
             )
         self._notify()
+
+    @property
+    def _known_logprobs(self) -> list[Logprobs] | None:
+        sampling = self.request.sampling
+        return list(self._logprobs) if sampling and sampling.logprobs else None
 
     def fail(self, error: BaseException) -> None:
         """Let whoever waits have the text so far, as a `GenerationInterrupted`.
@@ -343,7 +348,9 @@ class Generation:
         """
         with self._changed:
             self._position, self._status, self._cancel = None, "failed", _over
-            interrupted = GenerationInterrupted(str(error), self.text, self.token_ids, self.request)
+            interrupted = GenerationInterrupted(
+                str(error), self.text, self.token_ids, self.request, self._known_logprobs
+            )
             interrupted.__cause__ = error
             self._future.set_exception(interrupted)
         self._notify()

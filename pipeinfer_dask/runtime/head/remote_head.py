@@ -173,10 +173,11 @@ class RemoteHead:
 
     async def measure_costs(self, request: int, *, drafter: bool) -> Costs:
         """Measure what each part of the pipeline costs, its hops from the head on: see `Head`."""
+        recovers = PipelineBusyError(
+            "expected an idle pipeline, got one that recovers from a loss: wait, and try again"
+        )
         if not self._stands:
-            raise PipelineBusyError(
-                "expected an idle pipeline, got one that recovers from a loss: wait, and try again"
-            )
+            raise recovers
         try:
             async with asyncio.timeout(MEASURE_TIMEOUT_S):
                 costs: Costs = await self._actor.measure_costs(request, drafter=drafter)
@@ -185,6 +186,8 @@ class RemoteHead:
                 f"expected costs within {MEASURE_TIMEOUT_S:g} s, got none from "
                 f"{self._seat.title}: try again once the pipeline is idle"
             ) from None
+        except OSError as error:  # its worker is gone, which the link tells in a moment
+            raise recovers from error
         return costs
 
     def end(self, error: Exception) -> None:

@@ -81,7 +81,8 @@ class GenerationInterrupted(RuntimeError):  # noqa: N818
     """The pipeline was lost before the text was finished.
 
     Another engine goes on with it: a text that starts from the prompt's token ids and
-    ``partial_ids`` is the same from there on, a sampled one with the same settings and seed, too.
+    ``partial_ids`` is the same from there on, a sampled one with the same settings and seed, too
+    (but for ``min_new_tokens``, which counts from where it starts).
 
     Parameters
     ----------
@@ -94,14 +95,22 @@ class GenerationInterrupted(RuntimeError):  # noqa: N818
         The text so far.
     partial_ids : list of int
         The same as token ids.
+    partial_logprobs : list of Logprobs or None
+        How probable each of them was, if it was asked for.
     request : Request
         What was asked for: its ``prompt`` as token ids, ``max_new_tokens``, ``sampling.seed``.
     """
 
     def __init__(
-        self, message: str, partial: str, partial_ids: list[int], request: Request
+        self,
+        message: str,
+        partial: str,
+        partial_ids: list[int],
+        request: Request,
+        partial_logprobs: list[Logprobs] | None = None,
     ) -> None:
         super().__init__(message)
         self.partial = partial
         self.partial_ids = partial_ids
         self.request = request
+        self.partial_logprobs = partial_logprobs

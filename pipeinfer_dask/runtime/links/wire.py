@@ -110,9 +110,10 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Node to client: this node can't go on, and why."""
+    """Node to client: this node can't go on, and why; ``memory`` if that was refused."""
 
     reason: str
+    memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

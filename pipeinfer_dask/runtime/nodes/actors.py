@@ -52,7 +52,7 @@ from pipeinfer_dask.runtime.links.wire import (
     Renewed,
     WireError,
 )
-from pipeinfer_dask.runtime.nodes.compute import DrafterThread, StageThread
+from pipeinfer_dask.runtime.nodes.compute import DrafterThread, StageThread, lacks_memory
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class Node(Generic[ThreadT]):
         try:
             await asyncio.wrap_future(self.thread.loaded)
         except Exception as error:
-            self._tell(Failed(f"{type(error).__name__}: {error}"))
+            self._tell(_failure(error))
         else:
             self._tell(Loaded())
 
@@ -260,12 +260,16 @@ class Node(Generic[ThreadT]):
             self._control.send(message)
 
     def _failed(self, error: Exception) -> None:
-        self._post(self._tell, Failed(f"{type(error).__name__}: {error}"))
+        self._post(self._tell, _failure(error))
 
     def _post(self, callback: Callable[..., object], *args: object) -> None:
         # A loop that is closed has closed the links, too: nobody is left to tell.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
+
+
+def _failure(error: Exception) -> Failed:
+    return Failed(f"{type(error).__name__}: {error}", lacks_memory(error))
 
 
 def _handler(node: Node[Any]) -> Callable[..., Coroutine[Any, Any, None]]:
@@ -433,16 +437,3 @@ class NodeActor:
         """End the node, if it is of this session."""
         if self._node.identity.startswith(Session.prefix(identity)):
             await self._node.end()
-
-
-async def end_nodes(identity: str, dask_worker: Worker) -> None:
-    """End all nodes that a worker holds of one session: run there, where nobody drives them.
-
-    Parameters
-    ----------
-    identity : str
-        Of the session.
-    dask_worker : Worker
-    """
-    actors = [actor for actor in dask_worker.state.actors.values() if isinstance(actor, NodeActor)]
-    await asyncio.gather(*(actor.end(identity) for actor in actors))

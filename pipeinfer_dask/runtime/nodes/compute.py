@@ -36,6 +36,13 @@ ModelT = TypeVar("ModelT", bound="Caching")
 JobT = TypeVar("JobT")
 T = TypeVar("T")
 
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED"),
+    "can't start new thread",
+)
+"""What errors of torch say, of CPUs, of GPUs and of the libraries that it calls there; and what
+Python says where there is no room for a stack."""
+
 
 class Caching(Protocol):
     """What a stage and a draft model have in common."""
@@ -201,6 +208,14 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
 
     @abstractmethod
     def _compute(self, model: ModelT, job: JobT) -> None: ...
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether memory was refused, that another worker may have."""
+    # Libraries say so in words alone, but for some on GPUs.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
 
 
 def _reportable(error: BaseException) -> Exception:

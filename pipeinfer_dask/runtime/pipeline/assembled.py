@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from distributed import Client
@@ -20,6 +20,7 @@ from pipeinfer_dask.runtime.nodes.actors import (
     NodeActor,
     NodeKind,
 )
+from pipeinfer_dask.runtime.nodes.compute import lacks_memory
 from pipeinfer_dask.runtime.nodes.loading import Progress, Steps
 from pipeinfer_dask.runtime.pipeline.peers import SUSPICION_S, LoadError, Peer, Trouble
 
@@ -73,6 +74,10 @@ class Seat:
         Its node, once that stands.
     actor : type of NodeActor
         What holds its node.
+    full : set of str
+        Workers that had too little memory for its node.
+    short : bool
+        Whether it was for that that its last node was lost.
     """
 
     name: str
@@ -81,11 +86,19 @@ class Seat:
     worker: str | None = None
     peer: Peer | None = None
     actor: type[NodeActor] = NodeActor
+    full: set[str] = field(default_factory=set)
+    short: bool = False
 
     @property
     def title(self) -> str:
         """What to call it in messages."""
         return f"{self.name.replace('-', ' ')} ({self.spec.name})"
+
+    def note_memory(self, *, short: bool) -> None:
+        """Note whether it is for want of memory that its worker can't go on with its node."""
+        self.short = short
+        if short and self.worker is not None:
+            self.full.add(self.worker)
 
 
 class Nodes:
@@ -227,6 +240,7 @@ class Nodes:
         future = self._futures[node]
         error = await future.exception()
         if error is not None:
+            seat.note_memory(short=lacks_memory(error))
             raise PipelineError(
                 f"{title} could not be made: {type(error).__name__}: {error}"
             ) from error
@@ -255,6 +269,7 @@ class Nodes:
         try:
             await peer.loaded()
         except LoadError as refused:
+            seat.note_memory(short=refused.memory)
             raise PipelineError(f"{title} could not load: {refused}") from refused
         return peer
 

@@ -46,6 +46,9 @@ RETRY_S = 2.0
 again so much later: the cluster may have got another worker."""
 
 
+_WORDS = {Trouble.CUT: "is cut off", Trouble.FULL: "has run out of memory"}
+
+
 class Assembly:
     """Stages and a drafter on workers, and their replacements. Belongs to the client's loop.
 
@@ -178,6 +181,8 @@ class Assembly:
             except NoWorkerError as lack:
                 if isinstance(lack, NoSchedulerError) or not self._opened:
                     raise
+                if all(seat.short for seat in part.homeless):
+                    raise  # nobody replaces a worker that lives: none will come
                 if not part.lacks:
                     limit = f"up to {self._recovery.timeout_s:g} s"
                     logger.warning("pipeinfer waits %s for a worker to come: %s", limit, lack)
@@ -191,7 +196,7 @@ class Assembly:
         seats = [*self.stages.seats, *self.drafter.seats]
         loads = self._recovery.loads or tuple(Load(seat.title) for seat in seats)
         workers = await self._suspects.choose(
-            [loads[seats.index(seat)] for seat in homeless],
+            [replace(loads[seats.index(seat)], barred=frozenset(seat.full)) for seat in homeless],
             Counter(seat.worker for seat in seats if seat.worker is not None),
         )
         for seat, worker in zip(homeless, workers, strict=True):
@@ -201,6 +206,8 @@ class Assembly:
         try:
             await self.nodes.make(seat, session, self._progress)
         except (PipelineError, LinkError) as error:
+            if isinstance(error, NodeLostError):
+                seat.note_memory(short=False)
             self._leave(seat)
             # Where a model does not load, another worker may do better, and is tried at once; for
             # the drafter there is time, as texts go on without it.
@@ -224,10 +231,10 @@ class Assembly:
         """
         if self._stopped or seat.peer is not peer:
             return
-        what = "is cut off" if trouble is Trouble.CUT else "is lost"
-        lost = NodeLostError(f"{peer.title} {what}: {reason}")
+        lost = NodeLostError(f"{peer.title} {_WORDS.get(trouble, 'is lost')}: {reason}")
         part = self.drafter if seat in self.drafter.seats else self.stages
-        if trouble is Trouble.GONE or part is self.drafter:
+        seat.note_memory(short=trouble is Trouble.FULL)
+        if trouble in (Trouble.GONE, Trouble.FULL) or part is self.drafter:
             self._leave(seat)
         if trouble is Trouble.FAILED and part is self.stages:
             self._fail(lost)

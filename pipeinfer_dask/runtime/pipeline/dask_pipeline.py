@@ -390,7 +390,7 @@ class DaskPipeline:
             run.request, run.generation, run.run, message.tokens, spans, message.logprobs
         )
         self._tell(done)
-        if message.tokens is not None:
+        if message.tokens:
             self._assembly.stages.working()
 
     def _heed(self, message: Message) -> None:

@@ -45,6 +45,8 @@ class Trouble(StrEnum):
 
     FAILED = "failed"
     """Its model has raised: another one would, too."""
+    FULL = "full"
+    """It was refused memory: another worker may have enough."""
     GONE = "gone"
     """It is dead, or as good as that."""
     CUT = "cut"
@@ -52,7 +54,17 @@ class Trouble(StrEnum):
 
 
 class LoadError(RuntimeError):
-    """A node's model could not be loaded. The text is the worker's own reason."""
+    """A node's model could not be loaded. The text is the worker's own reason.
+
+    Attributes
+    ----------
+    memory : bool
+        Whether memory was refused.
+    """
+
+    def __init__(self, reason: str, memory: bool) -> None:
+        super().__init__(reason)
+        self.memory = memory
 
 
 class Peer:
@@ -241,9 +253,9 @@ class Peer:
             self._answer(self._loaded)
         elif isinstance(message, Failed):
             if self._loaded.done():
-                self._lost(Trouble.FAILED, message.reason)
+                self._lost(Trouble.FULL if message.memory else Trouble.FAILED, message.reason)
             else:
-                self._loaded.set_exception(LoadError(message.reason))
+                self._loaded.set_exception(LoadError(message.reason, message.memory))
         elif isinstance(message, PeerLost):
             self._suspect(message)
         else:

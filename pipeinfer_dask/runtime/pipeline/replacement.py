@@ -12,7 +12,7 @@ from distributed import Client, Worker, rpc
 from distributed.protocol.pickle import dumps
 
 from pipeinfer_dask.models.devices import CPU
-from pipeinfer_dask.runtime.nodes.actors import end_nodes
+from pipeinfer_dask.runtime.nodes.actors import NodeActor
 from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
 
 PROBE_TIMEOUT_S = 1.0
@@ -184,6 +184,9 @@ def _share_out(
         for worker in sorted(count, key=lambda worker: count[worker]):
             if count[worker] >= most or (worker, load.device) not in pools:
                 continue
+            if worker in load.barred:
+                lack += f" ({worker} could not)"
+                continue
             need = Need(load.title, f"{load.device} of {worker}", load.nbytes)
             try:
                 check_memory([*needs, need], named)
@@ -268,3 +271,16 @@ def room(devices: Sequence[str], dask_worker: Worker) -> dict[str, list[Pool]]:
         there = [device for device, number in numbers.items() if number < count]
         rooms |= {device: [pool] for device, pool in gpu_pools(there).items()}
     return rooms
+
+
+async def end_nodes(identity: str, dask_worker: Worker) -> None:
+    """End all nodes that a worker holds of one session: run there, where nobody drives them.
+
+    Parameters
+    ----------
+    identity : str
+        Of the session.
+    dask_worker : Worker
+    """
+    actors = [actor for actor in dask_worker.state.actors.values() if isinstance(actor, NodeActor)]
+    await asyncio.gather(*(actor.end(identity) for actor in actors))

@@ -47,11 +47,14 @@ class Load:
         What to call it in messages.
     nbytes : int
     device : str
+    barred : frozenset of str
+        Workers that have too little memory, whatever they say.
     """
 
     title: str
     nbytes: int = 0
     device: str = CPU
+    barred: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
