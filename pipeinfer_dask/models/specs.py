@@ -95,8 +95,16 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class NgramSpec:
-    """Prompt lookup in place of a draft model."""
+    """Prompt lookup in place of a draft model.
 
+    Attributes
+    ----------
+    capacity : int
+        Tokens of the longest text, and of what is guessed to follow it.
+    name : str
+    """
+
+    capacity: int
     name: str = NGRAM
 
     def load(self, count: CountBytes) -> NgramDraft:

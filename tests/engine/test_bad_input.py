@@ -343,6 +343,10 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown bad word": ({"bad_words_ids": [[1], [288]]}, "bad_words_ids up to 287, got 288"),
     "a bad word alone": ({"bad_words_ids": [7]}, "expected bad_words_ids as a list, got 7"),
     "empty bad word": ({"bad_words_ids": [[]]}, "bad_words_ids without an empty word"),
+    "more bad words than a run can take along": (
+        {"bad_words_ids": [[1]] * 50_000},
+        "eos_token_id of at most 786432 bytes, got 8500",
+    ),
     "a bias for a token alone": (
         {"sequence_bias": {97: 1.0}},
         r"as token ids and a number, such as \{\(97,\): 1\.0\}, got \(97, 1\.0\)",

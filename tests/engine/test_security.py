@@ -7,18 +7,20 @@ import shutil
 import socket
 import ssl
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dask
 import pytest
+from click.testing import CliRunner
 from distributed import Client, LocalCluster, Security, Worker
 from distributed.comm import connect
 from distributed.comm.addressing import get_address_host_port
 
 import pipeinfer_dask as pi
+from pipeinfer_dask import hpc
+from pipeinfer_dask.cli import main
 from pipeinfer_dask.runtime.links.carriers import StreamCarrier
 from pipeinfer_dask.runtime.planning.clusters import _is_exposed
 from tests.engine.pairs import PROMPT, Pair
@@ -141,27 +143,65 @@ def test_a_cluster_over_which_dask_would_unpickle_what_comes_is_refused(pair: Pa
         pi.Engine.from_pretrained(pair.target, client=client)
 
 
-def test_a_cluster_that_others_can_reach_without_tls_is_warned_of(pair: Pair) -> None:
-    with ExitStack() as stack:
-        cluster = stack.enter_context(
-            LocalCluster(
-                n_workers=1,
-                processes=False,
-                protocol="tcp",
-                host=outward_address(),
-                memory_limit=0,
-                dashboard_address="127.0.0.1:0",
-            )
-        )
-        client = stack.enter_context(Client(cluster, set_as_default=False))
-        with pytest.warns(UserWarning, match=r"without TLS: .* distributed\.Security"):
-            engine = pi.Engine.from_pretrained(pair.target, client=client)
-        engine.close()
-        with warnings.catch_warnings(record=True) as shown:
-            warnings.simplefilter("default")
-            for _ in range(2):
-                pi.Engine.from_pretrained(pair.target, client=client).close()
-        assert len([w for w in shown if "without TLS" in str(w.message)]) == 1
+@pytest.fixture(scope="module")
+def exposed() -> Iterator[LocalCluster]:
+    """A cluster that other machines can reach, without TLS."""
+    with LocalCluster(
+        n_workers=1,
+        processes=False,
+        protocol="tcp",
+        host=outward_address(),
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:
+        yield cluster
+
+
+def open_on_a_client(cluster: LocalCluster, pair: Pair) -> None:
+    with Client(cluster, set_as_default=False) as client:
+        pi.Engine.from_pretrained(pair.target, client=client).close()
+
+
+def open_with_a_head_on_a_worker(cluster: LocalCluster, pair: Pair) -> None:
+    with Client(cluster, set_as_default=False) as client:
+        pi.Engine.from_pretrained(pair.target, client=client, head="worker").close()
+
+
+def open_by_a_queue(cluster: LocalCluster, pair: Pair) -> None:
+    hpc.engine_from(cluster, pair.target, stages=1, spares=0).close()
+
+
+def open_from_a_shell(cluster: LocalCluster, pair: Pair) -> None:
+    what = ["x", "--target", str(pair.target), "--max-new-tokens", "1"]
+    ran = CliRunner().invoke(main, ["generate", *what, "--scheduler", cluster.scheduler_address])
+    assert ran.exit_code == 0, ran.output
+
+
+def open_an_emulation(cluster: LocalCluster, pair: Pair) -> None:
+    with Client(cluster, set_as_default=False) as client:
+        pi.Emulation.open(pi.Costs.even(1, stage_s=1e-3), client=client).close()
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        open_on_a_client,
+        open_with_a_head_on_a_worker,
+        open_by_a_queue,
+        open_from_a_shell,
+        open_an_emulation,
+    ],
+    ids=lambda way: way.__name__,
+)
+def test_a_cluster_that_others_can_reach_without_tls_is_warned_of_once_by_every_way_to_open_one(
+    pair: Pair, exposed: LocalCluster, way: Callable[[LocalCluster, Pair], None]
+) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        way(exposed, pair)
+    told = [str(warning.message) for warning in shown if "without TLS" in str(warning.message)]
+    assert len(told) == 1
+    assert "such as tcp://" in told[0] and "distributed.Security" in told[0]
 
 
 def outward_address() -> str:

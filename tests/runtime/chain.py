@@ -169,7 +169,7 @@ class EchoingDraft:
             while not stopped():
                 pause.wait(0.001)
             return None
-        return [[(token, 0.5)] * width for token in batch.tokens[-frontier:]]
+        return [[(token, 0.5)] * min(width, 9) for token in batch.tokens[-frontier:]]
 
     def release(self, cache: int) -> None:
         pass
@@ -180,6 +180,7 @@ class EchoingSpec:
     """Makes an `EchoingDraft`."""
 
     name: str = "echo"
+    capacity: int = 1 << 19
 
     def load(self, count: CountBytes) -> EchoingDraft:
         return EchoingDraft()

@@ -73,6 +73,7 @@ def set_clock(seconds: float) -> None:
 def test_work_is_told_in_our_time_also_after_a_workers_clock_was_set() -> None:
     async def main() -> None:
         async with cluster(processes=True, workers=1) as (client, workers):
+            await client.run(set_clock, 0.0)  # imports this module, which holds a worker up
             pipeline = await DaskPipeline.open(client, STAGES[-1:], workers, deadline=3.0)
             listener = Listener(pipeline)
 

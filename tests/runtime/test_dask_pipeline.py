@@ -31,9 +31,10 @@ from pipeinfer_dask.protocol.messages import (
     RunTaken,
     StartDraft,
 )
+from pipeinfer_dask.runtime.links.bounds import MOST_HEADER
 from pipeinfer_dask.runtime.links.links import Link, dial
 from pipeinfer_dask.runtime.links.runs import RunPass
-from pipeinfer_dask.runtime.links.wire import DialNext
+from pipeinfer_dask.runtime.links.wire import DialNext, Envelope, encode
 from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, StageSpec
 from pipeinfer_dask.runtime.nodes.loading import Loading
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline, PipelineError
@@ -208,6 +209,26 @@ def test_a_drafter_that_shares_a_worker_drafts_and_can_be_stopped() -> None:
             assert first.proposals == (Proposal(4, 0, 1, 0.5), Proposal(4, 1, 2, 0.5))
             assert first.evaluated == (0, 1)
             assert (second.draft, second.proposals, second.evaluated) == (1, (), ())
+
+    asyncio.run(main())
+
+
+def test_a_draft_model_reads_half_a_million_tokens_at_once_and_says_so() -> None:
+    async def main() -> None:
+        async with cluster(processes=True, workers=1) as (client, workers):
+            spec = EchoingSpec()
+            pipeline = await DaskPipeline.open(client, STAGES[-1:], workers, spec, workers[0])
+            listener = Listener(pipeline)
+            places = tuple(range(spec.capacity - 2))
+            text = Batch(places[::-1], places, places, (NO_PARENT, *places[:-1]))
+            draft = replace(draft_of(0, 4), batch=text, slots=(len(text), len(text) + 1))
+            assert len(encode(Envelope(0, 0, draft))[0]) > MOST_HEADER
+            pipeline.send(draft)
+            answer = await listener.drafted()
+            assert answer.evaluated == (*places, len(text))
+            assert len(encode(Envelope(0, 0, answer))[0]) > MOST_HEADER
+            assert all(node["malformed"] == 0 for node in await pipeline.stats())
+            await pipeline.close()
 
     asyncio.run(main())
 

@@ -10,9 +10,10 @@ import asyncio
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import msgpack
@@ -21,22 +22,30 @@ from distributed import LocalCluster, Worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeinfer_dask.runtime.head.head_actor import HeadNode, PipelinePlan
 from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow, pack
 from pipeinfer_dask.runtime.links.links import Link, Session, dial
 from pipeinfer_dask.runtime.links.reading import decode, read_header
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import (
+    AwaitLoaded,
+    BytesRead,
+    Dialled,
     Envelope,
     Failed,
+    Loaded,
     Message,
     Ping,
     Pong,
+    Renew,
+    Renewed,
     WireError,
     encode,
 )
-from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, StageNode
-from tests.runtime.chain import CountingSpec, run_of
-from tests.runtime.test_wire import INTAKE, messages
+from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, DrafterNode, Node, StageNode
+from pipeinfer_dask.runtime.pipeline.recovery import NONE
+from tests.runtime.chain import CountingSpec, EchoingSpec, run_of
+from tests.runtime.test_wire import INTAKE, counts, messages
 
 MOST = INTAKE.tokens * INTAKE.width * 4
 """Bytes of the largest hidden states that the stage takes."""
@@ -149,20 +158,61 @@ def worker(runner: asyncio.Runner) -> Iterator[Worker]:
     runner.run(stop())
 
 
+said = (
+    messages
+    | st.builds(BytesRead, counts, counts)
+    | st.sampled_from([Loaded(), AwaitLoaded(), Dialled()])
+    | st.builds(Renew, counts)
+    | st.builds(Renewed, st.integers(0, 2))
+    | st.builds(Pong, st.integers(0, 2), st.floats(-9, 9), st.floats(0, 1e9))
+)
+"""What may be said in the right form, be there a reason to or not."""
+
+
+def say(link: Link, what: Sequence[Message | list[bytes]]) -> None:
+    """Send messages as they come in order, and frames as they are."""
+    for one in what:
+        if isinstance(one, list):
+            link._carrier.write(one)
+        else:
+            link.send(one)
+
+
+def stage(worker: Worker, session: Session) -> Node[Any]:
+    return StageNode(worker, session, "stage-1", CountingSpec("fuzzed", last=True, intake=INTAKE))
+
+
+def drafter(worker: Worker, session: Session) -> Node[Any]:
+    return DrafterNode(worker, session, "drafter", EchoingSpec())
+
+
+def head(worker: Worker, session: Session) -> Node[Any]:
+    stages, workers = (CountingSpec("driven", last=True),), (worker.address,)
+    plan = PipelinePlan(stages, workers, None, None, NONE, 20.0, 1)
+    return HeadNode(worker, session, "head", plan)
+
+
 @pytest.mark.cluster
+@pytest.mark.parametrize("kind", [stage, drafter, head], ids=lambda kind: kind.__name__)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from([CONTROL, INPUT]), st.lists(almost() | anything, min_size=1, max_size=4))
+@given(
+    st.sampled_from([CONTROL, INPUT]), st.lists(said | almost() | anything, min_size=1, max_size=4)
+)
 def test_a_node_outlives_nonsense_or_ends_its_link(
-    runner: asyncio.Runner, worker: Worker, role: str, sent: list[list[bytes]]
+    runner: asyncio.Runner,
+    worker: Worker,
+    kind: Callable[[Worker, Session], Node[Any]],
+    role: str,
+    sent: list[Message | list[bytes]],
 ) -> None:
     """After whatever came over one link the node answers over another, or has closed with it."""
 
     async def main() -> None:
         session = Session.new()
-        node = StageNode(
-            worker, session, "stage-1", CountingSpec("fuzzed", last=True, intake=INTAKE)
-        )
+        node = kind(worker, session)
         node.open()
+        failures: list[Exception] = []
+        node.thread._failed = failures.append
         links: list[Link] = []
 
         async def open_link(role: str) -> Link:
@@ -174,8 +224,7 @@ def test_a_node_outlives_nonsense_or_ends_its_link(
             async with asyncio.timeout(20):
                 control = await open_link(CONTROL)
                 attacked = control if role == CONTROL else await open_link(role)
-                for frames in sent:
-                    attacked._carrier.write(frames)
+                say(attacked, sent)
                 if role == CONTROL:
                     await ended_or_answers(node, control, number=len(sent))
                 else:
@@ -187,12 +236,37 @@ def test_a_node_outlives_nonsense_or_ends_its_link(
             await node._end()
             for link in links:
                 link.abort()
-        assert not node.thread._thread.is_alive()
+        threads = [thread.name for thread in enumerate_threads()]
+        assert node.identity not in threads
+        assert failures == []
 
     runner.run(main())
 
 
-async def ended_or_answers(node: StageNode, control: Link, number: int) -> None:
+@pytest.mark.cluster
+def test_a_later_stage_computes_no_run_that_comes_without_hidden_states(
+    runner: asyncio.Runner, worker: Worker
+) -> None:
+    async def main() -> None:
+        session = Session.new()
+        node = stage(worker, session)
+        node.open()
+        link = await dial(worker.address, node.identity, INPUT, session, connection_args={})
+        try:
+            link.send(RunPass(run_of(0, 1), skipped=True))
+            link.send(RunPass(run_of(1, 1)))
+            async with asyncio.timeout(20):
+                await link.receive(lambda message: None)
+            assert node.stats()["malformed"] == 1
+        finally:
+            node.stop()
+            await node._end()
+            link.abort()
+
+    runner.run(main())
+
+
+async def ended_or_answers(node: Node[Any], control: Link, number: int) -> None:
     answered = asyncio.get_running_loop().create_future()
 
     def hear(message: Message) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any, TypeVar
@@ -32,7 +32,6 @@ from pipeinfer_dask.protocol.messages import (
 from pipeinfer_dask.runtime.links.links import Link, LinkError
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import (
-    AwaitLoaded,
     BytesRead,
     Dialled,
     Envelope,
@@ -42,7 +41,6 @@ from pipeinfer_dask.runtime.links.wire import (
     PeerLost,
     Ping,
     Pong,
-    Renew,
     Renewed,
     encode,
 )
@@ -50,32 +48,13 @@ from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Recovery
 from tests.runtime.chain import SLOW, CountingSpec, EchoingSpec, run_of
-from tests.runtime.test_fuzz import almost
+from tests.runtime.test_fuzz import almost, said, say
 from tests.runtime.test_links import linked
-from tests.runtime.test_wire import counts, messages
+from tests.runtime.test_wire import messages
 
 T = TypeVar("T")
 
 PEERS_OWN = (Pong, Dialled, Renewed, BytesRead, Loaded, Failed, PeerLost)
-
-said = (
-    messages
-    | st.builds(BytesRead, counts, counts)
-    | st.sampled_from([Loaded(), AwaitLoaded(), Dialled()])
-    | st.builds(Renew, counts)
-    | st.builds(Renewed, st.integers(0, 2))
-    | st.builds(Pong, st.integers(0, 2), st.floats(-9, 9), st.floats(0, 1e9))
-)
-"""What a node may say in the right form, be there a reason to or not."""
-
-
-def say(link: Link, what: Sequence[Message | list[bytes]]) -> None:
-    """Send messages as they come in order, and frames as they are."""
-    for one in what:
-        if isinstance(one, list):
-            link._carrier.write(one)
-        else:
-            link.send(one)
 
 
 @settings(max_examples=150)

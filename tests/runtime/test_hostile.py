@@ -18,8 +18,17 @@ from distributed.core import Server
 from distributed.protocol import ToPickle
 from distributed.protocol.core import dumps
 
-from pipeinfer_dask.protocol.messages import Batch, Kind, Prune, StartRun
-from pipeinfer_dask.runtime.links.framing import CHUNK, MOST_HEADER, PREFIX, Inflow
+from pipeinfer_dask.protocol.messages import (
+    Batch,
+    DraftPlan,
+    Kind,
+    Prune,
+    StartDraft,
+    StartRun,
+    TreePlan,
+)
+from pipeinfer_dask.runtime.links.bounds import MOST_HEADER
+from pipeinfer_dask.runtime.links.framing import CHUNK, PREFIX, Inflow
 from pipeinfer_dask.runtime.links.links import Counts, Link, LinkError, Session, accept
 from pipeinfer_dask.runtime.links.reading import decode, read_header
 from pipeinfer_dask.runtime.links.runs import RunPass
@@ -192,7 +201,13 @@ def run_with(**columns: Any) -> RunPass:
     return RunPass(StartRun(0, 0, 0, Kind.SPECULATIVE, batch, 1))
 
 
+def draft_with(plan: DraftPlan | TreePlan) -> StartDraft:
+    batch = Batch((1, 2), (0, 1), (0, 1), (-1, 0))
+    return StartDraft(0, 0, 0, batch, 1, (2, 3), plan)
+
+
 SOUND = run_with()
+SOUND_PLAN = TreePlan(2, 1, 1, 1, 0.0, (1.0,))
 WRONG: dict[str, Any] = {
     "no tokens": run_with(tokens=(), positions=(), slots=(), parents=()),
     "columns of two lengths": run_with(slots=(0,)),
@@ -213,6 +228,10 @@ WRONG: dict[str, Any] = {
     "a skip of 1": replace(SOUND, skipped=1),  # type: ignore[arg-type]
     "tokens of text": replace(SOUND, tokens="12"),  # type: ignore[arg-type]
     "prunes of other runs": Prune(0, 0, (1, 2), ((0,),)),
+    "a plan for more slots": draft_with(DraftPlan(3)),
+    "a plan for fewer slots": draft_with(replace(SOUND_PLAN, size=1)),
+    "chances of another frontier": draft_with(replace(SOUND_PLAN, chances=(1.0, 0.5))),
+    "a calibration with nothing between": draft_with(replace(SOUND_PLAN, calibration=(1.0,))),
     "a ping of text": Ping("1"),  # type: ignore[arg-type]
     "a ping of nothing": Ping(None),  # type: ignore[arg-type]
     "a clock that is no number": Pong(1, float("nan"), 0.0),
@@ -221,7 +240,8 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("message", WRONG.values(), ids=WRONG.keys())
 def test_a_message_with_contents_that_make_no_sense_is_malformed(message: Message) -> None:
-    decode(encode(Envelope(0, 0, SOUND)), None)
+    for sound in (SOUND, draft_with(SOUND_PLAN)):
+        decode(encode(Envelope(0, 0, sound)), None)
     with pytest.raises(WireError, match="expected a message, got"):
         decode(encode(Envelope(0, 0, message)), None)
 
@@ -263,6 +283,42 @@ def test_a_header_takes_no_memory_for_what_no_message_holds(nonsense: bytes) -> 
         assert tracemalloc.get_traced_memory()[1] < 20 * count
     finally:
         tracemalloc.stop()
+
+
+def array_of(count: int) -> bytes:
+    """Return the beginning of an array that says to hold so much."""
+    return b"\xdd" + count.to_bytes(4, "big")
+
+
+SIZE = 1 << 16
+"""Things of nonsense in a header; what it takes is in proportion to them."""
+NONSENSE = {
+    "arrays of one": array_of(SIZE) + b"\x91\x00" * SIZE,
+    "arrays in arrays": array_of(SIZE // 500) + (b"\x91" * 499 + b"\x00") * (SIZE // 500),
+    "short texts": array_of(SIZE) + b"\xa2hi" * SIZE,
+    "large numbers": array_of(SIZE) + b"\xce\xff\xff\xff\xff" * SIZE,
+    "nothing": array_of(SIZE) + b"\xc0" * SIZE,
+    "arrays that hold nothing of what they say": array_of(SIZE) * 1000 + b"\x00" * SIZE,
+    "one that holds less than it says": array_of(2**32 - 1) + b"\x00" * SIZE,
+}
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE.keys())
+@pytest.mark.parametrize("place", range(5))
+def test_a_header_of_nonsense_takes_memory_in_proportion_to_its_size(
+    nonsense: bytes, place: int
+) -> None:
+    fields = [msgpack.packb(field) for field in (0, 0, 0, (), None)]
+    fields[place] = nonsense
+    header = b"\x95" + b"".join(fields)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError) as refused:
+            decode([header], INTAKE)
+        assert tracemalloc.get_traced_memory()[1] < 64 * len(header)
+    finally:
+        tracemalloc.stop()
+    assert len(str(refused.value)) < 500
 
 
 def test_a_proof_is_good_once(caplog: pytest.LogCaptureFixture) -> None:

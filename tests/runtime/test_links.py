@@ -246,11 +246,11 @@ def test_nonsense_ends_the_link(nonsense: Callable[[Link], None]) -> None:
     asyncio.run(main())
 
 
-def test_a_long_header_needs_no_larger_limit() -> None:
+def test_a_long_header_comes_in_several_pieces() -> None:
     async def main() -> None:
         async with linked() as (near, far):
             inbox = Inbox(far)
-            run = run_of(0, *range(100_000))
+            run = run_of(0, *range(60_000))
             near.send(RunPass(run))
             near.send(Ping(1))
             assert await inbox.messages.get() == RunPass(run)

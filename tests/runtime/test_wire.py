@@ -104,23 +104,24 @@ trees = st.builds(
     counts,
     counts,
     st.floats(0, 1),
-    st.lists(st.floats(0, 1), max_size=4).map(tuple),
+    st.tuples(st.floats(0, 1)),
     st.lists(st.floats(0, 1), max_size=4).map(tuple),
     st.floats(0, 1),
     st.none() | counts,
 )
+drafts = st.builds(
+    StartDraft,
+    *(counts, counts, counts, batches, st.just(1), numbers, plans | trees),
+    st.none() | samplings,
+    counts,
+).map(lambda draft: replace(draft, plan=replace(draft.plan, size=len(draft.slots))))
 messages = st.one_of(
     run_passes(),
     st.lists(st.tuples(counts, numbers), max_size=3).map(
         lambda pruned: Prune(1, 2, tuple(run for run, _ in pruned), tuple(p for _, p in pruned))
     ),
     st.builds(CancelRuns, counts, counts, numbers, st.sampled_from(CancelReason)),
-    st.builds(
-        StartDraft,
-        *(counts, counts, counts, batches, st.just(1), numbers, plans | trees),
-        st.none() | samplings,
-        counts,
-    ),
+    drafts,
     st.builds(Release, counts, counts, st.none() | counts),
     st.builds(CancelDraft, counts, counts, counts),
     st.builds(

@@ -182,11 +182,14 @@ class PacedDraftSpec:
     text : (float, int)
         Acceptance and seed of the `SyntheticPair`.
     name : str
+    capacity : int
+        Tokens of the longest text.
     """
 
     curve: Curve
     text: tuple[float, int]
     name: str = "emulated"
+    capacity: int = MOST_TOKENS
 
     def load(self, count: CountBytes) -> PacedDraft:
         """Make the draft model, in the thread that will wait for it."""

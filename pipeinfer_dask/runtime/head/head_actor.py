@@ -48,6 +48,8 @@ from pipeinfer_dask.trace.entries import written
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_ENTRIES = 1 << 17
+"""Entries of a trace travel together up to so many characters, and the one that is beyond."""
 CLOSE_TIMEOUT_S = 20.0
 """How long to wait for the end of a pipeline, which waits for its own nodes."""
 
@@ -143,6 +145,7 @@ class Outbox:
         # Entries that go into one message, as long as they are of one request.
         self._request = 0
         self._entries: list[str] = []
+        self._length = 0
 
     def put(self, message: Message) -> None:
         """Send a message behind all that was put here before."""
@@ -157,11 +160,14 @@ class Outbox:
             self._close_entries()
         self._request = request
         self._entries.append(entry)
+        self._length += len(entry)
+        if self._length > MOST_ENTRIES:
+            self._close_entries()
 
     def _close_entries(self) -> None:
         if self._entries:
             self._messages.append(Recorded(self._request, tuple(self._entries)))
-            self._entries = []
+            self._entries, self._length = [], 0
 
     def _wake(self) -> None:
         if not (self._messages or self._entries):

@@ -24,6 +24,7 @@ from pipeinfer_dask.runtime.head.followed import Followed
 from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.head import PipelineBusyError
 from pipeinfer_dask.runtime.head.head_actor import HeadActor, HeadNode, PipelinePlan
+from pipeinfer_dask.runtime.links.bounds import of_record
 from pipeinfer_dask.runtime.links.links import LinkError, Session
 from pipeinfer_dask.runtime.links.wire import (
     Forget,
@@ -256,6 +257,7 @@ class RemoteHead:
         peer = self._seat.peer
         assert peer is not None
         request = followed.begin(peer.clock.offset, self._session.generation)
+        peer.expect(of_record(request))
         try:
             await self._actor.start(request, followed.policy)
         except OSError as error:

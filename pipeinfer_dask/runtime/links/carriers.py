@@ -26,7 +26,16 @@ from distributed.comm.tcp import TCP, TLS
 from distributed.protocol import Serialized
 from tornado.iostream import StreamClosedError
 
-from pipeinfer_dask.runtime.links.framing import CHUNK, PREFIX, Inflow, Open, pack, room, unpack
+from pipeinfer_dask.runtime.links.framing import (
+    CHUNK,
+    PREFIX,
+    Inflow,
+    Most,
+    Open,
+    pack,
+    room,
+    unpack,
+)
 from pipeinfer_dask.runtime.links.wire import Buffer, WireError
 
 
@@ -46,8 +55,8 @@ class Carrier(Protocol):
         """As `write`, but for one other thread, which then must be the only one that sends."""
         ...
 
-    async def run(self, open: Open) -> None:
-        """Open each message until the end. Nothing is read before."""
+    async def run(self, open: Open, most: Most) -> None:
+        """Open each message until the end, none with a longer header. Nothing is read before."""
         ...
 
     def abort(self) -> None:
@@ -111,7 +120,7 @@ class CommCarrier:
         with suppress(RuntimeError):  # The loop has ended, and the comm with it.
             self._loop.call_soon_threadsafe(self.write, frames)
 
-    async def run(self, open: Open) -> None:
+    async def run(self, open: Open, most: Most) -> None:
         """See `Carrier`."""
         while True:
             try:
@@ -198,11 +207,11 @@ class StreamCarrier:
         with suppress(RuntimeError):  # The loop has ended, and the stream with it.
             self._loop.call_soon_threadsafe(self.write, frames)
 
-    async def run(self, open: Open) -> None:
+    async def run(self, open: Open, most: Most) -> None:
         """See `Carrier`."""
         try:
             while True:
-                length, size = unpack(await self._stream.read_bytes(PREFIX.size))
+                length, size = unpack(await self._stream.read_bytes(PREFIX.size), most())
                 deliver = open(await self._stream.read_bytes(length), size)
                 payload = room(size) if size else None
                 if payload is not None:
@@ -284,9 +293,9 @@ class SocketCarrier(asyncio.BufferedProtocol):
                     self._handed_over += 1
                     self._loop.call_soon_threadsafe(self._write_rest, memoryview(piece)[sent:])
 
-    async def run(self, open: Open) -> None:
+    async def run(self, open: Open, most: Most) -> None:
         """See `Carrier`."""
-        self._inflow = Inflow(open)
+        self._inflow = Inflow(open, most)
         self._transport.resume_reading()
         await self._over
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pipeinfer_dask.runtime.links.bounds import MOST_HEADER
 from pipeinfer_dask.runtime.links.wire import Buffer, WireError
 
 Deliver = Callable[[Buffer | None], None]
@@ -20,14 +21,14 @@ Open = Callable[[Buffer, int], Deliver]
 
 What it raises, or what it returns does, is the connection's end.
 """
-
-PREFIX = struct.Struct("<IQ")
-"""Bytes of the header, and of the payload behind it."""
-MOST_HEADER = 1 << 24
-"""A longer header is nonsense: a token of a run takes 20 bytes at most.
+Most = Callable[[], int]
+"""Returns how many bytes a header may have by now: see `bounds`.
 
 How long a payload may be, the header's reader says.
 """
+
+PREFIX = struct.Struct("<IQ")
+"""Bytes of the header, and of the payload behind it."""
 CHUNK = 1 << 17
 """A message up to this size is sent and read in one piece."""
 
@@ -38,8 +39,8 @@ def pack(frames: Sequence[Buffer]) -> tuple[bytes, int]:
     return PREFIX.pack(len(frames[0]), size) + frames[0], size
 
 
-def unpack(prefix: Buffer, start: int = 0) -> tuple[int, int]:
-    """Return the sizes of a message's header and payload.
+def unpack(prefix: Buffer, most: int, start: int = 0) -> tuple[int, int]:
+    """Return the sizes of a message's header, which may be ``most``, and payload.
 
     Raises
     ------
@@ -47,10 +48,10 @@ def unpack(prefix: Buffer, start: int = 0) -> tuple[int, int]:
         There are no such messages.
     """
     length, size = PREFIX.unpack_from(prefix, start)
-    if length > MOST_HEADER:
+    if length > most:
         raise WireError(
-            f"expected a header of at most {MOST_HEADER} bytes, got one of {length}: the two ends "
-            "do not speak the same protocol"
+            f"expected a header of at most {most} bytes, got one of {length}: the two ends do not "
+            "speak the same protocol"
         )
     return length, size
 
@@ -67,10 +68,13 @@ class Inflow:
     ----------
     open : callable
         See `Open`.
+    most : callable
+        See `Most`.
     """
 
-    def __init__(self, open: Open) -> None:
+    def __init__(self, open: Open, most: Most = lambda: MOST_HEADER) -> None:
         self._open = open
+        self._most = most
         self._deliver: Deliver
         self._buffer = memoryview(bytearray(CHUNK))
         self._filled = 0
@@ -109,7 +113,7 @@ class Inflow:
         """Take apart what is in the buffer, and leave what is not whole yet at its front."""
         start = 0
         while self._payload is None and self._filled - start >= PREFIX.size:
-            length, size = unpack(self._buffer, start)
+            length, size = unpack(self._buffer, self._most(), start)
             end = start + PREFIX.size + length
             if end > self._filled:
                 self._reserve(PREFIX.size + length)

@@ -21,6 +21,7 @@ from typing import Any
 from distributed.comm import Comm, CommClosedError, connect
 
 from pipeinfer_dask.models.stage import Intake
+from pipeinfer_dask.runtime.links.bounds import MOST_HEADER
 from pipeinfer_dask.runtime.links.carriers import Carrier, carry
 from pipeinfer_dask.runtime.links.framing import Deliver
 from pipeinfer_dask.runtime.links.reading import Header, read_header
@@ -129,6 +130,7 @@ class Link:
         self._intake = intake
         self._sent = 0
         self._received = 0
+        self._most_header = MOST_HEADER
 
     @property
     def closed(self) -> bool:
@@ -142,6 +144,10 @@ class Link:
     def send_from_thread(self, message: Message) -> None:
         """As `send`, but for one other thread, which then must be the only one that sends."""
         self._carrier.write_from_thread(self._pack(message))
+
+    def expect(self, nbytes: int) -> None:
+        """Take headers of so many bytes from now on: see `bounds`."""
+        self._most_header = max(self._most_header, nbytes)
 
     async def receive(self, handle: Callable[[Message], None]) -> None:
         """Hand over each message until the link closes; the link is closed afterwards.
@@ -164,7 +170,7 @@ class Link:
             return partial(self._take, header, handle)
 
         try:
-            await self._carrier.run(open)
+            await self._carrier.run(open, lambda: self._most_header)
         except WireError:
             self.counts.malformed += 1
             raise

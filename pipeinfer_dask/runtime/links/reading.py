@@ -15,12 +15,15 @@ import msgpack
 import numpy as np
 
 from pipeinfer_dask.models.stage import HiddenStates, Intake
-from pipeinfer_dask.protocol.messages import Batch, Prune, StartDraft
+from pipeinfer_dask.protocol.messages import Batch, Prune, StartDraft, TreePlan
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.typed import is_a
 from pipeinfer_dask.runtime.links.wire import CODECS, Buffer, Envelope, Message, WireError
 
 Numbers = tuple[int, ...]
+
+SAID = 200
+"""So much of nonsense is quoted, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ def read_header(header: Buffer, nbytes: int, intake: Intake | None) -> Header:
         It is no message, or one with hidden states that may not come.
     """
     try:
+        _skim(header)
         generation, sequence, code, plain, layout = msgpack.unpackb(
             header, use_list=False, object_pairs_hook=_refuse, ext_hook=_refuse, max_ext_len=0
         )
@@ -83,7 +87,7 @@ def read_header(header: Buffer, nbytes: int, intake: Intake | None) -> Header:
         _check(message)
     except _MALFORMED as error:
         size = memoryview(header).nbytes
-        raise WireError(f"expected a message, got {size} bytes: {error}") from None
+        raise WireError(f"expected a message, got {size} bytes: {error!s:.{SAID}}") from None
     if layout is None:
         if nbytes:
             raise WireError(f"expected no payload, got {nbytes} bytes")
@@ -91,6 +95,17 @@ def read_header(header: Buffer, nbytes: int, intake: Intake | None) -> Header:
     if not isinstance(message, RunPass):
         raise WireError(f"expected hidden states with a run, got them with code {code}")
     return Header(generation, sequence, message, _layout(layout, message, nbytes, intake))
+
+
+def _skim(header: Buffer) -> None:
+    """Go through it without making anything of it.
+
+    An array takes room for all that it says to hold: nested ones that end in nothing would
+    take a thousand times their size.
+    """
+    unpacker = msgpack.Unpacker(None, max_buffer_size=memoryview(header).nbytes)
+    unpacker.feed(header)
+    unpacker.skip()
 
 
 def _refuse(*_: object) -> None:
@@ -143,9 +158,14 @@ def _check(message: Message) -> None:
                 0 <= out[0] <= out[-1] < n and all(one < other for one, other in pairwise(out))
             ):
                 raise ValueError(f"a run of {n} tokens that leaves out {out}")
-        case StartDraft():
-            if not 0 < message.frontier <= _tokens(message.batch):
+        case StartDraft(plan=plan, frontier=frontier):
+            if not 0 < frontier <= _tokens(message.batch):
                 raise ValueError("a draft whose frontier is not in its batch")
+            if plan.size != len(message.slots) or (
+                isinstance(plan, TreePlan)
+                and (len(plan.chances) != frontier or len(plan.calibration) == 1)
+            ):
+                raise ValueError("a draft whose plan is that of another one")
         case Prune():
             if len(message.runs) != len(message.tokens):
                 raise ValueError("places of other runs than those named")
@@ -169,7 +189,9 @@ def _layout(
         case ("<f2" | "<f4" as dtype, (int(rows), int(width))):
             expected = rows * width * int(dtype[-1])
         case _:
-            raise WireError(f"expected hidden states as <f4 or <f2 [n, width], got {layout!r}")
+            raise WireError(
+                f"expected hidden states as <f4 or <f2 [n, width], got {layout!r:.{SAID}}"
+            )
     if intake is None:
         raise WireError(f"expected no hidden states here, got {dtype} [{rows}, {width}]")
     tokens = len(run.run.batch) - len(run.left_out)

@@ -49,19 +49,21 @@ class RunPass:
         whole = self.run.batch
         if not self.left_out:
             return whole
-        kept = [place for place in range(len(whole)) if place not in self.left_out]
+        out = set(self.left_out)
+        kept = [place for place in range(len(whole)) if place not in out]
         columns = (whole.tokens, whole.positions, whole.slots, whole.parents)
         return Batch(*(tuple(column[place] for place in kept) for column in columns))
 
     def without(self, places: Iterable[int]) -> RunPass:
         """Return the same run, its hidden states too, without these places of its batch."""
-        left_out = tuple(sorted({*self.left_out, *places}))
+        before, out = set(self.left_out), {*self.left_out, *places}
+        left_out = tuple(sorted(out))
         if left_out == self.left_out:
             return self
         hidden = self.hidden
         if hidden is not None:
-            held = [p for p in range(len(self.run.batch)) if p not in self.left_out]
-            hidden = hidden[[row for row, place in enumerate(held) if place not in left_out]]
+            held = [p for p in range(len(self.run.batch)) if p not in before]
+            hidden = hidden[[row for row, place in enumerate(held) if place not in out]]
         return replace(self, hidden=hidden, left_out=left_out)
 
     def whole(self, picks: tuple[T, ...], missing: T) -> tuple[T, ...]:

@@ -34,6 +34,7 @@ from pipeinfer_dask.protocol.messages import (
     StartDraft,
     StartRun,
 )
+from pipeinfer_dask.runtime.links.bounds import MOST_HEADER, of_text
 from pipeinfer_dask.runtime.links.links import Counts, Link, LinkError, Session, accept, dial
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import (
@@ -118,6 +119,11 @@ class DraftSpec(Protocol):
         """A short name for people to read."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest text, and of what is guessed to follow it."""
+        ...
+
     def load(self, count: CountBytes) -> DraftModel:
         """Make the model, as `StageSpec.load` makes a stage."""
         ...
@@ -137,6 +143,8 @@ class Node(Generic[ThreadT]):
     """
 
     thread: ThreadT
+    _longest = MOST_HEADER
+    """Bytes of the longest header of a command."""
 
     def __init__(
         self, worker: Worker, session: Session, name: str, intake: Intake | None = None
@@ -195,6 +203,7 @@ class Node(Generic[ThreadT]):
             logger.warning("%s refused a second or unknown link: %r", self.identity, role)
             return
         self._control = link
+        link.expect(self._longest)
         try:
             await link.receive(self._heed)
         except (LinkError, WireError) as error:
@@ -292,11 +301,12 @@ class StageNode(Node[StageThread]):
         super().__init__(worker, session, name, spec.intake)
         self._next: Link | None = None
         self._dialling: asyncio.Task[None] | None = None
+        self._first = name == FIRST_STAGE
         self.thread = StageThread(
             partial(spec.load, self._count),
             deliver=self._deliver,
             # Only the first stage's taking of a run tells that the pipeline has room.
-            taken=self._taken if name == FIRST_STAGE else None,
+            taken=self._taken if self._first else None,
             failed=self._failed,
             name=self.identity,
         )
@@ -370,6 +380,8 @@ class StageNode(Node[StageThread]):
     def _run(self, message: Message) -> None:
         if not isinstance(message, RunPass):
             raise LinkError(f"expected a run, got {type(message).__name__}")
+        if message.hidden is None and not message.skipped and not self._first:
+            raise LinkError("expected a run with hidden states, got one without")
         self.thread.submit(message)
 
     def _taken(self, run: StartRun) -> None:
@@ -385,6 +397,7 @@ class DrafterNode(Node[DrafterThread]):
 
     def __init__(self, worker: Worker, session: Session, name: str, spec: DraftSpec) -> None:
         super().__init__(worker, session, name)
+        self._longest = of_text(spec.capacity)  # it reads a prompt at once
         self.thread = DrafterThread(
             partial(spec.load, self._count),
             deliver=self._deliver,

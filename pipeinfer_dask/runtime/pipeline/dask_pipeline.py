@@ -27,6 +27,7 @@ from pipeinfer_dask.protocol.messages import (
     StartDraft,
     StartRun,
 )
+from pipeinfer_dask.runtime.links.bounds import of_answer
 from pipeinfer_dask.runtime.links.links import Link, LinkError, Session
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import Message, WireError
@@ -272,6 +273,7 @@ class DaskPipeline:
         if job.run.generation == self.generation:
             self._runs[job.run.request, job.run.run] = job.run.picks
             self._heard = time.monotonic()
+            self._links[-1].expect(of_answer(job.run))
             self._links[0].send(job)
 
     async def stats(self) -> list[dict[str, int]]:

@@ -10,7 +10,8 @@ from enum import StrEnum
 from typing import Any
 
 from pipeinfer_dask.models.stage import CountBytes
-from pipeinfer_dask.protocol.messages import Span
+from pipeinfer_dask.protocol.messages import Span, StartDraft
+from pipeinfer_dask.runtime.links.bounds import of_answer
 from pipeinfer_dask.runtime.links.links import Link, LinkError
 from pipeinfer_dask.runtime.links.wire import (
     AwaitLoaded,
@@ -128,7 +129,13 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Send a message to the node, without waiting."""
+        if isinstance(message, StartDraft):
+            self.expect(of_answer(message))
         self._link.send(message)
+
+    def expect(self, nbytes: int) -> None:
+        """Take so long headers from the node: see `Link.expect`."""
+        self._link.expect(nbytes)
 
     async def loaded(self) -> None:
         """Wait until the node's model stands.

@@ -196,7 +196,7 @@ class Models:
         if self.draft is None:
             return stages, None
         if self.draft == NGRAM:
-            return stages, NgramSpec()
+            return stages, NgramSpec(self._capacity)
         drafter = placement.drafter if placement is not None else None
         layers = range(self.draft.num_layers)
         name = self.draft.path.name

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.sampling import Sampling
+from pipeinfer_dask.runtime.links.bounds import MOST_SETTINGS, of_settings
 
 Settings = Mapping[str, Any]
 
@@ -220,7 +221,13 @@ def sampling_of(
     sampling = Sampling(**values)
     if sampling == Sampling():
         return None
-    return Sampling(**values, end_tokens=tuple(sorted(end_tokens)))
+    sampling = Sampling(**values, end_tokens=tuple(sorted(end_tokens)))
+    if (nbytes := of_settings(sampling)) > MOST_SETTINGS:
+        raise ValueError(
+            "expected bad_words_ids, sequence_bias, suppress_tokens and eos_token_id of at most "
+            f"{MOST_SETTINGS} bytes, got {nbytes}: each run takes them along, so name fewer tokens"
+        )
+    return sampling
 
 
 def number(name: str, value: object) -> float:
