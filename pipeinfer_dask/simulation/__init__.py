@@ -6,7 +6,6 @@ a large cluster take milliseconds here. Nothing of it is a second scheduler: see
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,9 @@ from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.simulation.costs import Costs, Curve, NodeDescription, costs_of_nodes
+from pipeinfer_dask.simulation.faults import losses_of, slowdowns_of
 from pipeinfer_dask.simulation.truth import SyntheticPair
-from pipeinfer_dask.simulation.world import Loss, World
+from pipeinfer_dask.simulation.world import World
 from pipeinfer_dask.trace import Metrics, Trace
 from pipeinfer_dask.trace.picture import result_html
 
@@ -88,7 +88,8 @@ def simulate(
     seed: int = 0,
     overconfidence: float = 0.0,
     clairvoyant: bool = False,
-    losses: Sequence[tuple[float, int | None]] = (),
+    losses: Sequence[tuple[float, int | None] | tuple[float, int | None, float]] = (),
+    slowdowns: Sequence[tuple[float, int | None, float, float]] = (),
     **knobs: Any,
 ) -> Simulation:
     """Generate in virtual time.
@@ -113,9 +114,13 @@ def simulate(
         0: the draft model's confidences are its chances.
     clairvoyant : bool
         The draft model knows which of its choices is right: a bound, not a strategy.
-    losses : sequence of (float, int or None)
+    losses : sequence of (float, int or None) or (float, int or None, float)
         Nodes that are lost: when, in seconds, and which: a stage's number, or None for the
-        drafter. ``costs.rebuild_s`` later another one has taken over.
+        drafter; and after how many seconds that is noticed, as it is late of one that hangs: by
+        default after a hop. ``costs.rebuild_s`` later another one has taken over.
+    slowdowns : sequence of (float, int or None, float, float)
+        Nodes that are slow for a while: when, in seconds, and which, as for ``losses``; how many
+        times longer their passes take, and for how many seconds.
     **knobs
         The strategy's own settings.
 
@@ -136,7 +141,14 @@ def simulate(
     prompt = pair.text(prompt_tokens)
     slots = prompt_tokens + max_new_tokens + SLOTS
     request = Request(0, prompt, max_new_tokens, slots, reads_ahead=True)
-    world = World(request, policy, costs, pair, losses=_losses(losses, len(costs.stages)))
+    world = World(
+        request,
+        policy,
+        costs,
+        pair,
+        losses=losses_of(losses, len(costs.stages)),
+        slowdowns=slowdowns_of(slowdowns, len(costs.stages)),
+    )
     return _simulations(world, policy, costs)[0]
 
 
@@ -235,19 +247,6 @@ def _simulations(world: World, policy: Policy, costs: Costs) -> list[Simulation]
             Simulation(tokens, origins, outcome.finished, policy.name, costs, outcome.trace)
         )
     return finished
-
-
-def _losses(losses: Sequence[tuple[float, int | None]], stages: int) -> list[Loss]:
-    for loss in losses:
-        match loss:
-            case (float() | int() as at_s, None | int() as node) if 0 <= at_s < math.inf and (
-                node is None or 0 <= node < stages
-            ):
-                continue
-        raise ValueError(
-            f"expected losses as (seconds, stage below {stages} or None), got {loss!r}"
-        )
-    return [Loss(at_s, node) for at_s, node in losses]
 
 
 CHAINS = (1, 2, 4, 6, 8, 12)

@@ -43,6 +43,7 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation.costs import Costs
+from pipeinfer_dask.simulation.faults import Loss, Slowdown
 from pipeinfer_dask.simulation.truth import SyntheticPair, Texts
 from pipeinfer_dask.trace import Trace
 
@@ -65,14 +66,6 @@ class Clock:
         while self._agenda:
             self.now, _, what, arguments = heapq.heappop(self._agenda)
             what(*arguments)
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """The loss of a node, at a time in virtual seconds: a stage by its number, None the drafter."""
-
-    at_s: float
-    node: int | None
 
 
 @dataclass(slots=True)
@@ -98,6 +91,8 @@ class World:
         A request that samples gets the text of its seed instead.
     losses : sequence of Loss
         What is lost when; what is lost already is not lost again.
+    slowdowns : sequence of Slowdown
+        Of who stands then; a node that takes another one's place is as fast as any.
     machine : Machine, optional
         For whoever wants to watch it: of this request, with this policy.
     others : sequence of (Request, Policy)
@@ -117,6 +112,7 @@ class World:
         pair: SyntheticPair,
         *,
         losses: Sequence[Loss] = (),
+        slowdowns: Sequence[Slowdown] = (),
         machine: Machine | None = None,
         others: Sequence[tuple[Request, Policy]] = (),
     ) -> None:
@@ -132,7 +128,9 @@ class World:
         self._stages = self._new_stages()
         self._drafter = _Drafter(self._clock, costs, pair, self._tell_later)
         for loss in losses:
-            self._clock.after(loss.at_s, self._lose, loss.node)
+            self._clock.after(loss.at_s, self._lose, loss)
+        for slowdown in slowdowns:
+            self._clock.after(slowdown.at_s, self._slow_down, slowdown)
 
     def _new_stages(self) -> list[_Stage]:
         """Return stages that hold nothing."""
@@ -208,24 +206,34 @@ class World:
     def _taken(self, run: StartRun) -> None:
         self._tell_later(RunTaken(run.request, run.generation, run.run))
 
-    def _lose(self, node: int | None) -> None:
-        """Have a node fall silent; the news takes a hop, and a new one is there after a while."""
-        lost: StageLost | DrafterLost
-        if self._over:
+    def _node(self, node: int | None) -> _Node:
+        return self._drafter if node is None else self._stages[node]
+
+    def _slow_down(self, slowdown: Slowdown) -> None:
+        node = self._node(slowdown.node)
+        node.slowness *= slowdown.factor
+        self._clock.after(slowdown.for_s, node.recover, slowdown.factor)
+
+    def _lose(self, loss: Loss) -> None:
+        """Have a node fall silent; the news takes a while."""
+        node = self._node(loss.node)
+        if self._over or node.lost:
             return
-        if node is None:
-            if self._drafter.lost:
-                return
-            self._drafter.lost = True
+        node.lost = True
+        late = self._costs.hop_s if loss.noticed_s is None else loss.noticed_s
+        self._clock.after(late, self._notice, loss.node, self._stages)
+
+    def _notice(self, number: int | None, stages: list[_Stage]) -> None:
+        """Tell of a loss; a new node is there after a while."""
+        if self._over or (number is not None and stages is not self._stages):
+            return  # it has been replaced along with others
+        lost: StageLost | DrafterLost
+        if number is None:
             lost = DrafterLost(self._draft_generation, "the drafter")
         else:
-            if self._stages[node].lost:
-                return
-            self._stages[node].lost = True
-            lost = StageLost(self._generation, f"stage {node}")
-        self._tell_later(lost)
-        rebuilding = self._costs.hop_s + self._costs.rebuild_s
-        self._clock.after(rebuilding, self._rebuild, type(lost), self._stages)
+            lost = StageLost(self._generation, f"stage {number}")
+        self._tell(lost)
+        self._clock.after(self._costs.rebuild_s, self._rebuild, type(lost), stages)
 
     def _rebuild(self, lost: type[StageLost | DrafterLost], stages: list[_Stage]) -> None:
         if self._over:
@@ -271,14 +279,28 @@ class _Passing:
         return 0 if self.skipped else len(self.run.batch) - len(self.left_out)
 
 
-class _Stage:
-    """Takes one run at a time, in order, and sends it on; the link behind it is its own.
+class _Node:
+    """What may be slow, or lost.
 
     Attributes
     ----------
+    slowness : float
+        Its passes take so many times longer than they should.
     lost : bool
         Then it does nothing more.
     """
+
+    def __init__(self) -> None:
+        self.slowness = 1.0
+        self.lost = False
+
+    def recover(self, factor: float) -> None:
+        """Be faster by a factor by which it was slower."""
+        self.slowness /= factor
+
+
+class _Stage(_Node):
+    """Takes one run at a time, in order, and sends it on; the link behind it is its own."""
 
     def __init__(
         self,
@@ -288,6 +310,7 @@ class _Stage:
         onward: Callable[[_Passing], None],
         taken: Callable[[StartRun], None] | None,
     ) -> None:
+        super().__init__()
         self._clock = clock
         self._costs = costs
         self._curve = costs.stages[index]
@@ -303,7 +326,6 @@ class _Stage:
         self._cancelled: set[tuple[int, int]] = set()
         self._pruned: dict[tuple[int, int], set[int]] = {}
         self._link_free = 0.0
-        self.lost = False
 
     def send(self, passing: _Passing) -> None:
         """Bring a run over the link to here: one message at a time occupies it."""
@@ -346,7 +368,7 @@ class _Stage:
             passing.left_out |= self._pruned.get(passing.key, set())
             self._computing = passing
             self._began, self._layers = now, self._costs.layers
-            self._plan_end(now + self._curve(passing.tokens))
+            self._plan_end(now + self._curve(passing.tokens) * self.slowness)
 
     def _plan_end(self, ends: float) -> None:
         self._ends = ends
@@ -363,12 +385,13 @@ class _Stage:
         self._turn_to_next()
 
 
-class _Drafter:
+class _Drafter(_Node):
     """The draft model: grows one draft at a time, pass by pass."""
 
     def __init__(
         self, clock: Clock, costs: Costs, pair: SyntheticPair, tell: Callable[[Event], None]
     ) -> None:
+        super().__init__()
         self._clock = clock
         self._costs = costs
         self._texts = Texts(pair)
@@ -376,7 +399,6 @@ class _Drafter:
         self._cancelled: set[tuple[int, int]] = set()
         self._began = 0.0
         self._passes = 0
-        self.lost = False
 
     def start(self, draft: StartDraft) -> None:
         self._began, self._passes = self._clock.now, 0
@@ -392,7 +414,8 @@ class _Drafter:
         draft = expansion.draft
         step = expansion.next_batch()
         if step is not None and (draft.request, draft.draft) not in self._cancelled:
-            self._clock.after(self._costs.draft(len(step[0])), self._end_pass, expansion)
+            takes = self._costs.draft(len(step[0])) * self.slowness
+            self._clock.after(takes, self._end_pass, expansion)
             return
         self._tell(
             Drafted(

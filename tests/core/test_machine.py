@@ -117,6 +117,24 @@ class AnyOrder(RuleBasedStateMachine):
         if sure == 0:
             self.world.lose_drafter()
 
+    @precondition(
+        lambda self: (
+            self.world.finished is None
+            and not self.world.lost_stages
+            and self.world.silent_stage is None
+        )
+    )
+    @rule(stage=st.integers(0, 9), sure=st.integers(0, 3))
+    def a_stage_falls_silent(self, stage: int, sure: int) -> None:
+        if sure == 0:
+            self.world.silence_stage(stage % self.world.count)
+
+    @precondition(lambda self: self.world.finished is None and not self.world.lost_drafter)
+    @rule(sure=st.integers(0, 3))
+    def the_drafter_falls_silent(self, sure: int) -> None:
+        if sure == 0:
+            self.world.silence_drafter()
+
     @precondition(lambda self: self.world.lost_stages or self.world.lost_drafter)
     @rule()
     def one_more_is_lost_while_others_are_replaced(self) -> None:
@@ -201,6 +219,26 @@ def test_losses_leave_the_text_as_it_is(name: str, quality: float) -> None:
                 world.lose_stages()
             if world.finished is None and order.random() < 0.03 and not world.lost_drafter:
                 world.lose_drafter()
+        world.check_end()
+        assert tuple(world.tokens) == plain_text((1, 2, 3), 40)
+        assert world.losses > 0
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_falls_silent_before_that_is_noticed_leaves_the_text_as_it_is(
+    name: str, stage: int
+) -> None:
+    for seed in range(4):
+        order = random.Random(seed)
+        world = World(fresh(name), stages=3, quality=0.9, max_new_tokens=40, spare=60)
+        while moves := world.moves():
+            order.choice(moves)()
+            if world.finished is None and order.random() < 0.05:
+                if not world.lost_stages:
+                    world.silence_stage(stage)
+                if not world.lost_drafter:
+                    world.silence_drafter()
         world.check_end()
         assert tuple(world.tokens) == plain_text((1, 2, 3), 40)
         assert world.losses > 0

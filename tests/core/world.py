@@ -198,6 +198,8 @@ class World(Moving):
         self.quality = quality
         self.generations = 0
         self.lost_stages = self.lost_drafter = False
+        self.silent_stage: int | None = None
+        self.silent_drafter = False
         self.losses = 0
         self.count = stages
         self.build_stages()
@@ -279,7 +281,7 @@ class World(Moving):
     def moves(self) -> list[Callable[[], None]]:
         moves: list[Callable[[], None]] = []
         for i, queue in enumerate(self.queues):
-            if queue:
+            if queue and i != self.silent_stage:
                 moves.append(lambda i=i: self.compute(i))  # type: ignore[misc]
             if self.pending_cancels[i]:
                 moves.append(lambda i=i: self.hear_cancel(i))  # type: ignore[misc]
@@ -291,7 +293,7 @@ class World(Moving):
             moves.append(lambda: self.tell(self.taken.popleft()))
         if self.done:
             moves.append(lambda: self.tell(self.done.popleft()))
-        if self.draft is not None:
+        if self.draft is not None and not self.silent_drafter:
             moves.append(self.draft_step)
         if self.answers:
             moves.append(lambda: self.tell(self.answers.popleft()))
@@ -299,12 +301,25 @@ class World(Moving):
             moves.append(self.rebuild_stages)
         if self.lost_drafter:
             moves.append(self.rebuild_drafter)
+        if self.silent_stage is not None and self.finished is None:
+            moves.append(self.lose_stages)
+        if self.silent_drafter and self.finished is None:
+            moves.append(self.lose_drafter)
         return moves
+
+    def silence_stage(self, stage: int) -> None:
+        """Have a stage do nothing more: that is noticed later, if the text does not end before."""
+        self.silent_stage = stage
+
+    def silence_drafter(self) -> None:
+        """As `silence_stage`."""
+        self.silent_drafter = True
 
     def lose_stages(self) -> None:
         """Lose a stage; what had come out before may still be on its way to the head."""
         self.losses += 1
         self.lost_stages = True
+        self.silent_stage = None
         self.queues = [deque() for _ in self.queues]
         self.pending_cancels = [deque() for _ in self.queues]
         self.pending_prunes = [deque() for _ in self.queues]
@@ -328,6 +343,7 @@ class World(Moving):
     def lose_drafter(self) -> None:
         self.losses += 1
         self.lost_drafter = True
+        self.silent_drafter = False
         self.draft = None
         self.tell(DrafterLost(self.machine.draft_generation))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pipeinfer_dask.policies import Adaptive
 from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Commit,
+    Drafted,
     DrafterLost,
     RunDone,
     StageLost,
@@ -282,6 +284,81 @@ def test_a_lost_stage_takes_a_hop_to_be_noticed_and_then_the_time_to_rebuild_it(
     assert commits == pytest.approx([2.75, back + read, back + read + 2.75])
 
 
+@pytest.mark.parametrize("noticed_s", [0.0, 0.25, 5.0])
+def test_a_loss_that_is_noticed_late_shows_when_it_is_and_costs_so_much_more(
+    noticed_s: float,
+) -> None:
+    costs = Costs.even(2, stage_s=1.0, hop_cost=0.25, rebuild_s=10.0)
+    result = simulate(
+        "iterative", costs=costs, prompt_tokens=1, max_new_tokens=3, losses=[(4.0, 1, noticed_s)]
+    )
+    told = [time for time, what in result.trace if isinstance(what, StageLost)]
+    assert told == pytest.approx([4.0 + noticed_s])
+    commits = [time for time, what in result.trace if isinstance(what, Commit)]
+    back, read = 4.0 + noticed_s + 10.0, 2 * 1.05 + 0.75
+    assert commits == pytest.approx([2.75, back + read, back + read + 2.75])
+
+
+def test_a_loss_that_nobody_has_noticed_before_all_are_replaced_is_never_told() -> None:
+    costs = Costs.even(3, stage_s=1.0, rebuild_s=2.0)
+    losses = [(4.0, 1, 9.0), (5.0, 2, 0.5)]
+    result = simulate("adaptive", costs=costs, max_new_tokens=30, losses=losses)
+    told = [(time, what.reason) for time, what in result.trace if isinstance(what, StageLost)]
+    assert told == [(5.5, "stage 2")]
+
+
+def test_a_slow_stage_shows_in_its_spans_and_in_those_of_no_other() -> None:
+    costs = Costs.even(3, stage_s=1.0, token_cost=0.0)
+    slowdowns = [(10.0, 1, 4.0, 20.0), (15.0, None, 2.0, 5.0)]
+    result = simulate("iterative", costs=costs, max_new_tokens=30, slowdowns=slowdowns)
+    took: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for _, what in result.trace:
+        if isinstance(what, RunDone):
+            for stage, span in enumerate(what.spans):
+                slow = stage == 1 and 10.0 <= span.began < 30.0
+                took[stage].add(round(span.ended - span.began))
+                assert span.ended - span.began == pytest.approx(4.0 if slow else 1.0)
+    assert took == {0: {1}, 1: {1, 4}, 2: {1}}
+
+
+def test_a_slow_drafter_takes_as_many_times_longer() -> None:
+    costs = Costs.even(2, draft_cost=0.5, draft_token_cost=0.0)
+    result = simulate(
+        "speculative", k=2, costs=costs, max_new_tokens=20, slowdowns=[(0.0, None, 3.0, 1e6)]
+    )
+    plain = simulate("speculative", k=2, costs=costs, max_new_tokens=20)
+    assert result.token_ids == plain.token_ids
+
+    def spans(of: pi.Simulation) -> list[float]:
+        drafts = (what.span for _, what in of.trace if isinstance(what, Drafted))
+        return [span.ended - span.began for span in drafts if span is not None]
+
+    assert spans(result) == pytest.approx([3 * took for took in spans(plain)])
+
+
+@pytest.mark.parametrize(("strategy", "knobs"), STRATEGIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_faults_of_all_kinds_by_chance_cost_nothing_of_the_text(
+    strategy: str, knobs: dict[str, Any], seed: int
+) -> None:
+    random = Random(seed)
+    nodes = (None, 0, 1, 2)
+    losses = [(0.5, 1, 1.0)] + [
+        (random.uniform(0, 8), random.choice(nodes), random.choice((0.0, 0.1, 3.0)))
+        for _ in range(5)
+    ]
+    slowdowns = [
+        (random.uniform(0, 8), random.choice(nodes), random.choice((0.5, 3.0, 50.0)), 2.0)
+        for _ in range(6)
+    ]
+    faults: dict[str, Any] = {"losses": losses, "slowdowns": slowdowns}
+    world: dict[str, Any] = {"stages": 3, "acceptance": 0.79, "max_new_tokens": 80, "seed": 7}
+    result = simulate(strategy, **world, **faults, **knobs)
+    assert result.token_ids == list(SyntheticPair(0.79, 7).text(96)[16:])
+    lost = sum(isinstance(what, StageLost | DrafterLost) for _, what in result.trace)
+    assert result.metrics.losses == lost > 0
+
+
 def test_the_loss_of_a_drafter_never_stops_the_text() -> None:
     costs = Costs.even(4, rebuild_s=100.0)
     result = simulate("speculative", costs=costs, max_new_tokens=50, losses=[(1.0, None)])
@@ -327,7 +404,12 @@ def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
             "losses as .seconds, stage below 8 or None., got .1.0, 8.",
         ),
         ({"losses": [(-1.0, 1)]}, "expected losses as"),
+        ({"losses": [(1.0, 1, -1.0)]}, "expected losses as"),
+        ({"losses": [(1.0, 1, 1.0, 1.0)]}, "expected losses as"),
         ({"losses": [5]}, "expected losses as"),
+        ({"slowdowns": [(1.0, 1, 0.0, 1.0)]}, "expected slowdowns as .*factor above 0"),
+        ({"slowdowns": [(1.0, 8, 2.0, 1.0)]}, "expected slowdowns as .*stage below 8"),
+        ({"slowdowns": [(1.0, 1)]}, "expected slowdowns as"),
         ({"strategy": "fast"}, "unknown strategy 'fast'"),
         ({"k": 3}, "'adaptive' has no knob 'k'"),
         ({"strategy": Adaptive(), "ramp": 2}, "expected knobs or a policy of your own, got both"),
