@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from pipeinfer_dask.bench.limits import judged
-from pipeinfer_dask.bench.sabotage import STUCK_S, Saboteur
+from pipeinfer_dask.bench.sabotage import DRAFTER, STUCK_S, Saboteur
 from pipeinfer_dask.engine import Engine, Generation, GenerationInterrupted
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 from pipeinfer_dask.policies import STRATEGIES
@@ -50,8 +50,10 @@ process computes in Python; ``cut``: links close; ``hold_up``, ``repeat``, ``swa
 ``swallow``: messages between stages come late, twice, in the wrong order, one less, or no more;
 ``hang``: the computing does.
 """
-ANYWHERE = ("kill", "squeeze", "stop", "pause", "busy")
-"""What may happen to the drafter, too. The others are of what lies between two stages."""
+ANYWHERE = ("kill", "squeeze", "stop", "pause", "busy", "cut", "hold_up", "repeat")
+"""What may happen to the drafter, too. The others wait for the next that a node says or computes,
+which every text asks of all stages, and not of a drafter.
+"""
 WHOLE = ("kill", "several")
 """What may happen while others are being replaced: the rest needs links."""
 READY = ("die", "swap", "drop", "swallow", "hang")
@@ -238,11 +240,9 @@ class Harm:
         return self._random.choices(kinds, [KINDS[kind] for kind in kinds])[0]
 
     def _strike(self, kind: str, moment: str, stopped: ExitStack) -> Fault:
-        nodes = ["stage-0"]
-        if kind in (*ANYWHERE, *WHOLE):
-            nodes = list(self._saboteur.places())
-        elif kind == "die":
-            nodes = [f"stage-{index}" for index in range(STAGES)]
+        nodes = list(self._saboteur.places())
+        if kind not in (*ANYWHERE, *WHOLE):
+            nodes = [node for node in nodes if node != DRAFTER]
         chosen = tuple(self._random.sample(nodes, min(len(nodes), 1 + (kind == "several"))))
         spare = self._saboteur.workers >= STAGES + 1 + len(chosen)
         fault = Fault(kind, chosen, moment, time.monotonic(), spare)

@@ -29,10 +29,14 @@ BUSY_S = 1.0
 PATIENCE_S = 20.0
 """How long to look for a node that nobody has found: one that is lost comes back elsewhere."""
 LOOK_S = 0.02
+DRAFTER = "drafter"
 
 
 class Saboteur:
     """Does harm to the nodes of the one engine on a cluster.
+
+    A node's messages are those of a stage to the next one, or of the last stage to the client;
+    and all that the drafter says, pongs too.
 
     Parameters
     ----------
@@ -81,27 +85,27 @@ class Saboteur:
             self._stopped.discard(worker)
 
     def cut(self, node: str) -> None:
-        """Cut all data links of a stage."""
+        """Cut all data links of a stage, or the one link of the drafter."""
         self._within(node, _cut)
 
     def hold_up(self, node: str) -> None:
-        """Have a stage's next messages to the next one come late, and in order."""
+        """Have the next that a node computes come late, and in order."""
         self._within(node, _hold_up)
 
     def drop(self, node: str) -> None:
-        """Have a stage's next message to the next one vanish."""
+        """Have a node's next message vanish."""
         self._within(node, _drop)
 
     def repeat(self, node: str) -> None:
-        """Have a stage's next message to the next one come twice."""
+        """Have a node's next message come twice."""
         self._within(node, _repeat)
 
     def swap(self, node: str) -> None:
-        """Have a stage's next two messages to the next one come in the wrong order."""
+        """Have a node's next two messages come in the wrong order."""
         self._within(node, _swap)
 
     def swallow(self, node: str) -> None:
-        """Have all of a stage's messages to the next one vanish, on a link that stays open."""
+        """Have all of a node's messages vanish, on a link that stays open."""
         self._within(node, _swallow)
 
     def hang(self, node: str) -> None:
@@ -180,7 +184,7 @@ def _die(name: str, dask_worker: Worker) -> None:
 def _cut(name: str, dask_worker: Worker) -> None:
     node = _node(dask_worker, name)
     for link in node._links:
-        if link is not node._control:
+        if link is not node._control or name == DRAFTER:
             link.abort()
 
 
@@ -200,46 +204,51 @@ def _hold_up(name: str, dask_worker: Worker) -> None:
     thread._deliver = later
 
 
+def _outgoing(name: str, dask_worker: Worker) -> tuple[Any, str]:
+    """Return the carrier of what a node says, and its method: a drafter has one link for all."""
+    node = _node(dask_worker, name)
+    if name == DRAFTER:
+        return node._control._carrier, "write"
+    return node._next._carrier, "write_from_thread"
+
+
 def _swap(name: str, dask_worker: Worker) -> None:
-    carrier = _node(dask_worker, name)._next._carrier
-    write = carrier.write_from_thread
+    carrier, method = _outgoing(name, dask_worker)
+    write = getattr(carrier, method)
     held: list[Any] = []
 
     def swapped(frames: Any) -> None:
         if not held:
             held.append(frames)
             return
-        carrier.write_from_thread = write
+        setattr(carrier, method, write)
         write(frames)
         write(held.pop())
 
-    carrier.write_from_thread = swapped
+    setattr(carrier, method, swapped)
 
 
 def _drop(name: str, dask_worker: Worker) -> None:
-    carrier = _node(dask_worker, name)._next._carrier
-    write = carrier.write_from_thread
-
-    def dropped(frames: Any) -> None:
-        carrier.write_from_thread = write
-
-    carrier.write_from_thread = dropped
+    carrier, method = _outgoing(name, dask_worker)
+    write = getattr(carrier, method)
+    setattr(carrier, method, lambda frames: setattr(carrier, method, write))
 
 
 def _repeat(name: str, dask_worker: Worker) -> None:
-    carrier = _node(dask_worker, name)._next._carrier
-    write = carrier.write_from_thread
+    carrier, method = _outgoing(name, dask_worker)
+    write = getattr(carrier, method)
 
     def repeated(frames: Any) -> None:
-        carrier.write_from_thread = write
+        setattr(carrier, method, write)
         write(frames)
         write(frames)
 
-    carrier.write_from_thread = repeated
+    setattr(carrier, method, repeated)
 
 
 def _swallow(name: str, dask_worker: Worker) -> None:
-    _node(dask_worker, name)._next._carrier.write_from_thread = lambda frames: None
+    carrier, method = _outgoing(name, dask_worker)
+    setattr(carrier, method, lambda frames: None)
 
 
 def _hang(name: str, dask_worker: Worker) -> None:

@@ -25,14 +25,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 NODE_TIMEOUT_S = 3.0
 PATIENCE_S = 60.0
-WORKERS = 4
+STAGES = 3
+WORKERS = STAGES + 2
 LONG_PROMPT = 6 * PROMPT
 """One that is read in several runs."""
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    """Workers for two stages, a drafter and a spare, which their nannies restart."""
+    """Workers for three stages, a drafter and a spare, which their nannies restart."""
     with ExitStack() as resources:
         yield own_cluster(WORKERS, resources, memory_limit=MEMORY_LIMIT)
 
@@ -48,7 +49,7 @@ def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
         pair.target,
         pair.draft,
         client=client,
-        stages=2,
+        stages=STAGES,
         spares=1,
         node_timeout=NODE_TIMEOUT_S,
     ) as engine:
@@ -63,8 +64,10 @@ def saboteur(client: Client, engine: pi.Engine) -> Iterator[Saboteur]:
     client.wait_for_workers(WORKERS, timeout=PATIENCE_S)
     saboteur = Saboteur(client)
     yield saboteur
-    until(lambda: len(saboteur.places()) == 3)
-    for what, count in {"actors": 3, "nodes": 3, "threads": 3, "shared memory": 0}.items():
+    nodes = STAGES + 1
+    until(lambda: len(saboteur.places()) == nodes)
+    for what in ("actors", "nodes", "threads", "shared memory"):
+        count = 0 if what == "shared memory" else nodes
         until(lambda what=what, count=count: held(saboteur, what) == count)  # type: ignore[misc]
 
 
@@ -103,7 +106,7 @@ def test_a_killed_stage_is_replaced_in_mid_text(
     assert result.token_ids == pair.greedy
     assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
     (loss,) = (what for _, what in result.trace if isinstance(what, StageLost))
-    assert loss.reason.startswith(f"stage 1 (layers 2 to 3) on worker {before['stage-1']} is lost")
+    assert loss.reason.startswith(f"stage 1 (layers 2 to 2) on worker {before['stage-1']} is lost")
     assert f"pipeinfer recovers, and goes on with all texts: {loss.reason}" in caplog.text
     after = saboteur.places()
     assert after.pop("stage-1") not in before.values()
@@ -188,27 +191,44 @@ def test_a_process_that_takes_more_memory_than_it_may_costs_no_token(
     assert engine.generate(PROMPT, max_new_tokens=20).token_ids == pair.greedy[:20]
 
 
-@pytest.mark.parametrize("harm", ["cut", "swap", "swallow", "hang"])
+@pytest.mark.parametrize(
+    ("node", "harm"),
+    [
+        *(("stage-0", harm) for harm in ("cut", "swallow")),
+        *(("stage-1", harm) for harm in ("cut", "swap", "drop", "hang")),
+        *(("stage-2", harm) for harm in ("swap", "drop", "swallow", "hang")),
+        *(("drafter", harm) for harm in ("cut", "swap", "drop", "swallow", "hang")),
+    ],
+)
 def test_what_is_wrong_between_living_nodes_costs_no_token(
-    pair: Pair, engine: pi.Engine, saboteur: Saboteur, harm: str
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, node: str, harm: str
 ) -> None:
-    run = in_mid_text(engine, strategy="iterative")
-    getattr(saboteur, harm)("stage-0")
+    drafts = node == "drafter"
+    run = in_mid_text(engine, strategy="speculative" if drafts else "iterative")
+    getattr(saboteur, harm)(node)
     result = run.result(PATIENCE_S)
     assert result.token_ids == pair.greedy
-    assert told(result, StageLost, StagesBack) == [StageLost, StagesBack]
+    assert told(result, StageLost, DrafterLost) == [DrafterLost if drafts else StageLost]
 
 
-@pytest.mark.parametrize("harm", ["hold_up", "repeat", "busy", "pause"])
+@pytest.mark.parametrize(
+    ("node", "harm"),
+    [
+        *(("stage-0", harm) for harm in ("busy", "pause")),
+        *(("stage-1", harm) for harm in ("hold_up", "repeat")),
+        *(("stage-2", harm) for harm in ("hold_up", "repeat")),
+        *(("drafter", harm) for harm in ("hold_up", "repeat", "pause")),
+    ],
+)
 def test_what_is_slow_or_says_things_twice_is_not_lost(
-    pair: Pair, engine: pi.Engine, saboteur: Saboteur, harm: str
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, node: str, harm: str
 ) -> None:
     run = in_mid_text(engine)
     if harm == "pause":
-        with saboteur.stopped("stage-0"):
+        with saboteur.stopped(node):
             time.sleep(PAUSE_S)
     else:
-        getattr(saboteur, harm)("stage-0")
+        getattr(saboteur, harm)(node)
     result = run.result(PATIENCE_S)
     assert result.token_ids == pair.greedy
     assert told(result, StageLost, DrafterLost) == []
