@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -73,6 +74,31 @@ def test_an_engine_knows_its_nodes_and_keeps_them_and_its_spares_until_it_is_clo
     assert (waited[-1].workers, waited[-1].wanted) == (5, 4)
     with pi.Engine.from_pretrained(target, draft, in_process=True) as plain:
         assert plain.generate("def main", max_new_tokens=16, strategy="iterative").text == text
+
+
+def test_a_cluster_that_scales_itself_has_the_workers_that_the_engines_on_it_need() -> None:
+    target, _ = pi.demo_pair()
+    with (
+        LocalCluster(
+            n_workers=0,
+            threads_per_worker=1,
+            processes=False,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        ExitStack() as engines,
+    ):
+        scaling = cluster.adapt(minimum=1, maximum=2, interval="50ms")
+        first, second = (
+            engines.enter_context(hpc.engine_from(cluster, target, "ngram", stages=stages))
+            for stages in (3, 2)
+        )
+        assert scaling.minimum == 3
+        first.close()
+        assert scaling.minimum == 2
+        assert second.generate("def main", max_new_tokens=4).token_ids
+        second.close()
+        assert scaling.minimum == 1
 
 
 def test_workers_that_do_not_come_are_told_and_a_client_is_left_open(
