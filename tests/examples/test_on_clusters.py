@@ -113,9 +113,10 @@ def test_the_example_of_unlike_nodes_shares_out_all_layers(
 ) -> None:
     with local_cluster(n_workers=2, protocol="tcp://") as cluster:
         example("heterogeneous_nodes.py")([cluster.scheduler_address])
-    *nodes, text = capsys.readouterr().out.split("\n", 3)
-    drafter, first, second = sorted(nodes)
+    *nodes, text = capsys.readouterr().out.split("\n", 4)
+    drafter, head, first, second = sorted(nodes)
     assert drafter == "drafter (ngram): a thread of this process"
+    assert head == "head: client"
     assert first.startswith("stage 0 (layers 0 to ")
     assert " to 5): " in second and second.startswith("stage 1 ")
     assert text == plain + "\n"
