@@ -1,10 +1,10 @@
-"""Puts what benchmarks have measured into the tables of docs/performance.md.
+"""Puts what benchmarks have measured into tables of docs/performance.md and several-users.md.
 
     python -m docs.make_performance             # from what is stored in docs/performance/
     python -m docs.make_performance head shard   # measures these suites first, and stores that
 
 What is stored says on which machine it was measured, when, and how busy that was. A test makes
-the table again, and fails where the page is stale.
+the tables again, and fails where a page is stale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 from docs.tables import fill, table
 
-PAGE = Path(__file__).with_name("performance.md")
+PARTS = Path(__file__).with_name("performance.md")
+USERS = Path(__file__).with_name("several-users.md")
 STORE = Path(__file__).with_name("performance")
 
 Row = tuple[str, str]
@@ -76,18 +77,53 @@ def measure(suite: str) -> None:
     (STORE / f"{suite}.json").write_text(report + "\n", encoding="utf-8")
 
 
-def filled(page: str) -> str:
-    """Return the page with its table made anew."""
+def stored(suite: str) -> tuple[dict[str, Any], str]:
+    """Return what a suite has said, and where and when it did."""
+    report = json.loads((STORE / f"{suite}.json").read_text(encoding="utf-8"))
+    where = report["machine"]
+    return report, f"{where['date']}, {where['cores']} cores, load {where['load']}"
+
+
+def parts(page: str) -> str:
+    """Return the page with its table of what parts cost made anew."""
     rows = []
     for suite, told in SUITES.items():
-        report = json.loads((STORE / f"{suite}.json").read_text(encoding="utf-8"))
-        where = report["machine"]
-        measured = f"{where['date']}, {where['cores']} cores, load {where['load']}"
+        report, measured = stored(suite)
         rows += [[*row, f"`pipeinfer bench {suite}`", measured] for row in told(report["rows"])]
     return fill(page, "parts", table(["part", "figure (median)", "command", "measured"], rows))
+
+
+def load(page: str) -> str:
+    """Return the page with its table of requests at once made anew."""
+    report, measured = stored("load")
+    rows = [
+        [
+            row["requests"],
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{1e3 * row['itl_s']:.0f} ms",
+            f"{1e3 * row['itl_p95_s']:.0f} ms",
+            f"{row['spread']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    headings = (
+        "requests",
+        "tokens/s together",
+        "times one alone",
+        "ITL",
+        "ITL, p95",
+        "fastest by slowest",
+    )
+    return fill(page, "load", f"{table(headings, rows)}\n\nMeasured {measured}.")
+
+
+PAGES: dict[Path, Callable[[str], str]] = {PARTS: parts, USERS: load}
+"""By page, who puts its table in."""
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         measure(name)
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, filled in PAGES.items():
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import re
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -84,12 +85,13 @@ def test_table_of_the_concepts_has_the_figures_of_its_pictures() -> None:
     assert make_concepts.filled(page) == page, "run python -m docs.make_concepts"
 
 
-def test_table_of_what_parts_cost_has_the_figures_that_were_measured() -> None:
-    page = make_performance.PAGE.read_text(encoding="utf-8")
-    assert make_performance.filled(page) == page, "run python -m docs.make_performance"
+@pytest.mark.parametrize("path", make_performance.PAGES, ids=lambda path: str(path.name))
+def test_tables_of_what_was_measured_have_its_figures(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    assert make_performance.PAGES[path](page) == page, "run python -m docs.make_performance"
 
 
-@pytest.mark.parametrize("suite", make_performance.SUITES)
+@pytest.mark.parametrize("suite", [*make_performance.SUITES, "load"])
 def test_a_stored_measurement_says_where_and_when(suite: str) -> None:
     stored = json.loads((make_performance.STORE / f"{suite}.json").read_text(encoding="utf-8"))
     assert stored["suite"] == suite
