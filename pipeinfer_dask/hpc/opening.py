@@ -78,7 +78,8 @@ def engine_from(
     Jobs are submitted where the cluster is one of dask-jobqueue, and while the engine is open
     a job that is lost is replaced. Of other clusters the workers are only waited for: of
     dask-ssh, of dask-mpi, or of a scheduler that runs somewhere. A cluster that scales
-    itself leaves alone what holds a node of the engine.
+    itself leaves alone what holds a node of the engine, and has no fewer workers than that
+    needs until it is closed.
 
     Parameters
     ----------
