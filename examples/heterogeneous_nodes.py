@@ -1,7 +1,8 @@
 """Share the layers out by what each node can hold and compute.
 
-Start workers on nodes of any kind, such as a large and a small one, and give this the scheduler's address. Each worker
-measures a layer of the model; faster ones get more layers, as far as their memory goes.
+Start workers on nodes of any kind, such as a large and a small one, and give this the scheduler's
+address. Each worker measures a layer of the model; faster ones get more layers, as far as their
+memory goes.
 
 Usage::
 

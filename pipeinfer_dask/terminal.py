@@ -21,6 +21,7 @@ from rich.text import Text
 
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace import Metrics
+from pipeinfer_dask.trace.metrics import figure
 
 if TYPE_CHECKING:  # for the names alone: what only shows figures need not wait for torch
     from pipeinfer_dask.engine import Generation, Loading
@@ -98,10 +99,10 @@ def table(results: Sequence[tuple[str, Metrics]]) -> Table:
     for strategy, metrics in results:
         view.add_row(
             strategy,
-            _figure(metrics.tokens_per_s, "{:.1f}"),
-            _figure(metrics.ttft_s, "{:.1f}", 1e3),
-            _figure(metrics.itl_s, "{:.1f}", 1e3),
-            _figure(metrics.acceptance_rate, "{:.0f}%", 100),
+            figure(metrics.tokens_per_s, "{:.1f}"),
+            figure(metrics.ttft_s, "{:.1f}", 1e3),
+            figure(metrics.itl_s, "{:.1f}", 1e3),
+            figure(metrics.acceptance_rate, "{:.0f}%", 100),
             str(metrics.runs),
             str(metrics.runs_cancelled),
             _shares(metrics.stage_utilization),
@@ -123,7 +124,3 @@ def _shares(shares: Sequence[float]) -> str:
     """Return each stage's share; of a long pipeline the first's and the last's."""
     ends = shares if len(shares) <= 3 else (shares[0], shares[-1])
     return (" " if len(shares) <= 3 else " .. ").join(f"{share:.0%}" for share in ends)
-
-
-def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "-" if value is None else form.format(value * scale)

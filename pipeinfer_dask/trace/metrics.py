@@ -270,6 +270,11 @@ class Tally:
         )
 
 
+def figure(value: float | None, form: str, scale: float = 1.0) -> str:
+    """Return a figure as it is shown; a dash where there was nothing to measure."""
+    return "-" if value is None else form.format(value * scale)
+
+
 def _percentile_95(times: list[float]) -> float | None:
     """Return the 95th percentile of the differences between neighbours, None without any."""
     gaps = sorted(after - before for before, after in pairwise(times))

@@ -14,7 +14,7 @@ from html import escape
 from typing import NamedTuple
 
 from pipeinfer_dask.trace.history import History
-from pipeinfer_dask.trace.metrics import Metrics
+from pipeinfer_dask.trace.metrics import Metrics, figure
 from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
 from pipeinfer_dask.trace.tables import Work, legible, node_name, window, work_until
@@ -337,10 +337,6 @@ def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def metrics_html(metrics: Metrics) -> str:
     """Return the figures as a table."""
-
-    def figure(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "-" if value is None else form.format(value * scale)
-
     rows = [
         ("tokens a second", figure(metrics.tokens_per_s, "{:.1f}")),
         ("time to the first token", figure(metrics.ttft_s, "{:.0f} ms", 1e3)),

@@ -44,6 +44,16 @@ def test_the_machine_does_what_its_table_says_and_nothing_else(strategy: str) ->
             event = name
 
 
+def test_the_index_of_decisions_leaves_out_none_and_has_no_gap() -> None:
+    folder = make_architecture.PAGE.parent
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| \[\d+\]\((\d+-.*\.md)\)", index, re.M)) == sorted(
+        path.name for path in folder.glob("[0-9]*.md")
+    )
+    numbers = [int(number) for number in re.findall(r"^\| \[?(\d{4})\b", index, re.M)]
+    assert numbers == [*range(1, len(numbers) + 1)]
+
+
 def test_packages_stand_in_the_order_in_which_imports_may_run() -> None:
     assert tuple(make_architecture.PACKAGES) == LAYERS
 

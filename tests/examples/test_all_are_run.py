@@ -29,6 +29,7 @@ def test_each_example_is_run_by_a_test(name: str) -> None:
     assert name in {each for test in tests for each in started(test)}
 
 
-def test_the_page_tells_of_each_example() -> None:
+def test_the_page_tells_of_each_example_and_shows_it() -> None:
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `(\w+\.py)` \|", page, re.M)) == NAMES
+    assert sorted(re.findall(r"{literalinclude} ../examples/(\w+\.py)$", page, re.M)) == NAMES

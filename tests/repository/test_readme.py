@@ -72,3 +72,14 @@ def test_program_in_the_readme_prints_the_same_text_at_once_and_as_it_comes(
     text, _, rest = ran.stdout.partition("\nMetrics(")
     assert text
     assert rest.endswith(")\n" + text)
+
+
+def test_each_part_of_the_package_stands_where_the_readme_says_where_things_are(root: Path) -> None:
+    readme = (root / "README.md").read_text()
+    listed = readme.partition("## Where things are")[2].partition("## ")[0]
+    parts = [
+        path.name + "/" * path.is_dir()
+        for path in (root / "pipeinfer_dask").iterdir()
+        if path.name[0] not in "_." and (path.is_dir() or path.suffix == ".py")
+    ]
+    assert [part for part in parts if f"{part}`" not in listed] == []
