@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.sharing import Sharing
 from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
@@ -36,6 +35,7 @@ from pipeinfer_dask.protocol.messages import (
     Woken,
 )
 from pipeinfer_dask.protocol.request import Request
+from tests.core.invariants import validate
 from tests.core.world import (
     Cache,
     Moving,

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
-from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.tree import Tree
 from pipeinfer_dask.drafting.expansion import Expansion, expansion_of
@@ -49,6 +48,7 @@ from pipeinfer_dask.protocol.messages import (
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.protocol.sampling import Logprobs, Sampling
 from pipeinfer_dask.trace import Trace
+from tests.core.invariants import validate
 
 Path = tuple[int, ...]
 GARBAGE: Path = (-1,)

@@ -50,6 +50,9 @@ def test_the_index_of_decisions_leaves_out_none_and_has_no_gap() -> None:
     assert sorted(re.findall(r"^\| \[\d+\]\((\d+-.*\.md)\)", index, re.M)) == sorted(
         path.name for path in folder.glob("[0-9]*.md")
     )
+    for path in folder.glob("[0-9]*.md"):
+        title, _, state = path.read_text(encoding="utf-8").splitlines()[:3]
+        assert (title[:8], state[:7]) == (f"# {path.name[:4]}. ", "State: ")
     numbers = [int(number) for number in re.findall(r"^\| \[?(\d{4})\b", index, re.M)]
     assert numbers == [*range(1, len(numbers) + 1)]
 
@@ -101,7 +104,7 @@ def test_tables_of_what_was_measured_have_its_figures(path: Path) -> None:
     assert make_performance.PAGES[path](page) == page, "run python -m docs.make_performance"
 
 
-@pytest.mark.parametrize("suite", [*make_performance.SUITES, "load"])
+@pytest.mark.parametrize("suite", [*make_performance.SUITES, "load", "policies", "ablation"])
 def test_a_stored_measurement_says_where_and_when(suite: str) -> None:
     stored = json.loads((make_performance.STORE / f"{suite}.json").read_text(encoding="utf-8"))
     assert stored["suite"] == suite

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.core.drafts import ProtocolError
-from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.policies import Adaptive
 from pipeinfer_dask.protocol.messages import (
@@ -30,6 +29,7 @@ from pipeinfer_dask.protocol.messages import (
     Woken,
 )
 from pipeinfer_dask.protocol.request import Request
+from tests.core.invariants import validate
 from tests.core.world import World
 
 

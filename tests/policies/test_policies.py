@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.policies import PipeInfer, Policy, make_policy
 from pipeinfer_dask.protocol.messages import (
@@ -27,6 +26,7 @@ from pipeinfer_dask.protocol.messages import (
     StartRun,
 )
 from pipeinfer_dask.protocol.request import Request
+from tests.core.invariants import validate
 from tests.core.world import World
 
 

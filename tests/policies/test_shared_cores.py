@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeinfer_dask.core.invariants import validate
 from pipeinfer_dask.policies import Adaptive
 from pipeinfer_dask.protocol.messages import Drafted, Event, Origin
+from tests.core.invariants import validate
 from tests.core.world import World
 
 

@@ -1,4 +1,4 @@
-"""What holds after every event, whatever has happened: for tests."""
+"""What holds in a machine after every event, whatever has happened."""
 
 from __future__ import annotations
 
