@@ -1,27 +1,24 @@
 """Puts the benchmarks' tables and pictures into docs/policies.md.
 
-    pipeinfer bench policies > policies.json
-    pipeinfer bench ablation > ablation.json
-    python -m docs.make_policies policies.json ablation.json
+    python -m docs.make_policies                    # from what is stored in docs/performance/
+    python -m docs.make_policies policies ablation  # simulates first, many minutes, and stores that
 
-Each file's last line is the benchmark's JSON object. Needs ``pip install -e '.[docs]'``.
+The picture needs ``.venv/bin/pip install -c constraints.txt -e '.[docs]'``. A test makes tables and
+picture again, and fails where the page is stale.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
+from docs.make_performance import measure, stored
 from docs.tables import fill, table
 
-HERE = Path(__file__).parent
+PAGE = Path(__file__).with_name("policies.md")
+PICTURE = PAGE.with_name("images") / "policies.svg"
 COLUMNS = (
     "iterative",
     "speculative",
@@ -72,8 +69,14 @@ def ablation_table(report: dict[str, Any]) -> str:
     return table([*headings, "tokens per T", "ratio", "wasted layers"], rows)
 
 
-def picture(report: dict[str, Any], target: Path) -> None:
-    """Draw speed over the number of stages, one panel for each acceptance and token cost."""
+def drawn() -> str:
+    """Return as SVG speed over the number of stages, one panel for each acceptance and cost."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    report = stored("policies")
     acceptances = sorted({row["acceptance"] for row in report["rows"]}, reverse=True)
     costs = sorted({row["token_cost"] for row in report["rows"]})
     plt.rcParams["svg.hashsalt"] = "policies"  # the same figures give the same file
@@ -105,23 +108,26 @@ def picture(report: dict[str, Any], target: Path) -> None:
         line[0].set_ylabel("tokens per pass of the pipeline")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(STYLES))
     figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.savefig(target, metadata={"Date": None})
+    picture = StringIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return picture.getvalue()
 
 
-def main(policies: str, ablation: str) -> None:
-    reports = [json.loads(Path(name).read_text().splitlines()[-1]) for name in (policies, ablation)]
+def filled(page: str) -> str:
+    """Return the page with its tables made anew."""
     parts = {
-        "policies": policies_table(reports[0]),
-        "summary": summary_table(reports[0]),
-        "ablation": ablation_table(reports[1]),
+        "policies": policies_table(stored("policies")),
+        "summary": summary_table(stored("policies")),
+        "ablation": ablation_table(stored("ablation")),
     }
-    page = HERE / "policies.md"
-    text = page.read_text()
     for name, part in parts.items():
-        text = fill(text, name, part)
-    page.write_text(text)
-    picture(reports[0], HERE / "images" / "policies.svg")
+        page = fill(page, name, part)
+    return page
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for name in sys.argv[1:]:
+        measure(name)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURE.write_text(drawn(), encoding="utf-8")

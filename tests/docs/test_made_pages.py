@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from docs import make_architecture, make_concepts, make_performance
+from docs import make_architecture, make_concepts, make_performance, make_policies
 from docs.import_reasons import REASONS
+from pipeinfer_dask.bench.policies import Job, measure
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Command
 from pipeinfer_dask.simulation import simulate
@@ -102,6 +103,37 @@ def test_table_of_the_concepts_has_the_figures_of_its_pictures() -> None:
 def test_tables_of_what_was_measured_have_its_figures(path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     assert make_performance.PAGES[path](page) == page, "run python -m docs.make_performance"
+
+
+def test_tables_of_the_policies_have_the_figures_that_were_simulated() -> None:
+    page = make_policies.PAGE.read_text(encoding="utf-8")
+    assert make_policies.filled(page) == page, "run python -m docs.make_policies"
+
+
+def test_picture_of_the_policies_shows_the_figures_that_were_simulated() -> None:
+    drawing = pytest.importorskip("matplotlib", reason="needs '.[docs]'")
+    picture = make_policies.PICTURE.read_text(encoding="utf-8")
+    if f"Matplotlib v{drawing.__version__}," not in picture:
+        pytest.skip("the picture was drawn by another version of matplotlib")
+    assert make_policies.drawn() == picture, "run python -m docs.make_policies"
+
+
+def test_what_is_said_of_the_policies_in_passing_is_what_their_summary_says() -> None:
+    summary = make_performance.stored("policies")[0]["summary"]
+    for name in ("pipeinfer / speculative", "adaptive / speculative"):
+        figures = summary[name]
+        expected = f"{figures['least']:.2f} to {figures['most']:.2f} times as fast"
+        assert expected in make_performance.PARTS.read_text(encoding="utf-8")
+        assert f"{figures['geometric_mean']:.2f})" in make_performance.PARTS.read_text()
+
+
+def test_the_stored_figures_of_the_policies_are_those_of_the_code() -> None:
+    row = make_performance.stored("policies")[0]["rows"][1]
+    world = row["stages"], row["acceptance"], row["token_cost"]
+    for column in ("iterative", "adaptive"):
+        speed = measure(Job(*world, column, (), seeds=5, tokens=500)).tokens_per_s
+        told = "run python -m docs.make_policies policies ablation"
+        assert speed == pytest.approx(row[column], abs=6e-4), told
 
 
 @pytest.mark.parametrize("suite", [*make_performance.SUITES, "load", "policies", "ablation"])
