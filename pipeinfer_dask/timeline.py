@@ -72,7 +72,7 @@ MOST_ROWS = 32
 
 
 def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> Text:
-    """Return the picture.
+    """Return a picture of characters: which node worked on what, and when.
 
     Parameters
     ----------

@@ -17,7 +17,7 @@ from pipeinfer_dask.models.stage import CountBytes
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How far one node is.
+    """How far one node is with loading its part of a model.
 
     Attributes
     ----------
