@@ -3,9 +3,8 @@
     python -m docs.make_performance             # from what is stored in docs/performance/
     python -m docs.make_performance head shard   # measures these suites first, and stores that
 
-What is stored says on which machine it was measured, when, and how busy that was. What takes a
-quiet machine and many minutes is written into docs/performance/printed.json by hand, as it was
-printed. A test makes the tables again, and fails where a page is stale.
+What is stored says on which machine it was measured, when, and how busy that was. A test makes
+the tables again, and fails where a page is stale.
 """
 
 from __future__ import annotations
@@ -91,50 +90,7 @@ def parts(page: str) -> str:
     for suite, told in SUITES.items():
         report, measured = stored(suite)
         rows += [[*row, f"`pipeinfer bench {suite}`", measured] for row in told(report["rows"])]
-    page = fill(page, "parts", table(["part", "figure (median)", "command", "measured"], rows))
-    return fill(page, "printed", printed_table())
-
-
-def printed_table() -> str:
-    """Return what was written down of figures that take quiet machines and many minutes."""
-    rows = []
-    for row in json.loads((STORE / "printed.json").read_text(encoding="utf-8")):
-        unit = f" {row['unit']}".rstrip()
-        beside = f" ({row['beside']})" if "beside" in row else ""
-        rows.append(
-            [
-                row["part"],
-                f"{said(row['figures'])}{unit}{beside}",
-                verdict(row, unit),
-                f"`pipeinfer bench {row['command']}`",
-                f"{row['date']}, {row['load']}",
-            ]
-        )
-    return table(["part", "figure", "aim", "command", "measured"], rows)
-
-
-def said(figures: dict[str, float]) -> str:
-    match figures:
-        case {"middle": middle, "low": low, "high": high}:
-            return f"{middle} (95% confidence {low} to {high})"
-        case {"middle": middle, "95th percentile": late, "most": most}:
-            return f"{middle} in the middle, {late} at the 95th percentile, at most {most}"
-        case {"middle": middle, "least": least, "most": most}:
-            return f"{middle} ({least} to {most})"
-        case {"least": least, "most": most}:
-            return f"{least} to {most}"
-        case {"middle": middle}:
-            return str(middle)
-    raise ValueError(f"expected figures of a known kind, got {figures}")
-
-
-def verdict(row: dict[str, Any], unit: str) -> str:
-    """Return a row's aim, and whether the figure that is held against it has reached it."""
-    for side, limit in row.get("aim", {}).items():
-        found = row["figures"][row["judged"]]
-        reached = found <= limit if side == "most" else found >= limit
-        return f"at {side} {limit}{unit}: {'reached' if reached else 'missed'}"
-    return ""
+    return fill(page, "parts", table(["part", "figure (median)", "command", "measured"], rows))
 
 
 def load(page: str) -> str:

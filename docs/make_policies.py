@@ -9,12 +9,13 @@ picture again, and fails where the page is stale.
 
 from __future__ import annotations
 
+import json
 import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from docs.make_performance import measure, stored
+from docs.make_performance import STORE, measure
 from docs.tables import fill, table
 
 PAGE = Path(__file__).with_name("policies.md")
@@ -35,6 +36,12 @@ STYLES = {  # markers too: never by colour alone
     "pipeinfer": ("tab:blue", "^"),
     "adaptive": ("tab:green", "D"),
 }
+
+
+def stored(suite: str) -> dict[str, Any]:
+    """Return what a suite said when it was run."""
+    report: dict[str, Any] = json.loads((STORE / f"{suite}.json").read_text(encoding="utf-8"))
+    return report
 
 
 def policies_table(report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import make_architecture, make_concepts, make_performance, make_policies
+from docs import make_architecture, make_concepts, make_performance, make_policies, make_printed
 from docs.import_reasons import REASONS
 from pipeinfer_dask.bench.policies import Job, measure
 from pipeinfer_dask.policies import STRATEGIES
@@ -105,6 +105,11 @@ def test_tables_of_what_was_measured_have_its_figures(path: Path) -> None:
     assert make_performance.PAGES[path](page) == page, "run python -m docs.make_performance"
 
 
+def test_table_of_printed_figures_is_made_of_what_was_written_down() -> None:
+    page = make_printed.PAGE.read_text(encoding="utf-8")
+    assert make_printed.filled(page) == page, "run python -m docs.make_printed"
+
+
 def test_tables_of_the_policies_have_the_figures_that_were_simulated() -> None:
     page = make_policies.PAGE.read_text(encoding="utf-8")
     assert make_policies.filled(page) == page, "run python -m docs.make_policies"
@@ -119,16 +124,17 @@ def test_picture_of_the_policies_shows_the_figures_that_were_simulated() -> None
 
 
 def test_what_is_said_of_the_policies_in_passing_is_what_their_summary_says() -> None:
-    summary = make_performance.stored("policies")[0]["summary"]
+    summary = make_policies.stored("policies")["summary"]
+    page = make_printed.PAGE.read_text(encoding="utf-8")
     for name in ("pipeinfer / speculative", "adaptive / speculative"):
         figures = summary[name]
         expected = f"{figures['least']:.2f} to {figures['most']:.2f} times as fast"
-        assert expected in make_performance.PARTS.read_text(encoding="utf-8")
-        assert f"{figures['geometric_mean']:.2f})" in make_performance.PARTS.read_text()
+        assert expected in page
+        assert f"{figures['geometric_mean']:.2f})" in page
 
 
 def test_the_stored_figures_of_the_policies_are_those_of_the_code() -> None:
-    row = make_performance.stored("policies")[0]["rows"][1]
+    row = make_policies.stored("policies")["rows"][1]
     world = row["stages"], row["acceptance"], row["token_cost"]
     for column in ("iterative", "adaptive"):
         speed = measure(Job(*world, column, (), seeds=5, tokens=500)).tokens_per_s
@@ -136,7 +142,7 @@ def test_the_stored_figures_of_the_policies_are_those_of_the_code() -> None:
         assert speed == pytest.approx(row[column], abs=6e-4), told
 
 
-@pytest.mark.parametrize("suite", [*make_performance.SUITES, "load", "policies", "ablation"])
+@pytest.mark.parametrize("suite", [*make_performance.SUITES, "load"])
 def test_a_stored_measurement_says_where_and_when(suite: str) -> None:
     stored = json.loads((make_performance.STORE / f"{suite}.json").read_text(encoding="utf-8"))
     assert stored["suite"] == suite
