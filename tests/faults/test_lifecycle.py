@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -194,6 +194,46 @@ def test_ctrl_c_ends_a_command_and_its_workers_with_one_line(endless: Path) -> N
         assert (command.returncode, complained) == (130, "Error: interrupted\n")
         _, alive = psutil.wait_procs(others, PATIENCE_S)
         assert others and alive == []
+
+
+def test_ctrl_c_while_workers_start_ends_them_however_long_they_would_take() -> None:
+    with running(COMMAND, "demo") as command:
+        until_empty(lambda: {} if forked_from(command.pid) else {"not yet": "forked"})
+        (forks,) = forked_from(command.pid)
+        forks.suspend()  # so they never come
+        os.kill(command.pid, signal.SIGINT)
+        _, complained = command.communicate(timeout=PATIENCE_S)
+        assert (command.returncode, complained) == (130, "Error: interrupted\n")
+        _, alive = psutil.wait_procs([forks], PATIENCE_S)
+        assert alive == []
+
+
+def forked_from(program: int) -> list[psutil.Process]:
+    """Return the process that a program's workers are forked from, once there is one."""
+    found = []
+    for child in psutil.Process(program).children():
+        with suppress(psutil.NoSuchProcess):  # another one, that has ended meanwhile
+            if "forkserver" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+CLOSED = """
+import os, signal
+from contextlib import ExitStack
+from pipeinfer_dask.runtime.planning.clusters import own_cluster
+
+with ExitStack() as resources:
+    client = own_cluster(2, resources)
+    first, _ = client.run(os.getpid).values()
+    os.kill(first, signal.SIGSTOP)
+"""
+
+
+def test_a_cluster_of_our_own_ends_in_silence_though_a_worker_hangs() -> None:
+    with running(CLOSED) as program:
+        said, complained = program.communicate(timeout=PATIENCE_S)
+        assert (program.returncode, said, complained) == (0, "", "")
 
 
 @pytest.mark.usefixtures("leaving_nothing")

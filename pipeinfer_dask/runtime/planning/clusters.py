@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Coroutine, Iterator, Mapping
@@ -16,7 +15,7 @@ from ipaddress import ip_address
 from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread, current_thread, main_thread
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Any, Self, TypeVar
 
@@ -27,6 +26,7 @@ from distributed.comm import connect, get_address_host, parse_address, parse_hos
 from distributed.comm.registry import get_backend
 from distributed.utils import get_mp_context
 
+from pipeinfer_dask.runtime.planning.ending import end_workers, interruptible_start, unheard
 from pipeinfer_dask.runtime.planning.gpus import CPUS, Devices, gpu_count
 
 T = TypeVar("T")
@@ -229,23 +229,6 @@ def _is_exposed(address: str) -> bool:
         return host != "localhost"
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait: processes that lose their parent while they start end in tracebacks."""
-    ours = current_thread() is main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # whoever ignores interrupts, or handles them otherwise, goes on doing so
-        return
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
-        raise KeyboardInterrupt
-
-
 def _check_script() -> None:
     """Refuse a script that each worker process would run again when it imports it.
 
@@ -335,7 +318,9 @@ def own_cluster(
     # Read whenever a worker is lost, or restarted.
     settings = {"distributed.worker.multiprocessing-method": method, **PATIENCE}
     resources.enter_context(_SETTINGS.hold(settings))
-    with _interrupts_held():
+    ending = Event()
+    resources.enter_context(unheard(ending))
+    with interruptible_start():
         get_mp_context().set_forkserver_preload(
             ["pipeinfer_dask.runtime.nodes.apart", "distributed", "pipeinfer_dask.models.shard"]
         )
@@ -349,5 +334,8 @@ def own_cluster(
                 dashboard_address="127.0.0.1:0",
             )
         )
+    if method == "forkserver":  # what was spawned may hold what only it can give back
+        resources.callback(end_workers, cluster)
+        resources.callback(ending.set)
     client: Client = resources.enter_context(Client(cluster, set_as_default=False))
     return client

@@ -1,0 +1,104 @@
+"""How worker processes of our own end: at once, whatever they do, and without a word."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Event, Thread, current_thread, main_thread
+
+import psutil
+from distributed import LocalCluster, Nanny
+
+LOOK_S = 0.1
+"""While workers that start are to end, look so often for those that a nanny starts meanwhile."""
+
+
+@contextmanager
+def interruptible_start() -> Iterator[None]:
+    """Have Ctrl-C end the worker processes that the block starts, and then the block.
+
+    They start for longer than anybody waits on a busy machine, and those that lost their parent
+    meanwhile would end in tracebacks.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If there was one.
+    """
+    ours = current_thread() is main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # whoever ignores interrupts, or handles them otherwise, goes on doing so
+        return
+    held, over = Event(), Event()
+    others = _worker_processes()
+
+    def end_all() -> None:
+        while not over.wait(LOOK_S):
+            for process in _worker_processes() - others:
+                with suppress(psutil.Error):
+                    process.kill()
+
+    def hold(*_: object) -> None:
+        if not held.is_set():
+            held.set()
+            ending.start()
+
+    ending = Thread(target=end_all, name="pipeinfer-interrupted", daemon=True)
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        with unheard(held):
+            yield
+    except Exception:
+        if not held.is_set():
+            raise
+    finally:
+        over.set()
+        signal.signal(signal.SIGINT, before)
+    if held.is_set():
+        raise KeyboardInterrupt
+
+
+def _worker_processes() -> set[psutil.Process]:
+    """Return this program's processes that are workers, or that workers are forked from."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            command = " ".join(process.cmdline())
+            if any(f"multiprocessing.{method}" in command for method in ("forkserver", "spawn")):
+                found.add(process)
+    return found
+
+
+@contextmanager
+def unheard(ending: Event) -> Iterator[None]:
+    """Show nothing that Dask says in this process once workers are ``ending``, as they should."""
+
+    def is_shown(_: logging.LogRecord) -> bool:
+        return not ending.is_set()
+
+    handlers = list(logging.getLogger("distributed").handlers)
+    for handler in handlers:
+        handler.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_shown)
+
+
+def end_workers(cluster: LocalCluster) -> None:
+    """End the worker processes of a cluster that is about to be closed.
+
+    They hold nothing of anybody's any more. Each that took its time would keep others waiting on
+    a busy machine, and complain of a connection that it lost as it closed.
+    """
+    for nanny in list(cluster.workers.values()):
+        if isinstance(nanny, Nanny):
+            nanny.close_gracefully()  # or it would start another one
+            for number in (signal.SIGTERM, signal.SIGCONT):  # one that is stopped ends, too
+                if (process := nanny.pid) is not None:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, number)
