@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 from typing import NamedTuple
 
 from pipeinfer_dask.protocol.messages import Origin
@@ -64,7 +64,7 @@ def tree_html(history: History) -> str:
     str
         HTML without scripts: an image with a description, its legend, and the same as a table.
     """
-    moment = fullest(history)
+    moment = _fullest(history)
     text, opened, out = _state(history, moment)
     if not text:
         return "<div>No text yet.</div>"
@@ -73,7 +73,7 @@ def tree_html(history: History) -> str:
     for guess in (*opened, *out):
         if guess in drawn and guess.parent is not None:
             below[guess.parent].append(guess)
-    boxes = list(_placed(text, below, set(out), moment))
+    boxes = _placed(text, below, set(out), moment)
     at = (
         f"at {(moment - history.began) * 1e3:.0f} of {(history.ended - history.began) * 1e3:.0f} ms"
     )
@@ -91,7 +91,7 @@ def tree_html(history: History) -> str:
     )
 
 
-def fullest(history: History) -> float:
+def _fullest(history: History) -> float:
     """Return when the picture has most to show; without any guess, the end.
 
     First those that are open count, as many as are drawn, then those just ruled out.
@@ -146,9 +146,9 @@ def _likeliest(guesses: list[Guess], most: int) -> list[Guess]:
 
 def _placed(
     text: list[Guess], below: dict[Guess, list[Guess]], out: set[Guess], moment: float
-) -> Iterator[Box]:
-    """Yield a box for each token, parents first: a chain of text, and what hangs from it."""
-    rows = iter(range(1_000_000))
+) -> list[Box]:
+    """Return a box for each token, parents first: a chain of text, and what hangs from it."""
+    rows = count()
     boxes: list[Box] = []
 
     def placed(guess: Guess, column: int, parent: Box | None) -> Box:
@@ -167,7 +167,7 @@ def _placed(
         return box
 
     placed(text[0], 0, None)
-    yield from boxes
+    return boxes
 
 
 def _svg(history: History, boxes: list[Box], moment: float) -> tuple[str, int]:
