@@ -329,6 +329,8 @@ class Engine(Serving):
             if client is not None:
                 addresses["head"] = driving if driving is not None else "client"
                 engine._places, engine._names = addresses, names_of(client)
+            if driving is not None:
+                engine._driven = driving
             return engine
 
     def dashboard(self, **options: Any) -> VBox:
@@ -357,7 +359,8 @@ class Engine(Serving):
 
     def _repr_html_(self) -> str:
         ranges = [f"layers {layers.start} to {layers.stop - 1}" for layers in self.layer_ranges]
-        return table_html([repr(self), ""], [(f"stage {n}", r) for n, r in enumerate(ranges)])
+        rows = [(f"stage {n}", r) for n, r in enumerate(ranges)]
+        return table_html([repr(self), ""], [*rows, ("head", self._head_place)])
 
     def __repr__(self) -> str:
         name = self.draft.path.name if isinstance(self.draft, Checkpoint) else self.draft

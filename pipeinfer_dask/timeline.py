@@ -18,12 +18,12 @@ from rich.text import Text
 from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
 from pipeinfer_dask.trace.record import trace_of
-from pipeinfer_dask.trace.tables import node_name, work_of
+from pipeinfer_dask.trace.tables import work_of
 
 __all__ = ["draw", "legend", "window"]
 
 LABEL = 10
-"""Most columns that the names of rows take."""
+"""Columns that the names of rows take, if no machine is among them."""
 
 
 class Sign(Enum):
@@ -105,14 +105,15 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
             sign = Sign.of(work.fate) if isinstance(done, Run) else Sign.DRAFT
             rows[work.row].append((work.span, sign))
     picture = Text()
-    label = max(len(node_name(row)) for row in range(len(rows))) + 1
+    names = tables.row_names(trace)
+    label = max(map(len, names)) + 1
     first, left_out = MOST_ROWS // 2, max(0, len(rows) - MOST_ROWS)
     for row, spans in enumerate(rows):
         if first <= row < first + left_out:
             if row == first:
                 picture.append(f"({left_out} stages more)\n", "dim")
             continue
-        picture.append(node_name(row).ljust(label))
+        picture.append(names[row].ljust(label))
         for sign in _cells(spans, began, width, columns):
             picture.append(sign.character, sign.style)
         picture.append("\n")
@@ -142,7 +143,8 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
     """
     if not traces:
         return
-    columns = max(20, console.width - LABEL)
+    label = max(len(name) + 1 for _, trace in traces for name in tables.row_names(trace))
+    columns = max(20, console.width - max(LABEL, label))
     parts = [window(trace, columns) for _, trace in traces]
     # Those of the first one, or they could not be compared.
     seconds = parts[0][1] - parts[0][0]

@@ -58,7 +58,8 @@ class ClusterEngine(Engine):
         return {node: self._names.get(where, where) for node, where in places}
 
     def _repr_html_(self) -> str:
-        return table_html([repr(self), ""], list(self.nodes.items()))
+        rows = list(self.nodes.items())  # which asks for the machines' names
+        return table_html([repr(self), ""], [*rows, ("head", self._head_place)])
 
 
 def engine_from(

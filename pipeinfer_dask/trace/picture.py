@@ -17,7 +17,7 @@ from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.metrics import Metrics, figure
 from pipeinfer_dask.trace.parts import Fate, Run
 from pipeinfer_dask.trace.record import Trace
-from pipeinfer_dask.trace.tables import Work, legible, node_name, window, work_until
+from pipeinfer_dask.trace.tables import Work, legible, node_name, row_names, window, work_until
 from pipeinfer_dask.trace.text import text_html
 
 WIDTH, GUTTER, ROW, HEAD = 940, 64, 22, 18
@@ -120,12 +120,13 @@ def timeline_svg(
         What came later is not shown, nor what a run came to that was open then.
     """
     began, ended = part if part is not None else (history.began, history.ended)
-    scale = (WIDTH - GUTTER - MARGIN) / max(ended - began, 1e-12)
-    rows = history.trace.stages + 1
+    names = row_names(history.trace)
+    rows, gutter = len(names), max(GUTTER, DIGIT * max(map(len, names)) + 10)
+    scale = (WIDTH - gutter - MARGIN) / max(ended - began, 1e-12)
     bottom = HEAD + rows * ROW
 
     def x(time: float) -> float:
-        return round(GUTTER + (min(max(time, began), ended) - began) * scale, 1)
+        return round(gutter + (min(max(time, began), ended) - began) * scale, 1)
 
     paths: dict[tuple[str, bool], list[str]] = {}
     labels: dict[str, list[str]] = {"plain": [], "patterned": []}
@@ -157,8 +158,8 @@ def timeline_svg(
     for row in range(rows):
         middle = HEAD + row * ROW + ROW // 2
         parts.append(
-            f'<text x="4" y="{middle + 4}" fill="#222">{node_name(row)}</text>'
-            f'<path d="M{GUTTER} {middle}H{WIDTH - MARGIN}" stroke="#ddd"/>'
+            f'<text x="4" y="{middle + 4}" fill="#222">{escape(names[row])}</text>'
+            f'<path d="M{gutter} {middle}H{WIDTH - MARGIN}" stroke="#ddd"/>'
         )
     for (name, narrow), shapes in paths.items():
         parts.append(f'<path d="{"".join(shapes)}" {_paint(LOOKS[name], narrow=narrow)}/>')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,6 +10,10 @@ from typing import NamedTuple
 from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.parts import Draft, Fate, Run
+from pipeinfer_dask.trace.record import Trace
+
+MACHINE = 16
+"""Most characters of a machine's name in that of a row."""
 
 
 class Work(NamedTuple):
@@ -45,6 +50,26 @@ class Work(NamedTuple):
 def node_name(row: int) -> str:
     """Return what the node of a row is called."""
     return "drafter" if row == 0 else f"stage {row - 1}"
+
+
+def row_names(trace: Trace) -> list[str]:
+    """Return what the rows of a picture are called: on several machines, with the machine."""
+    names = [node_name(row) for row in range(trace.stages + 1)]
+    machines = [_machine(trace.places.get(name, "")) for name in names]
+    if len({machine for machine in machines if machine}) < 2:
+        return names
+    pairs = zip(names, machines, strict=True)
+    return [f"{name} · {machine}" if machine else name for name, machine in pairs]
+
+
+def _machine(place: str) -> str:
+    """Return the machine of a place, without its domain and not longer than a row's name may be."""
+    machine = place.partition(", worker ")[0]
+    if address := re.fullmatch(r"\w+://\[?([^]/]*?)\]?(:\d+)?(/.*)?", machine):
+        machine = address[1]
+    if not re.fullmatch(r"[0-9.]+|.*:.*", machine):  # of an address no part says which it is
+        machine = machine.partition(".")[0]
+    return machine if len(machine) <= MACHINE else f"{machine[: MACHINE - 1]}…"
 
 
 def work_of(done: Run | Draft) -> Iterator[Work]:

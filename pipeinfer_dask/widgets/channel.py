@@ -17,7 +17,7 @@ import traitlets
 
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace.picture import LOOKS
-from pipeinfer_dask.trace.tables import node_name
+from pipeinfer_dask.trace.tables import node_name, row_names
 from pipeinfer_dask.trace.text import ORIGINS
 from pipeinfer_dask.widgets.feed import TABLES, Feed
 
@@ -162,6 +162,7 @@ class Channel(ipywidgets.Widget):  # type: ignore[misc]
             "title": feed.title,
             "now": feed.now,
             "nodes": [node_name(row) for row in range(feed.trace.stages + 1)],
+            "rows": row_names(feed.trace),
             "places": [
                 feed.trace.places.get(node_name(row), "") for row in range(feed.trace.stages + 1)
             ],

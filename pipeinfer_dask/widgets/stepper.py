@@ -65,19 +65,24 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
                 raise ValueError(f"expected a title for each of {len(feeds)}, got {titles!r}")
             for feed, title in zip(feeds, titles, strict=True):
                 feed.title = title
-        kinds: list[type[TraceView]] = [Timeline, TokenStream]
+        kinds: list[type[TraceView]] = [TokenStream]
         kinds += [kind for kind, asked in ((Metrics, metrics), (DraftTree, tree)) if asked]
-        tables = dict.fromkeys(table for kind in kinds for table in kind.shows)
+        tables = dict.fromkeys(table for kind in (Timeline, *kinds) for table in kind.shows)
         self._channels = [Channel(feed, tables) for feed in feeds]
         self.clock = Clock()
         self.clock.wind(feeds, 0.0)
-        self.views = [kind(each, moment=0.0) for each in self._channels for kind in kinds]
-        # One scale for all, or they could not be compared.
+        # What is to be compared is side by side, on one scale and in the same part of it.
         parts = [window(feed.history, COLUMNS) for feed in feeds]
         span = max(ended - began for began, ended in parts)
-        for view in self.views:
-            if isinstance(view, Timeline):
-                view.span = span
+        ends = max(feed.now for feed in feeds) if len(feeds) > 1 else 0.0
+        timelines = [
+            Timeline(each, moment=0.0, span=span, ends=ends, led=number > 0)
+            for number, each in enumerate(self._channels)
+        ]
+        for other in timelines[1:]:
+            ipywidgets.jslink((timelines[0], "seen"), (other, "seen"))
+        rest = [kind(each, moment=0.0) for kind in kinds for each in self._channels]
+        self.views: list[TraceView] = [*timelines, *rest]
         self.clock.link(self.views)
         super().__init__([self.clock, *self.views])
 

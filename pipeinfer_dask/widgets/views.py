@@ -28,13 +28,23 @@ class Timeline(TraceView):
     ----------
     span : float, seconds
         How much is seen at first; 0 for as much as lets single runs be told apart.
+    ends : float, seconds
+        When the longest of several on one scale ends; 0 for one that is alone.
+    seen : list of float
+        Which part the reader has chosen, where there are several: from and to, in seconds, and
+        whether it follows the moment (1).
+    led : bool
+        Whether another one has the legend and the buttons of all.
     """
 
-    _esm = module("bars.js", "marks.js", "timeline.js")
+    _esm = module("bars.js", "marks.js", "words.js", "timeline.js")
     _css = style()
     shows = ("works", "bars", "waves", "tokens")
     label = traitlets.Unicode("Timeline").tag(sync=True)
     span = traitlets.Float(0.0).tag(sync=True)
+    ends = traitlets.Float(0.0).tag(sync=True)
+    seen = traitlets.List(traitlets.Float()).tag(sync=True)
+    led = traitlets.Bool(False).tag(sync=True)
 
     def to_html(self) -> str:
         """Return the timeline as an image, a part of a long one, with its legend and a table.

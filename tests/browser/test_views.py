@@ -16,7 +16,7 @@ import pytest
 from pipeinfer_dask.bench.browser import Lab, Tab
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.simulation import simulate
-from pipeinfer_dask.trace import Fate, History
+from pipeinfer_dask.trace import Fate, History, Run
 from pipeinfer_dask.trace.tables import work_of
 from pipeinfer_dask.trace.text import ORIGINS
 from tests.browser.conftest import Opened
@@ -291,6 +291,102 @@ def test_where_a_text_has_no_room_its_letters_are_written_and_not_the_spaces_bef
     texts = tab.page.evaluate("window.written.filter(({row}) => row === 4).map(({text}) => text)")
     written = {text for text in texts if text and not text.isdigit()}
     assert written and all(text.startswith("r") for text in written - {"␣␣␣␣return"})
+
+
+SEEN = """() => [...document.querySelectorAll("[data-bars]")].map(
+  ({ dataset }) => `${dataset.from} ${dataset.to}`)"""
+
+
+def test_the_timelines_of_a_stepper_share_a_legend_buttons_and_a_clock_that_stays_in_view(
+    opened: Opened,
+) -> None:
+    tab = opened(
+        SIMULATED,
+        "Stepper(*(pi.simulate(name, stages=3) for name in ('iterative', 'speculative')),"
+        " simulation, tree=True)",
+    )
+    page = tab.page
+    page.wait_for_function("() => document.querySelectorAll('[data-bars]').length === 3")
+    until(tab, "[data-steps]", "Number(data.steps) > 100")
+    for text in ("empty: idle", "hollow, dashed: still open"):
+        assert page.locator(".pipeinfer").get_by_text(text).count() == 1
+    zoom = page.get_by_role("button", name="Zoom in")
+    assert zoom.count() == 1
+
+    def all_turn_to_another_part(seen: list[str]) -> list[str]:
+        page.wait_for_function(
+            f"before => {{ const now = ({SEEN})(); return new Set(now).size === 1"
+            " && now[0] !== before; }",
+            arg=seen[0],
+        )
+        after: list[str] = page.evaluate(SEEN)
+        return after
+
+    seen = page.evaluate(SEEN)
+    assert len(seen) == 3 and len(set(seen)) == 1
+    zoom.click()
+    seen = all_turn_to_another_part(seen)
+    page.get_by_role("application").nth(2).focus()
+    page.keyboard.press("-")
+    page.keyboard.press("-")
+    seen = all_turn_to_another_part(seen)
+    page.get_by_role("button", name="To the end").click()  # of the slowest: all have its moment
+    seen = all_turn_to_another_part(seen)
+    assert float(seen[0].split()[1]) > float(data(tab, "[data-steps]")["moment"])
+
+    page.set_viewport_size({"width": 1200, "height": 600})
+    clock = page.locator(".pipeinfer-clock")
+    page.wait_for_function(  # what comes into sight is drawn, and may need more room
+        """() => {
+          const last = [...document.querySelectorAll("[data-boxes]")].at(-1);
+          last.scrollIntoView({ block: "end" });
+          return last.getBoundingClientRect().bottom < innerHeight;
+        }"""
+    )
+    assert clock.evaluate(
+        """it => [...it.querySelectorAll("button, input, select")].every(part => {
+          const { left, top, width, height } = part.getBoundingClientRect();
+          return part.contains(document.elementFromPoint(left + width / 2, top + height / 2));
+        })"""
+    )
+    page.get_by_role("button", name="To the start").click()
+    until(tab, "[data-steps]", "Number(data.moment) === 0")
+
+
+def test_a_run_that_is_stepped_past_looks_open_until_it_is_decided(opened: Opened) -> None:
+    works = [work for done in STORY.done for work in work_of(done)]
+    run = next(
+        work.of for work in works if work.fate is Fate.CANCELLED and isinstance(work.of, Run)
+    )
+    assert run.decided is not None
+    moment = run.decided - 1e-4
+    then = [work for work in works if work.span.began <= moment and work.open_at(moment)]
+    tab = opened(
+        SIMULATED,
+        f"timeline = Timeline(simulation, moment={moment - SIMULATED_AT!r})\ntimeline",
+        "timeline.freeze()",
+    )
+    page = tab.page
+    page.get_by_role("button", name="Show all").click()
+    shown = until(tab, "[data-bars]", f"data.open === '{len(then)}'")
+    at_once = next(work for work in then if work.of is run)
+    box = page.locator(".pipeinfer canvas[tabindex]").bounding_box()
+    scale = (box["width"] - 68) / (float(shown["to"]) - float(shown["from"]))
+    middle = (at_once.span.began + min(at_once.span.ended, moment)) / 2 - SIMULATED_AT
+    page.mouse.move(box["x"] + 62 + middle * scale, box["y"] + 16 + 26 * (at_once.row + 0.5))
+    told = page.locator(".pipeinfer-tip").inner_text()
+    assert told.startswith(f"stage {at_once.row - 1}, run ") and "still open" in told
+    assert "called off" not in told and "of them text" not in told
+    page.locator(".pipeinfer").get_by_text("The same as a table").click()
+    head, *rows = page.locator("[data-bars] tr").all_inner_texts()
+    place = head.split("\t").index("still open")
+    assert [int(row.split("\t")[place]) for row in rows] == [
+        sum(work.row == row for work in then) for row in range(4)
+    ]
+    frozen = page.locator("img[alt*='as it was at'] >> visible=true")
+    assert frozen.count() == 1
+    page.get_by_role("button", name="To the end").click()
+    until(tab, "[data-bars]", "data.open === '0'")
 
 
 def test_every_control_is_reached_by_tab_and_a_stepper_worked_by_keys(opened: Opened) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import pytest
 
 from pipeinfer_dask.protocol.messages import Drafted, RunDone
 from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.timeline import draw
 from pipeinfer_dask.trace import Fate, History, Run, Trace
 from pipeinfer_dask.trace.picture import (
     comparison_html,
@@ -22,7 +24,8 @@ from pipeinfer_dask.trace.picture import (
     trace_html,
 )
 from pipeinfer_dask.trace.record import Rows
-from pipeinfer_dask.trace.tables import work_of
+from pipeinfer_dask.trace.tables import row_names, work_of
+from pipeinfer_dask.widgets import Channel
 
 TRACE = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=60).trace
 EVIL = "</pre><script>alert('1')</script>&"
@@ -312,3 +315,31 @@ def test_a_picture_of_a_moment_shows_as_open_what_was_decided_later() -> None:
     assert before.count("#d55e00") < after.count("#d55e00")
     ended = timeline_html(history)
     assert not HOLLOW.search(timeline_svg(history)) and "still open" not in ended
+
+
+def test_rows_name_their_machines_where_there_are_several() -> None:
+    several = {
+        "drafter": "node3.cluster.example, worker 0",
+        "stage 0": "node7.cluster.example, worker 1",
+        "stage 1": "a-machine-with-a-long-name, worker 2",
+        "stage 2": "tcp://10.0.0.7:41234",
+    }
+    told = [
+        "drafter · node3",
+        "stage 0 · node7",
+        "stage 1 · a-machine-with-…",
+        "stage 2 · 10.0.0.7",
+    ]
+    alone = {"drafter": "10.0.0.7, worker 0", "stage 0": "tcp://10.0.0.7:41234"}
+    names = ["drafter", "stage 0", "stage 1", "stage 2"]
+    for places, expected in ((several, told), (alone, names)):
+        trace = replace(TRACE, places=places)
+        assert row_names(trace) == expected
+        assert texts(ElementTree.fromstring(timeline_svg(History(trace))))[:4] == expected
+        lines = str(draw(trace, 60)).splitlines()
+        assert [re.split(r" [^·\w]", line)[0].rstrip() for line in lines[:4]] == expected
+        assert Channel(trace).about["rows"] == expected
+    long = timeline_svg(History(replace(TRACE, places=several)))
+    starts = [float(x) for x in re.findall(r'<path d="M(\d+) \d+H', long)]
+    assert min(starts) > 6 * max(map(len, told))  # no bar lies on a name
+    assert timeline_svg(History(replace(TRACE, places=alone))) == timeline_svg(History(TRACE))

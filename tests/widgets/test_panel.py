@@ -166,8 +166,9 @@ def test_a_stepper_has_one_clock_and_one_scale_for_all() -> None:
     plain = simulate("iterative", stages=3, max_new_tokens=10)
     piped = simulate("pipeinfer", stages=3, max_new_tokens=10)
     stepper = Stepper(plain, piped, tree=True)
-    kinds = (Timeline, TokenStream, DraftTree) * 2
+    kinds = [kind for kind in (Timeline, TokenStream, DraftTree) for _ in range(2)]
     assert all(map(isinstance, stepper.views, kinds)) and len(stepper.views) == len(kinds)
+    assert [view.led for view in stepper.views if isinstance(view, Timeline)] == [False, True]
     spans = {view.span for view in stepper.views if isinstance(view, Timeline)}
     assert len(spans) == 1 and spans.pop() > 0
     clock = stepper.clock
@@ -181,10 +182,8 @@ def test_a_stepper_has_one_clock_and_one_scale_for_all() -> None:
 def test_a_stepper_calls_its_traces_as_it_is_told() -> None:
     traces = [simulate("pipeinfer", stages=2, max_new_tokens=4, micro_batch=n) for n in (1, 2)]
     stepper = Stepper(*traces, titles=["one by one", "two at a time"])
-    assert [view.channel.about["title"] for view in stepper.views[::2]] == [
-        "one by one",
-        "two at a time",
-    ]
+    told = [view.channel.about["title"] for view in stepper.views]
+    assert told == ["one by one", "two at a time"] * 2
     assert "<b>two at a time</b>: 4 tokens in" in stepper.to_html()
     for titles in (["one"], "ab"):
         with pytest.raises(ValueError, match="expected a title for each of 2"):

@@ -6,29 +6,30 @@ const DIGIT = 6.5; // width of a figure of a run's number, in pixels
 function marksFor(el, context, seen, plot, xOf) {
   /** Which run a bar is of, if its number has room; and behind it its text, as far as that has. */
   const paintLabel = (number, text, { pattern }, x, y, width, high, ink) => {
-    const from = Math.max(x, GUTTER);
+    const solid = pattern === "plain" || pattern === "underline";
+    const bare = pattern === "outline" || pattern === "hollow";
+    const from = Math.max(x, seen.gutter);
     const room = x + width - from;
     const taken = DIGIT * number.length;
     if (taken + 4 > room) return;
     const label = room - taken > 26 ? visible(text) : "";
-    const left = label ? from + 4 : from + (room - taken) / 2;
+    const edge = label && !solid && !bare ? 6 : 0; // the pattern is seen around a text, too
+    const left = label ? from + 4 + edge : from + (room - taken) / 2;
     const behind = left + taken + (number ? 5 : 0);
     if (!number && !label) return;
-    const solid = pattern === "plain" || pattern === "underline";
-    const bare = pattern === "outline" || pattern === "hollow";
     const middle = y + high / 2 + (pattern === "underline" ? -1 : 0.5);
     context.textAlign = "left";
     context.font = "12px monospace";
     if (!solid && !bare) {
       const wide = label ? behind - left + context.measureText(label).width : taken;
       context.fillStyle = "#fff";
-      context.fillRect(left - 2, y + 4, Math.min(wide + 4, room - 2), high - 8);
+      context.fillRect(left - 2, y + 4, Math.min(wide + 4, room - 2 - 2 * edge), high - 8);
     }
     context.fillStyle = solid ? "#fff" : bare ? ink : "#222";
     if (label) {
       context.save();
       context.beginPath();
-      context.rect(behind, y, x + width - 3 - behind, high);
+      context.rect(behind, y, x + width - 3 - edge - behind, high);
       context.clip();
       context.fillText(label, behind, middle);
       context.restore();
@@ -81,7 +82,7 @@ function marksFor(el, context, seen, plot, xOf) {
       context.fillRect(x, bottom, 1, 4);
       context.globalAlpha = 1;
       if (x < free) continue;
-      const next = at < tokens.count && tokens.time[at] <= seen.to ? xOf(tokens.time[at]) : GUTTER + plot().width;
+      const next = at < tokens.count && tokens.time[at] <= seen.to ? xOf(tokens.time[at]) : seen.gutter + plot().width;
       let label = visible(text);
       const room = next - x - 4;
       if (context.measureText(label).width > room) {
@@ -100,8 +101,8 @@ function marksFor(el, context, seen, plot, xOf) {
     context.lineWidth = 1;
     context.textAlign = "center";
     context.beginPath();
-    context.moveTo(GUTTER, y + 0.5);
-    context.lineTo(GUTTER + width, y + 0.5);
+    context.moveTo(seen.gutter, y + 0.5);
+    context.lineTo(seen.gutter + width, y + 0.5);
     const marks = ticks(seen.from, seen.to, width / 90);
     for (const time of marks) {
       context.moveTo(xOf(time), y);
@@ -109,7 +110,7 @@ function marksFor(el, context, seen, plot, xOf) {
     }
     context.stroke();
     for (const time of marks) {
-      const x = Math.min(Math.max(xOf(time), GUTTER + 14), GUTTER + width - 22);
+      const x = Math.min(Math.max(xOf(time), seen.gutter + 14), seen.gutter + width - 22);
       context.fillText(`${Number((1e3 * time).toPrecision(9))}`, x, y + 12);
     }
     context.textAlign = "left";

@@ -1,6 +1,6 @@
 // The timeline: a row for each node, a bar for each run that it worked on.
 
-const GUTTER = 62;
+const GUTTER = 62; // for the names of rows, at least
 const TOP = 16;
 const TEXT = 20;
 const AXIS = 20;
@@ -23,11 +23,13 @@ async function render({ model, el }) {
   const details = make("details", {}, make("summary", {}, "The same as a table"), table);
   const inView = make("div", { className: "pipeinfer-scroll" });
   const single = make("details", {}, make("summary", {}, "The bars in view as a table"), inView);
-  el.append(legendOf(story.about.looks), canvas, tip, said, buttons, details, single);
+  // Of several below one another the first has what all have in common.
+  const led = model.get("led");
+  el.append(...(led ? [] : [legendOf(story.about.looks)]), canvas, tip, said, ...(led ? [] : [buttons]), details, single);
   const context = canvas.getContext("2d");
 
   // What is seen, in seconds; `follow` keeps the newest in sight.
-  const seen = { from: 0, to: 1, follow: true, chosen: false, live: false };
+  const seen = { from: 0, to: 1, follow: true, chosen: false, live: false, gutter: GUTTER };
   let byRow = [];
   let indexed = 0;
   let lengths = [];
@@ -38,12 +40,13 @@ async function render({ model, el }) {
   const chosen = { bar: -1 }; // by key
 
   const plot = () => ({
-    width: Math.max(50, canvas.clientWidth - GUTTER - 6),
+    width: Math.max(50, canvas.clientWidth - seen.gutter - 6),
     row: Math.max(14, Math.min(26, Math.floor(360 / story.about.nodes.length))),
   });
-  const xOf = (time) => GUTTER + ((time - seen.from) / (seen.to - seen.from)) * plot().width;
+  const xOf = (time) => seen.gutter + ((time - seen.from) / (seen.to - seen.from)) * plot().width;
+  const { lookAt, words, tableOfWork } = tellersFor(model, story);
   const { paintLabel, paintWaves, paintTokens, paintAxis } = marksFor(el, context, seen, plot, xOf);
-  const timeAt = (x) => seen.from + ((x - GUTTER) / plot().width) * (seen.to - seen.from);
+  const timeAt = (x) => seen.from + ((x - seen.gutter) / plot().width) * (seen.to - seen.from);
 
   /** Sort new bars into their rows; on each node they follow one another. */
   const index = (trace) => {
@@ -75,8 +78,11 @@ async function render({ model, el }) {
     return Math.min(Math.max(trace.now, 1e-6), BARS_SEEN * sample[sample.length >> 1]);
   };
 
+  /** When what can be seen ends: of several on one scale, with the last of them. */
+  const end = () => Math.max(story.now, model.get("ends"));
+
   const look = (trace, moment) => {
-    const newest = Math.min(moment, trace.now);
+    const newest = Math.min(moment, end());
     if (!seen.chosen) {
       const span = readable(trace);
       if (moment === Infinity && trace.complete && !seen.live) {
@@ -106,19 +112,17 @@ async function render({ model, el }) {
     return low;
   };
 
-  /** Which look a bar has at a moment: nothing tells what is decided later. */
-  const lookAt = (bar, moment) => {
-    const { looks } = story.about;
-    const isOpen = story.tables.works.decided[source.work[bar]] > moment;
-    return isOpen ? looks.findIndex((each) => each.name === "open") : source.look[bar];
-  };
-
   const draw = (trace) => {
     index(trace);
     const moment = momentOf(model);
     look(trace, moment);
     const { nodes, looks } = trace.about;
     const { works, bars, waves, tokens } = trace.tables;
+    const rowNames = trace.about.rows;
+    const style = getComputedStyle(el);
+    const font = style.fontFamily;
+    context.font = `12px ${font}`;
+    seen.gutter = Math.max(GUTTER, ...rowNames.map((name) => Math.ceil(context.measureText(name).width) + 8));
     const { width, row: high } = plot();
     const bottom = TOP + nodes.length * high;
     const height = bottom + TEXT + AXIS;
@@ -133,10 +137,8 @@ async function render({ model, el }) {
     patterns ??= makePatterns(context, looks);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, wide, height);
-    const style = getComputedStyle(el);
     const ink = style.color;
     const line = style.getPropertyValue("--pipeinfer-line") || "#ddd";
-    const font = style.fontFamily;
     context.font = `12px ${font}`;
     context.textBaseline = "middle";
 
@@ -145,15 +147,15 @@ async function render({ model, el }) {
     const rings = [];
     context.save();
     context.beginPath();
-    context.rect(GUTTER, 0, width + 6, height);
+    context.rect(seen.gutter, 0, width + 6, height);
     context.clip();
     for (const [row, entries] of byRow.entries()) {
       const y = TOP + row * high;
       context.strokeStyle = line;
       context.lineWidth = 1;
       context.beginPath();
-      context.moveTo(GUTTER, y + high / 2);
-      context.lineTo(GUTTER + width, y + high / 2);
+      context.moveTo(seen.gutter, y + high / 2);
+      context.lineTo(seen.gutter + width, y + high / 2);
       context.stroke();
       for (let at = firstBar(entries, seen.from); at < entries.length; at += 1) {
         const bar = entries[at];
@@ -195,7 +197,7 @@ async function render({ model, el }) {
     context.fillStyle = ink;
     context.textAlign = "left";
     context.font = `12px ${font}`;
-    for (const [row, name] of nodes.entries()) context.fillText(name, 2, TOP + (row + 0.5) * high);
+    for (const [row, name] of rowNames.entries()) context.fillText(name, 2, TOP + (row + 0.5) * high);
     context.fillText("text", 2, bottom + TEXT / 2);
     paintAxis(bottom + TEXT, width, ink);
 
@@ -217,28 +219,8 @@ async function render({ model, el }) {
       follow: seen.follow,
     });
     follower.setAttribute("aria-pressed", seen.follow);
-    if (details.open) fillTable(trace);
+    if (details.open) table.replaceChildren(tableOfWork(trace));
     if (single.open) listBars(trace);
-  };
-
-  const fillTable = (trace) => {
-    const { bars } = trace.tables;
-    const { nodes, looks } = trace.about;
-    const counts = nodes.map(() => looks.map(() => 0));
-    const busy = nodes.map(() => 0);
-    const moment = momentOf(model);
-    for (let bar = 0; bar < bars.count; bar += 1) {
-      if (bars.began[bar] > moment) continue;
-      counts[bars.row[bar]][lookAt(bar, moment)] += 1;
-      busy[bars.row[bar]] += Math.min(bars.ended[bar], moment) - bars.began[bar];
-    }
-    const share = (row) => `${Math.round((100 * busy[row]) / Math.min(trace.now, moment) || 0)}%`;
-    table.replaceChildren(
-      tableOf(
-        ["node", ...looks.map((each) => each.meaning), "busy"],
-        nodes.map((name, row) => [name, ...counts[row].map(String), share(row)]),
-      ),
-    );
   };
 
   const listBars = (trace) => {
@@ -258,12 +240,23 @@ async function render({ model, el }) {
   // --- moving about ----------------------------------------------------------------
 
   const choose = (from, to, keep = false) => {
-    const most = Math.max(story.now * 1.02, 1e-3);
+    const most = Math.max(end() * 1.02, 1e-3);
     const span = Math.min(Math.max(to - from, 1e-5), most);
     seen.from = Math.max(0, Math.min(from, most - span));
     seen.to = seen.from + span;
     seen.chosen = true;
     seen.follow = keep && seen.follow;
+    tell();
+  };
+  /** Draw what is seen now, and have others on the same scale do so. */
+  const tell = () => {
+    const { from, to, follow } = seen;
+    if (model.get("ends")) model.set("seen", [from, to, Number(follow)]);
+    redraw();
+  };
+  const hear = () => {
+    const [from, to, follow] = model.get("seen");
+    Object.assign(seen, { from, to, follow: Boolean(follow), chosen: true });
     redraw();
   };
   const zoom = (factor, around = (seen.from + seen.to) / 2) => {
@@ -274,11 +267,11 @@ async function render({ model, el }) {
     const shift = share * (seen.to - seen.from);
     choose(seen.from + shift, seen.to + shift);
   };
-  const all = () => choose(0, Math.max(story.now * 1.01, 1e-3));
+  const all = () => choose(0, Math.max(end() * 1.01, 1e-3));
   const toggle = () => {
     seen.chosen = true;
     seen.follow = !seen.follow;
-    redraw();
+    tell();
   };
   const keys = {
     "+": () => zoom(0.5),
@@ -338,7 +331,7 @@ async function render({ model, el }) {
   const begun = (row) => (byRow[row] ?? []).filter((bar) => source.began[bar] <= momentOf(model));
 
   const explain = (x, y) => {
-    const entries = x > GUTTER ? begun(Math.floor((y - TOP) / plot().row)) : [];
+    const entries = x > seen.gutter ? begun(Math.floor((y - TOP) / plot().row)) : [];
     const { looks } = story.about;
     const near = (bar, pixels) => source.began[bar] <= timeAt(x + pixels) && source.ended[bar] >= timeAt(x - pixels);
     focused = -1;
@@ -350,31 +343,6 @@ async function render({ model, el }) {
     }
     el.dataset.focused = focused;
     show(focused, x, y);
-  };
-
-  /** What a bar says: what it is, its text, what was computed, how much of it, and when. */
-  const words = (bar) => {
-    const { nodes, places, looks } = story.about;
-    const { works, bars } = story.tables;
-    const work = bars.work[bar];
-    const moment = momentOf(model);
-    const { name, meaning } = looks[lookAt(bar, moment)];
-    const [drafting, open] = [name === "draft", name === "open"];
-    const spared = open ? 0 : bars.spared[bar];
-    const lasts = bars.ended[bar] > moment;
-    const ended = lasts ? moment : bars.ended[bar];
-    return [
-      `${nodes[bars.row[bar]]}, ${drafting ? "draft" : "run"} ${works.number[work]}: ${meaning}`,
-      places?.[bars.row[bar]] ?? "",
-      works.text[work] ? `“${visible(works.text[work])}”` : "",
-      drafting ? `${works.size[work]} guesses` : `${works.size[work]} tokens${open ? "" : `, ${works.kept[work]} of them text`}`,
-      lasts
-        ? ""
-        : drafting
-          ? `${bars.layers[bar]} passes of the draft model`
-          : `${bars.layers[bar]} layers computed${spared ? `, ${spared} saved by calling off` : ""}`,
-      `${ms(bars.began[bar])} to ${ms(ended)} (${ms(ended - bars.began[bar], 2)}${lasts ? " so far" : ""})`,
-    ];
   };
 
   const show = (bar, x, y) => {
@@ -407,10 +375,10 @@ async function render({ model, el }) {
     if (time < seen.from || bars.ended[chosen.bar] > seen.to) choose(time - half, time + half);
     seen.chosen = true;
     seen.follow = false;
+    tell();
     said.textContent = words(chosen.bar).filter(Boolean).join(", ");
     el.dataset.focused = chosen.bar;
     show(chosen.bar, xOf(time), TOP + row * plot().row);
-    redraw();
   };
   const leave = () => {
     chosen.bar = -1;
@@ -436,12 +404,14 @@ async function render({ model, el }) {
   );
 
   const { redraw, stop } = follow(model, el, story, draw);
-  details.addEventListener("toggle", () => details.open && fillTable(story));
+  details.addEventListener("toggle", () => details.open && table.replaceChildren(tableOfWork(story)));
   single.addEventListener("toggle", () => single.open && listBars(story));
   const sizes = new ResizeObserver(redraw);
   sizes.observe(canvas);
+  model.on("change:seen", hear);
   return () => {
     sizes.disconnect();
+    model.off("change:seen", hear);
     stop();
   };
 }
