@@ -281,8 +281,8 @@ class Feed:
         for work in work_of(done):
             row, span, look = work.row, work.span, LOOK_NUMBERS[look_of(work)]
             spared = layers[row - 1] - span.layers if cancelled else 0
-            times = (self._at(span.began), self._at(span.ended))
-            bars += pack(number, row, look, span.layers, spared, *times)
+            lasted = (self._at(span.began), self._at(span.ended))
+            bars += pack(number, row, look, span.layers, spared, *lasted)
 
     def _fill_waves(self) -> None:
         for wave in self._taken("waves", self.history.waves):

@@ -67,7 +67,7 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
                 feed.title = title
         kinds: list[type[TraceView]] = [TokenStream]
         kinds += [kind for kind, asked in ((Metrics, metrics), (DraftTree, tree)) if asked]
-        tables = dict.fromkeys(table for kind in (Timeline, *kinds) for table in kind.shows)
+        tables = dict.fromkeys([*Timeline.shows, *(name for kind in kinds for name in kind.shows)])
         self._channels = [Channel(feed, tables) for feed in feeds]
         self.clock = Clock()
         self.clock.wind(feeds, 0.0)

@@ -371,6 +371,7 @@ def test_a_run_that_is_stepped_past_looks_open_until_it_is_decided(opened: Opene
     shown = until(tab, "[data-bars]", f"data.open === '{len(then)}'")
     at_once = next(work for work in then if work.of is run)
     box = page.locator(".pipeinfer canvas[tabindex]").bounding_box()
+    assert box is not None
     scale = (box["width"] - 68) / (float(shown["to"]) - float(shown["from"]))
     middle = (at_once.span.began + min(at_once.span.ended, moment)) / 2 - SIMULATED_AT
     page.mouse.move(box["x"] + 62 + middle * scale, box["y"] + 16 + 26 * (at_once.row + 0.5))
