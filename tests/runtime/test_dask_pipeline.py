@@ -37,7 +37,8 @@ from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import DialNext, Envelope, encode
 from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, StageSpec
 from pipeinfer_dask.runtime.nodes.loading import Loading
-from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline, PipelineError
+from pipeinfer_dask.runtime.pipeline.assembled import PipelineError
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.peers import Peer
 from pipeinfer_dask.runtime.pipeline.recovery import Recovery
 from tests.runtime.chain import (

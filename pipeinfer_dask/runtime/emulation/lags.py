@@ -11,7 +11,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -26,6 +25,7 @@ from pipeinfer_dask.runtime.emulation.paced import sleep_until, wake_on_time
 from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.head.remote_head import Asked, RemoteHead
 from pipeinfer_dask.runtime.links.links import Session
+from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import Message
 from pipeinfer_dask.runtime.nodes.actors import StageNode, StageSpec
@@ -135,7 +135,7 @@ class LaggingHead:
             self._report(event)
 
     def _post(self, call: Callable[[T], None]) -> Callable[[T], None]:
-        return partial(_post, self._loop, call)
+        return partial(post, self._loop, call)
 
 
 class DistantHead(RemoteHead):
@@ -168,7 +168,7 @@ class DistantHead(RemoteHead):
         self._up.send(message)
 
     def _post(self, call: Callable[[T], None]) -> Callable[[T], None]:
-        return partial(_post, self.loop, call)
+        return partial(post, self.loop, call)
 
 
 class LaggingNode(StageNode):
@@ -255,8 +255,3 @@ class LaggingLocalPipeline(LocalPipeline):
 
 def _size(job: RunPass) -> int:
     return 0 if job.hidden is None else job.hidden.nbytes
-
-
-def _post(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], thing: T) -> None:
-    with suppress(RuntimeError):  # Nobody is left on a loop that is closed.
-        loop.call_soon_threadsafe(call, thing)

@@ -26,6 +26,7 @@ from pipeinfer_dask.runtime.head.conversation import Conversation
 from pipeinfer_dask.runtime.head.head import Head
 from pipeinfer_dask.runtime.head.text import text_of
 from pipeinfer_dask.runtime.links.links import Session
+from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.wire import (
     AwaitLoaded,
     Failed,
@@ -308,8 +309,7 @@ class HeadThread:
             self.ended.result(timeout)
 
     def _post(self, callback: Callable[..., object], *arguments: object) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and so has all that it would be about
-            self._loop.call_soon_threadsafe(callback, *arguments)
+        post(self._loop, callback, *arguments)
 
     # --- in the thread ----------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from pipeinfer_dask.runtime.links.framing import (
     room,
     unpack,
 )
+from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.wire import Buffer, WireError
 
 
@@ -117,8 +118,7 @@ class CommCarrier:
 
     def write_from_thread(self, frames: Sequence[Buffer]) -> None:
         """See `Carrier`."""
-        with suppress(RuntimeError):  # The loop has ended, and the comm with it.
-            self._loop.call_soon_threadsafe(self.write, frames)
+        post(self._loop, self.write, frames)
 
     async def run(self, open: Open, most: Most) -> None:
         """See `Carrier`."""
@@ -204,8 +204,7 @@ class StreamCarrier:
 
     def write_from_thread(self, frames: Sequence[Buffer]) -> None:
         """See `Carrier`."""
-        with suppress(RuntimeError):  # The loop has ended, and the stream with it.
-            self._loop.call_soon_threadsafe(self.write, frames)
+        post(self._loop, self.write, frames)
 
     async def run(self, open: Open, most: Most) -> None:
         """See `Carrier`."""

@@ -14,7 +14,6 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -36,6 +35,7 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.runtime.links.bounds import MOST_HEADER, of_text
 from pipeinfer_dask.runtime.links.links import Counts, Link, LinkError, Session, accept, dial
+from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import (
     AwaitLoaded,
@@ -272,9 +272,7 @@ class Node(Generic[ThreadT]):
         self._post(self._tell, _failure(error))
 
     def _post(self, callback: Callable[..., object], *args: object) -> None:
-        # A loop that is closed has closed the links, too: nobody is left to tell.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback, *args)
+        post(self._loop, callback, *args)
 
 
 def _failure(error: Exception) -> Failed:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self, TypeVar
@@ -29,6 +28,7 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.runtime.links.bounds import of_answer
 from pipeinfer_dask.runtime.links.links import Link, LinkError, Session
+from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import Message, WireError
 from pipeinfer_dask.runtime.nodes.actors import (
@@ -47,8 +47,6 @@ from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
 from pipeinfer_dask.runtime.pipeline.peers import SUSPICION_S, Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import NONE, Former, Recovery
 from pipeinfer_dask.runtime.pipeline.replacement import known_workers
-
-__all__ = ["DaskPipeline", "PipelineError"]
 
 logger = logging.getLogger(__name__)
 
@@ -317,21 +315,16 @@ class DaskPipeline:
             link.abort()
 
     def _new_drafter_here(self, spec: DraftSpec) -> DrafterThread:
-        loop = asyncio.get_running_loop()
+        here = partial(post, asyncio.get_running_loop())
         steps = Steps(f"drafter ({spec.name})", HERE, self._progress)
-
-        def post(callback: Callable[..., None], *arguments: object) -> None:
-            # Nobody is left to be told on a loop that is closed.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(callback, *arguments)
 
         def failed(error: Exception) -> None:
             reason = f"drafter is lost: {type(error).__name__}: {error}"
-            post(self._assembly.give_up_drafter, reason)
+            here(self._assembly.give_up_drafter, reason)
 
         return DrafterThread(
-            steps.counted(spec.load, post),
-            deliver=partial(post, self._tell),
+            steps.counted(spec.load, here),
+            deliver=partial(here, self._tell),
             failed=failed,
             name=self._session.node("drafter"),
         )

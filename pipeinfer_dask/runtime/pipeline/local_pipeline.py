@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Self
 
@@ -24,6 +23,7 @@ from pipeinfer_dask.protocol.messages import (
     StartDraft,
     StartRun,
 )
+from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.nodes.compute import DrafterThread, StageThread
 from pipeinfer_dask.runtime.nodes.loading import HERE, Progress, Steps
@@ -173,6 +173,4 @@ class LocalPipeline:
         self._post(report)
 
     def _post(self, callback: Callable[..., None], *arguments: object) -> None:
-        # Nobody is left to be told on a loop that is closed.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback, *arguments)
+        post(self._loop, callback, *arguments)
