@@ -39,6 +39,7 @@ REASONS: dict[str, dict[str, str]] = {
         "drafting": "knows the draft without a model by its name",
         "policies": "checks a strategy and its knobs before anything runs",
         "models": "asks checkpoints and devices what they need and have",
+        "runtime.links": "refuses what no link would take: its bounds",
     },
     "runtime.pipeline": {
         "protocol": "carries commands to the nodes, and reports events and losses",

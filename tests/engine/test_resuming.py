@@ -81,7 +81,7 @@ def test_a_text_with_a_stop_string_ends_where_it_would_have_wherever_it_was_inte
         text = engine.generate(prompt, max_new_tokens=NEW_TOKENS)
         tokens = list(engine.tokenizer(prompt)["input_ids"])
         for begin in (5, 20, len(text.text) - 12):
-            options = {"stop_strings": [text.text[begin : begin + 6]]}
+            options: dict[str, Any] = {"stop_strings": [text.text[begin : begin + 6]]}
             whole = engine.generate(prompt, max_new_tokens=NEW_TOKENS, **options)
             assert whole.finish_reason == "stop_string"
             # Amid the stop string, too.

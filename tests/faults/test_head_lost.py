@@ -53,7 +53,7 @@ def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
 
 
 def place_of_head(client: Client) -> str:
-    found = client.run(heads, on_error="ignore")
+    found: dict[str, int] = client.run(heads, on_error="ignore")
     (worker,) = (worker for worker, count in found.items() if count)
     return worker
 
