@@ -20,8 +20,8 @@ from pipeinfer_dask.protocol.messages import (
 )
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.simulation import Costs, simulate
-from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.faults import Loss
+from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.simulation.world import World
 from pipeinfer_dask.trace import Draft, Fate, History, Run, Trace
 
