@@ -202,7 +202,9 @@ def test_a_cluster_that_scales_itself_down_to_nothing_cancels_no_job_that_an_eng
             assert replaced > jobs - {lost} and len(replaced) == 3
             assert engine.generate(PROMPT, max_new_tokens=NEW_TOKENS).text == plain
             assert set(cluster.worker_spec) == replaced, "none of them was cancelled"
-        assert scaling.minimum == 0
+            anew = cluster.adapt(minimum=0, maximum=4)
+            until(lambda: anew.minimum == 3, "a minimum that holds for this scaling, too")
+        assert (scaling.minimum, anew.minimum) == (0, 0)
         until(lambda: not slurm.say("squeue", "--noheader"), "a cluster without workers")
 
 
