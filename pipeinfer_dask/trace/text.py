@@ -22,7 +22,7 @@ TEXT = (
     "white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;background:inherit;"
     "font-family:monospace"
 )
-STRUCK = "color:#b00020;text-decoration:line-through"
+STRUCK = "color:#b00020;text-decoration:line-through;margin:0 2px"
 
 
 def text_html(history: History, *, struck: bool = False) -> str:
