@@ -375,7 +375,7 @@ def test_no_two_looks_of_bars_or_of_text_differ_by_colour_alone() -> None:
 def test_modules_and_style_name_nothing_outside_the_page() -> None:
     static = Path(pi.__file__).parent / "widgets" / "static"
     names = [path.name for path in static.glob("*.js") if path.name not in COMMON]
-    assert len(names) == 7
+    assert len(names) == 8
     for source in (*map(module, names), style()):
         assert "import " not in source.replace("importance", "")
         assert "innerHTML" not in source
