@@ -18,20 +18,20 @@ THEIRS = ("Canceled future for", "debugger state")
 GONE = ("widget model not found", "Error displaying widget")
 """What the widgets' manager says of any widget when its notebook is opened again."""
 SEAL = """
-import socket, sys
+import os, socket, sys
 
 def look(event, what):
     if event == "socket.connect" and what[0].type == socket.SOCK_STREAM:
         if what[0].family in (socket.AF_INET, socket.AF_INET6):
             host = str(what[1][0])
             if not host.startswith("127.") and host not in ("::1", "localhost"):
-                with open({log!r}, "a") as file:
-                    file.write(f"{{host}}\\n")
-                raise PermissionError(f"a kernel of the tests asked for {{host}}")
+                with open(os.environ["PIPEINFER_SEAL_LOG"], "a") as file:
+                    file.write(f"{host}\\n")
+                raise PermissionError(f"a process of the tests asked for {host}")
 
 sys.addaudithook(look)
 """
-"""What a kernel runs at its start: it may reach this machine alone."""
+"""What each Python runs at its start, kernels and workers too: it may reach this machine alone."""
 
 Opened = Callable[..., Tab]
 
@@ -59,16 +59,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    home = tmp_path_factory.mktemp("lab")
-    startup = home / "ipython" / "profile_default" / "startup"
-    startup.mkdir(parents=True)
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Seal all processes that are started from now on, and those that they start."""
+    home = tmp_path_factory.mktemp("seal")
+    (home / "sitecustomize.py").write_text(SEAL)
     asked = home / "asked.log"
-    (startup / "seal.py").write_text(SEAL.format(log=str(asked)))
-    lab = Lab(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
+        patch.setenv("PIPEINFER_SEAL_LOG", str(asked))
+        yield
+    assert not asked.exists(), asked.read_text()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory, sealed: None) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
     lab.close()
-    assert not asked.exists(), asked.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ class Notebook:
 
 
 @pytest.fixture(scope="module")
-def notebook() -> Iterator[Notebook]:
+def notebook(sealed: None) -> Iterator[Notebook]:
     from jupyter_client.manager import start_new_kernel
 
     manager, client = start_new_kernel()

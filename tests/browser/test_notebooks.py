@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from pipeinfer_dask.bench.browser import Lab, Tab
+from pipeinfer_dask.widgets.still import WIDGET
 from tests.browser.conftest import Opened
 from tests.browser.test_views import data, until
+from tests.notebooks.test_notebooks import VIEW
 
 pytestmark = pytest.mark.browser
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -77,6 +79,58 @@ def test_a_notebook_runs_and_its_views_live(
     tab.open(lab.address_of(saved.name))  # again, as it was saved
     page.locator(".jp-OutputArea-output").first.wait_for()
     assert page.locator(".jp-CodeCell").count() == sum(c["cell_type"] == "code" for c in cells)
+
+
+STANDS = """cell => {
+  const picture = cell.querySelector("[class^=pipeinfer-picture]");
+  const { top, bottom, height } = picture.getBoundingClientRect();
+  const cut = [];
+  for (let e = picture.parentElement; e; e = e.parentElement) {
+    if (e.classList.contains("jp-WindowedPanel-outer")) break; // what the reader scrolls
+    const around = e.getBoundingClientRect();
+    const hides = getComputedStyle(e).overflowY !== "visible";
+    if (hides && (bottom > around.bottom + 1 || top < around.top - 1)) cut.push(e.className);
+  }
+  const images = picture.querySelectorAll("img").length;
+  return { height, cut, images, text: picture.innerText.length };
+}"""
+
+
+def test_a_lesson_that_is_opened_again_without_its_kernel_shows_a_picture_of_every_view(
+    opened: Opened, lab: Lab
+) -> None:
+    lesson = NOTEBOOKS[0]
+    tab = opened(notebook=lesson.read_text())
+    page = tab.page
+    tab.command("docmanager:save")
+    (saved,) = lab.notebooks.glob("test_a_lesson_that_is_opened_again*.ipynb")
+    code = [c for c in json.loads(saved.read_text())["cells"] if c["cell_type"] == "code"]
+    last = ["".join(cell["source"]).strip().splitlines()[-1] for cell in code]
+    views = [at for at, line in enumerate(last) if VIEW.search(line)]
+    assert len(views) >= 3
+    for at in views:  # as it is saved: the view, and behind it its picture
+        kept = [output["data"] for output in code[at]["outputs"] if "data" in output]
+        assert any(WIDGET in data for data in kept)
+        pages = ["".join(data.get("text/html", "")) for data in kept]
+        assert [page for page in pages if "pipeinfer-picture-" in page and len(page) > 500]
+    tab.end_kernel()
+    tab.open(lab.address_of(saved.name))
+    page.locator("[class^=pipeinfer-picture]").nth(len(views) - 1).wait_for()
+    cells = page.locator(".jp-CodeCell")
+    assert cells.count() == len(code)
+    for at in views:
+        cell = cells.nth(at)
+        cell.scroll_into_view_if_needed()
+        seen = cell.evaluate(STANDS)
+        assert seen["height"] > 60 and seen["cut"] == [], last[at]
+        assert seen["images"] or seen["text"] > 100, last[at]
+    # Of a legend's swatches JupyterLab says that they have no description.
+    timelines = page.locator("[class^=pipeinfer-picture] img[alt^='Timeline: ']")
+    pictures = timelines.evaluate_all(SEEN)
+    assert pictures
+    for picture in pictures:
+        assert picture["loaded"] > 300 and picture["width"] > 300 and picture["clipped"] == []
+    assert not page.locator(".pipeinfer").count()  # nothing of it lives
 
 
 def pictures_are_seen(page: Any) -> int:
