@@ -147,6 +147,11 @@ class Outbox:
         self._request = 0
         self._entries: list[str] = []
         self._length = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Tell nothing any more: what ends with its worker does not end for the client."""
+        self._closed = True
 
     def put(self, message: Message) -> None:
         """Send a message behind all that was put here before."""
@@ -177,7 +182,7 @@ class Outbox:
     def _flush(self) -> None:
         self._close_entries()
         messages, self._messages = self._messages, []
-        for message in messages:
+        for message in messages if not self._closed else ():
             self._send(message)
 
 
@@ -323,6 +328,7 @@ class HeadThread:
     async def _live(self) -> None:
         serving = asyncio.create_task(self._serve())
         await self._over.wait()
+        self._outbox.close()
         serving.cancel()
         await asyncio.wait([serving])
 
