@@ -13,6 +13,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.engine import GenerationInterrupted
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
@@ -152,6 +153,17 @@ def test_a_text_survives_the_loss_of_the_next_head_and_of_all_workers_at_once(
     assert again.result(PATIENCE_S).token_ids == result.token_ids
     whole = engine.generate(PROMPT, max_new_tokens=200, temperature=0.9, seed=5)
     assert whole.token_ids == result.token_ids
+
+
+def test_the_client_is_warned_of_a_stage_that_its_head_elsewhere_replaces(
+    pair: Pair, client: Client, engine: pi.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = in_mid_text(engine)
+    Saboteur(client).kill("stage-0")
+    result = run.result(PATIENCE_S)
+    assert result.token_ids == pair.greedy
+    (loss,) = (loss for loss in History(result.trace).losses if "stage 0" in loss.reason)
+    assert caplog.text.count(f"pipeinfer recovers: {loss.reason}") == 1
 
 
 def test_conversations_and_costs_survive_the_head(

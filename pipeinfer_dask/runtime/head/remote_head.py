@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -18,7 +18,7 @@ from typing import Any, Self
 from distributed import Client
 from distributed.protocol.pickle import dumps
 
-from pipeinfer_dask.protocol.messages import AWAY, Commit
+from pipeinfer_dask.protocol.messages import AWAY, Commit, DrafterLost, StageLost
 from pipeinfer_dask.runtime.head.conversation import Conversation
 from pipeinfer_dask.runtime.head.followed import Followed
 from pipeinfer_dask.runtime.head.generation import Generation
@@ -94,6 +94,7 @@ class RemoteHead:
         self._progress = progress
         self._places: dict[str, str] = {}
         self._lost_on: list[str] = []  # workers, in the order in which heads were lost there
+        self._losses: deque[StageLost | DrafterLost] = deque(maxlen=4)
         self._followed: dict[int, Followed] = {}
         self._asked: asyncio.Queue[Asked] = asyncio.Queue()
         self._asking: asyncio.Task[None] | None = None
@@ -410,6 +411,10 @@ class RemoteHead:
                     followed.note(time, what)
                     if isinstance(what, Commit):
                         self._part.working()
+                    elif isinstance(what, StageLost | DrafterLost) and what not in self._losses:
+                        # Each request tells of it, and the head has warned on its worker.
+                        self._losses.append(what)
+                        logger.warning("pipeinfer recovers: %s", what.reason)
             case RequestStatus(status="queued"):
                 generation.wait_in_line(message.position)
             case RequestStatus(status="recovering"):
