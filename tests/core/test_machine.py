@@ -234,7 +234,8 @@ def test_what_falls_silent_before_that_is_noticed_leaves_the_text_as_it_is(
         world = World(fresh(name), stages=3, quality=0.9, max_new_tokens=40, spare=60)
         while moves := world.moves():
             order.choice(moves)()
-            if world.finished is None and order.random() < 0.05:
+            # Not for ever: what is read anew would be lost anew before it is read.
+            if world.finished is None and world.losses < 8 and order.random() < 0.05:
                 if not world.lost_stages:
                     world.silence_stage(stage)
                 if not world.lost_drafter:
