@@ -51,8 +51,8 @@ from pipeinfer_dask.runtime.planning.gpus import Devices
 from pipeinfer_dask.runtime.planning.models import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.planning.opening import (
     check_asked,
-    check_count,
     check_recovery,
+    check_room,
     open_on,
 )
 from pipeinfer_dask.runtime.planning.placement import (
@@ -213,7 +213,7 @@ class Engine(Serving):
         asked = (target,) if draft is None else (target, draft)
         check_asked(asked, client, in_process, stages, layer_split, weights, progress, head)
         check_recovery(spares, max_recoveries, recovery_timeout, node_timeout, move_in_after)
-        check_count("max_concurrent", max_concurrent)
+        check_room(max_concurrent, spares, in_process=in_process)
         places = Devices.of(devices, draft_device, dtype, cuda_graphs=cuda_graphs)
         # A cluster's own machines may have their own copies; without one, all is here.
         elsewhere = client is not None

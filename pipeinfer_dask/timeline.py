@@ -91,11 +91,17 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
     Raises
     ------
     ValueError
-        If the source has no trace, or there is no column.
+        If the source has no trace, there is no column, or the part is none.
     """
     trace = trace_of(source)
-    if columns < 1:
+    given: Any = columns
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise ValueError(f"expected columns as a whole number of at least 1, got {columns!r}")
+    match part:
+        case None | (float() | int(), float() | int()):
+            pass
+        case _:
+            raise ValueError(f"expected part as two times in seconds, (from, to), got {part!r}")
     history = History(trace)
     began, ended = part if part is not None else tables.window(history, columns)
     width = max(ended - began, 1e-12) / columns

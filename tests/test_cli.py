@@ -235,7 +235,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "stages of text": (["generate", "x", "--stages", "two"], "'two' is not a valid integer"),
     "negative share": (
         ["generate", "x", "--target", "{target}", "--layer-split", "2,-1"],
-        "finite and not negative, not -1",
+        "expected finite weights above 0 for the layer split, got -1",
     ),
     "weights of a kind that there is not": (
         ["generate", "x", "--target", "{target}", "--weights", "int8"],
@@ -359,9 +359,15 @@ import sys
 from click.testing import CliRunner
 from pipeinfer_dask.cli import main
 for mistake in (
-    [""], ["x", "--max-new-tokens", "0"], ["x", "--layer-split", "1,2,x"], ["x", "--strategy", "y"]
+    ["generate", ""],
+    ["generate", "x", "--max-new-tokens", "0"],
+    ["generate", "x", "--layer-split", "1,2,x"],
+    ["generate", "x", "--strategy", "y"],
+    ["demo", "--strategy", "y"],
+    ["demo", "--prompt", ""],
+    ["simulate", "--max-new-tokens", "1000000000"],
 ):
-    assert CliRunner().invoke(main, ["generate", *mistake]).exit_code == 2, mistake
+    assert CliRunner().invoke(main, mistake).exit_code == 2, mistake
 print("torch" in sys.modules)
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -150,6 +150,10 @@ def test_whatever_has_a_trace_can_be_drawn_and_nothing_else() -> None:
         draw("trace.json", 12)
     with pytest.raises(ValueError, match="expected columns as a whole number of at least 1, got 0"):
         draw(PLAIN, 0)
+    with pytest.raises(ValueError, match=r"expected columns as a whole number .* got 'wide'"):
+        draw(PLAIN, "wide")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"part as two times in seconds, \(from, to\), got 3"):
+        draw(PLAIN, 12, 3)  # type: ignore[arg-type]
 
 
 def test_of_a_long_pipeline_both_ends_are_drawn() -> None:

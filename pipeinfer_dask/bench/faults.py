@@ -116,6 +116,7 @@ def run_faults_bench(
     seed: int = 0,
     kinds: Sequence[str] = tuple(KINDS),
     node_timeout: float = NODE_TIMEOUT_S,
+    recoveries: int = 10,
 ) -> dict[str, Any]:
     """Generate under faults.
 
@@ -129,6 +130,8 @@ def run_faults_bench(
     kinds : sequence of str
         What may happen.
     node_timeout : float, seconds
+    recoveries : int
+        Losses in a row that a text has to survive.
 
     Returns
     -------
@@ -138,12 +141,14 @@ def run_faults_bench(
         ``waiting_s_p50``: a nanny had to bring one back first. ``drafter_s_p50``: the same of the
         drafter's loss, to the next token. ``false_alarms``: losses that were told of though nothing
         had happened but what is harmless. ``leaks``: nodes, threads, descriptors and mappings of
-        shared memory that the workers have too many. ``rows`` has one for each kind, and ``within``
-        says which limits are kept.
+        shared memory that the workers have too many. ``interrupted``: what ended a text before its
+        time, and the bench with it; None if nothing did. ``rows`` has one for each kind, and
+        ``within`` says which limits are kept.
     """
     random = Random(seed)
     done: list[Fault] = []
     identical = lost = alarms = 0
+    interrupted = None
     with ExitStack() as resources:
         client = own_cluster(STAGES + 2, resources, memory_limit=MEMORY_LIMIT)
         pair, saboteur = demo_pair(), Saboteur(client)
@@ -157,7 +162,7 @@ def run_faults_bench(
             stages=STAGES,
             spares=1,
             node_timeout=node_timeout,
-            max_recoveries=10,
+            max_recoveries=recoveries,
             progress=False,
         ) as engine:
             texts = {
@@ -181,17 +186,20 @@ def run_faults_bench(
                 harm.do(run, share)
                 done += harm.faults
                 try:
-                    result = run.result(PATIENCE_S)
-                except GenerationInterrupted as error:
-                    error.add_note(f"seed {seed}, generation {number}: {harm.faults}")
-                    raise
-                identical += result.token_ids == texts[prompt]
-                lost += max(0, len(texts[prompt]) - len(result.token_ids))
+                    tokens = run.result(PATIENCE_S).token_ids
+                except (GenerationInterrupted, TimeoutError) as error:
+                    interrupted = f"{error}; seed {seed}, generation {number}: {harm.faults}"
+                    tokens = run.token_ids
+                identical += tokens == texts[prompt]
+                lost += max(0, len(texts[prompt]) - len(tokens))
                 alarms += false_alarms(run, done)
+                if interrupted is not None:
+                    break
             nodes = len(saboteur.places())
             leaks = _leaks(saboteur, nodes)
         leaks += _leaks(saboteur, 0) + _open(saboteur, files)
-    return _report(done, generations, identical, lost, alarms, leaks)
+    report = _report(done, generations, identical, lost, alarms, leaks)
+    return report | {"interrupted": interrupted}
 
 
 class Harm:

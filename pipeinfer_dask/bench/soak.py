@@ -18,8 +18,10 @@ import dask
 import numpy as np
 import psutil
 from distributed import Client
+from tqdm import tqdm
 
 from pipeinfer_dask.bench.limits import judged
+from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.engine import Engine, Generation
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 from pipeinfer_dask.models.sequences import Sequences
@@ -87,6 +89,8 @@ def run_soak_bench(
         client = own_cluster(STAGES + 1, resources)
         texts = plain_texts(client)
         pair = demo_pair()
+        # On stderr, and not more often than a file can take that somebody keeps it in.
+        bar = resources.enter_context(tqdm(total=generations, desc="generations", mininterval=5.0))
         with Engine.from_pretrained(
             pair.target, pair.draft, client=client, stages=STAGES, progress=False
         ) as engine:
@@ -102,7 +106,8 @@ def run_soak_bench(
                     for process, look in _look(client).items():
                         looks.setdefault(process, []).append((begun, *look))
                 begun += len(runs)
-            held = settled(lambda: under_way(engine, client))
+                bar.update(len(runs))
+            held = settled(lambda: under_way(client))
     return _report(generations, cancelled, identical, held, looks)
 
 
@@ -157,12 +162,11 @@ def settled(look: Callable[[], int]) -> int:
     return left
 
 
-def under_way(engine: Engine, client: Client) -> int:
-    """Return how many caches are taken on the workers, and requests under way in the head."""
-    head: Any = engine._head
+def under_way(client: Client) -> int:
+    """Return how many caches are taken on the workers, and requests under way in this process."""
+    gc.collect()
     caches: dict[str, int] = client.run(caches_taken)
-    requests: int = len(head._running) + len(head.sharing.machines)
-    return requests + sum(caches.values())
+    return sum(type(t) is Machine for t in gc.get_objects()) + sum(caches.values())
 
 
 def caches_taken() -> int:

@@ -44,6 +44,7 @@ timeline_option = partial(
 )
 SEED = click.IntRange(0, 2**63 - 1)
 COUNT = click.IntRange(min=1)
+EMPTY = "expected a prompt of at least one token, got an empty one"
 stages_option = click.option("--stages", type=COUNT, help="Stages of the pipeline.")
 
 
@@ -70,9 +71,13 @@ def demo(
     as_json: bool,
 ) -> None:
     """Generate with the embedded models on a cluster of this machine, by every strategy."""
+    names = strategies or tuple(STRATEGIES)
+    for name in names:
+        make_policy(name)  # what needs no model is looked at before torch is imported
+    if prompt == "":
+        raise ValueError(EMPTY)
     from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 
-    names = strategies or tuple(STRATEGIES)
     prompt = DEMO_PROMPT if prompt is None else prompt
     pair = demo_pair()
     admission = _admission(pair.target, pair.draft)
@@ -178,7 +183,7 @@ def generate(
                 f"expected a prompt in UTF-8, got one that is not ({error}): save it as UTF-8"
             ) from error
     if not prompt:
-        raise ValueError("expected a prompt of at least one token, got an empty one")
+        raise ValueError(EMPTY)
     if strategy is not None:
         make_policy(strategy)
     shares = shares_of(layer_split)

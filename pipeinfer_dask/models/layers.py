@@ -115,13 +115,12 @@ def _checked(weights: Sequence[object], stages: int) -> list[float]:
         if not isinstance(weight, Real) or isinstance(weight, bool):
             raise ValueError(f"a layer split is made of numbers, not of {weight!r}: {weights!r}")
         part = float(weight)
-        if not 0 <= part < math.inf:
+        if not 0 < part < math.inf:
             raise ValueError(
-                f"a weight of the layer split must be finite and not negative, not {weight}"
+                f"expected finite weights above 0 for the layer split, got {weight}: use fewer "
+                f"stages, for each has a layer at least"
             )
         parts.append(part)
     largest = max(parts)
-    if largest == 0:
-        raise ValueError(f"at least one weight of the layer split must be above zero: {weights!r}")
     # Scaled, so that no sum overflows.
     return [part / largest for part in parts]

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 PROMPT_TOKENS = 16
+MOST_TOKENS = 100_000
+"""Of a prompt, and of what follows: beyond what any model's text is simulated for."""
 SLOTS = 2048
 """Slots for speculation: enough for the widest tree in the longest pipeline."""
 
@@ -222,6 +224,8 @@ def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"expected {name} as a whole number of at least 1, got {count!r}")
+        if count > MOST_TOKENS:
+            raise ValueError(f"expected {name} up to {MOST_TOKENS}, got {count}: ask for fewer")
 
 
 def _checked(costs: Costs | None, stages: int | None) -> Costs:

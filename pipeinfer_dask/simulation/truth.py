@@ -47,7 +47,7 @@ class SyntheticPair:
     Raises
     ------
     ValueError
-        If the acceptance is no chance, or the overconfidence is negative.
+        If the acceptance is no chance, the overconfidence negative, or the seed no number.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class SyntheticPair:
             raise ValueError(f"expected an acceptance from 0 to 1, got {acceptance!r}")
         if not _is_number(overconfidence) or not overconfidence >= 0:
             raise ValueError(f"expected an overconfidence of at least 0, got {overconfidence!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"expected a seed as a whole number, got {seed!r}")
         self.acceptance = acceptance
         self.overconfidence = overconfidence
         self._clairvoyant = clairvoyant

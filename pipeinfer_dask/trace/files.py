@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Literal, TextIO
 
 from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
@@ -33,6 +34,8 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
     ------
     ValueError
         If the path is none, or a directory's.
+    OSError
+        If it can't be written there.
     """
     records = list(trace.records)
     texts = {}
@@ -50,7 +53,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         "pieces": list(trace.pieces),
         "places": dict(trace.places),
     }
-    with _file(path).open("w", encoding="ascii") as file:
+    with _open(path, "w") as file:
         file.write(json.dumps(header) + "\n")
         for time, what in records:
             file.write(written(time, what) + "\n")
@@ -69,7 +72,7 @@ def load(
         If the path is none, or a directory's; if the file holds no trace, a damaged one, or one
         of a later version.
     """
-    with _file(path).open(encoding="ascii") as file:
+    with _open(path, "r") as file:
         try:
             header = json.loads(file.readline())
             if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -103,6 +106,22 @@ def load(
                 f"{os.fspath(path)} is damaged at line {lines} ({error}): save the trace again"
             ) from error
     return stages, records, texts, pieces, places
+
+
+def _open(path: object, mode: Literal["r", "w"]) -> TextIO:
+    file = _file(path)
+    try:
+        return file.open(mode, encoding="ascii")
+    except FileNotFoundError:
+        lack = f"file {file}: name one" if mode == "r" else f"directory {file.parent}: make it"
+        raise FileNotFoundError(
+            f"expected the path of a file, but there is no {lack}, or look for a slip"
+        ) from None
+    except OSError as error:
+        what = "read" if mode == "r" else "write"
+        raise type(error)(
+            f"expected a file that you may {what}, got {file} ({error.strerror}): name another one"
+        ) from error
 
 
 def _file(path: object) -> Path:

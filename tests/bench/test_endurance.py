@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from pipeinfer_dask.bench.cancels import run_cancels_bench
 from pipeinfer_dask.bench.faults import run_faults_bench
-from pipeinfer_dask.bench.limits import judged
+from pipeinfer_dask.bench.limits import check, judged
 from pipeinfer_dask.bench.soak import run_soak_bench
 from pipeinfer_dask.cli import main
 
@@ -22,6 +22,7 @@ def test_bench_faults_says_what_was_done_and_that_no_token_was_lost() -> None:
     json.dumps(report)
     assert (report["suite"], report["faults"], report["generations"]) == ("faults", 2, 1)
     assert (report["identical"], report["tokens_lost"]) == (1, 0)
+    assert report["interrupted"] is None
     assert (report["leaks"], report["false_alarms"]) == (0, 0)
     assert report["limits"]["recovery_s_p50"] == "at most 3"
     assert all(report["within"][name] for name in ("identical", "tokens_lost", "leaks"))
@@ -29,6 +30,16 @@ def test_bench_faults_says_what_was_done_and_that_no_token_was_lost() -> None:
     assert rows["kill"]["faults"] + rows["repeat"]["faults"] == 2
     for row in rows.values():
         assert row["prefill"] + row["mid-text"] + row["recovering"] == row["faults"]
+
+
+def test_bench_faults_reports_a_text_that_was_interrupted() -> None:
+    report = run_faults_bench(faults=1, generations=1, seed=1, kinds=("cut",), recoveries=0)
+    json.dumps(report)
+    assert "is cut off" in report["interrupted"]
+    assert (report["identical"], report["leaks"]) == (0, 0)
+    assert report["tokens_lost"] > 0
+    with pytest.raises(RuntimeError, match="expected identical of at least 1, got 0; tokens_lost"):
+        check(report)
 
 
 def test_bench_soak_watches_every_process() -> None:

@@ -21,6 +21,7 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError
 from pipeinfer_dask.policies import PipeInfer
 from tests.engine.pairs import LAYERS, PROMPT, Pair
+from tests.test_cli import MISTAKES
 from tests.tiny import make_tiny
 
 Break = Callable[[Path], object]
@@ -240,11 +241,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "negative stages": ({"stages": -1}, "stages as a whole number of at least 1, got -1"),
     "half a stage": ({"stages": 1.5}, r"stages as a whole number of at least 1, got 1\.5"),
     "yes as stages": ({"stages": True}, "stages as a whole number of at least 1, got True"),
-    "negative share": ({"layer_split": [2, -1, 1]}, "not negative, not -1"),
-    "share of nan": ({"layer_split": [1, float("nan")]}, "must be finite .* not nan"),
-    "endless share": ({"layer_split": [1, float("inf")]}, "must be finite .* not inf"),
+    "negative share": ({"layer_split": [2, -1, 1]}, "weights above 0 .* got -1"),
+    "share of nan": ({"layer_split": [1, float("nan")]}, "finite weights above 0 .* got nan"),
+    "endless share": ({"layer_split": [1, float("inf")]}, "finite weights above 0 .* got inf"),
     "share of text": ({"layer_split": [1, "2"]}, "made of numbers, not of '2'"),
-    "no share": ({"layer_split": [0, 0]}, "at least one weight .* above zero"),
+    "no share": ({"layer_split": [0, 0]}, "weights above 0 .* got 0: use fewer stages"),
     "empty split": ({"layer_split": []}, "stages as a whole number of at least 1, got 0"),
     "one number as split": (
         {"layer_split": 3},
@@ -259,6 +260,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a device that there is not": ({"devices": "tpu"}, "'tpu'"),
     "a dtype that there is not": ({"dtype": "int4"}, "'int4'"),
     "too many shares": ({"layer_split": [1] * 5}, "5 stages .* model has 4"),
+    "a stage of no share": ({"layer_split": [1, 0]}, "weights above 0 .* got 0: use fewer stages"),
+    "threads with spares": (
+        {"in_process": True, "spares": 1},
+        "expected spares with workers, got 1 and in_process=True: leave one out",
+    ),
+    "a crowd": ({"max_concurrent": 10**9}, "max_concurrent .* from 1 to 1024, got 1000000000"),
     "shares for other stages": (
         {"stages": 3, "layer_split": [1, 1]},
         r"one weight for each of the 3 stages, not \[1, 1\]",
@@ -290,14 +297,14 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"prompt": []}, "a prompt of at least one token, got an empty one"),
     "no prompt": ({"prompt": None}, "a prompt as text or token ids, got None"),
     "bytes": ({"prompt": b"def"}, "a prompt as text or token ids, got b'def'"),
-    "half a token": ({"prompt": [1, 1.5]}, "token ids as whole numbers"),
+    "half a token": ({"prompt": [1, 1.5]}, r"token ids as whole numbers, got 1\.5"),
     "yes as a token": ({"prompt": [1, True]}, "token ids as whole numbers, got True"),
     "half a letter": (
         {"prompt": "a\ud800"},
         "a prompt that is valid Unicode text, .* surrogates.*: save it as UTF-8",
     ),
-    "a token of text": ({"prompt": [1, "2"]}, "token ids as whole numbers"),
-    "a list of prompts": ({"prompt": ["a", "b"]}, "token ids as whole numbers"),
+    "a token of text": ({"prompt": [1, "2"]}, "token ids as whole numbers, got '2': encode text"),
+    "a list of prompts": ({"prompt": ["a", "b"]}, "token ids as whole numbers, got 'a': encode"),
     "a token beyond 64 bits": ({"prompt": [2**70]}, "token ids from 0 to 287, got 1180"),
     "a set of tokens": ({"prompt": {1: 2}}, "a prompt as text or token ids, got {1: 2}"),
     "unknown token": ({"prompt": [1, 288]}, "token ids from 0 to 287, got 288"),
@@ -515,3 +522,11 @@ def test_a_client_that_must_be_awaited_is_refused(pair: Pair, inproc_client: Cli
                 pi.Engine.from_pretrained(pair.target, client=client)
 
     inproc_client.sync(refused)
+
+
+def test_what_is_tried_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    count = sum(len(kinds) for kinds in (BROKEN, OPTIONS, REQUESTS, MISTAKES))
+    what = f"{len(BROKEN)} models, {len(OPTIONS)} engines, {len(REQUESTS)} requests"
+    with capsys.disabled():
+        sys.stdout.write(f"{count} kinds of bad input: {what}, {len(MISTAKES)} commands\n")
+    assert count >= 60

@@ -146,19 +146,11 @@ def test_a_stage_that_is_stopped_is_lost_and_holds_nothing_when_it_wakes_up(
     until(lambda: worker not in saboteur.left())
 
 
-def test_a_stage_that_dies_while_it_reads_the_prompt_costs_no_token(
-    pair: Pair, engine: pi.Engine, saboteur: Saboteur
+@pytest.mark.parametrize(("harm", "node"), [("die", "stage-1"), ("drop", "stage-0")])
+def test_a_stage_or_a_message_that_is_lost_while_the_prompt_is_read_costs_no_token(
+    pair: Pair, engine: pi.Engine, saboteur: Saboteur, harm: str, node: str
 ) -> None:
-    saboteur.die("stage-1")
-    result = engine.generate(LONG_PROMPT, max_new_tokens=20)
-    assert result.token_ids == greedy_tokens(pair.target, LONG_PROMPT, 20)
-    assert told(result, StageLost, StagesBack, Commit)[:3] == [StageLost, StagesBack, Commit]
-
-
-def test_a_message_that_vanishes_while_the_prompt_is_read_costs_no_token(
-    pair: Pair, engine: pi.Engine, saboteur: Saboteur
-) -> None:
-    saboteur.drop("stage-0")
+    getattr(saboteur, harm)(node)
     result = engine.generate(LONG_PROMPT, max_new_tokens=20)
     assert result.token_ids == greedy_tokens(pair.target, LONG_PROMPT, 20)
     assert told(result, StageLost, StagesBack, Commit)[:3] == [StageLost, StagesBack, Commit]

@@ -18,12 +18,12 @@ from pipeinfer_dask.runtime.planning import clusters
 from pipeinfer_dask.runtime.planning.clusters import (
     PATIENCE,
     LoopThread,
-    _interrupts_held,
     _Settings,
     call_on,
     keep_nannies,
     own_cluster,
 )
+from pipeinfer_dask.runtime.planning.ending import interruptible_start
 
 
 @pytest.fixture(autouse=True)
@@ -36,22 +36,22 @@ def interrupts() -> Iterator[None]:
 
 def test_whoever_ignores_interrupts_goes_on_doing_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with _interrupts_held():
+    with interruptible_start():
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_an_interrupt_waits_until_the_workers_stand() -> None:
+def test_an_interrupt_waits_until_the_start_has_ended() -> None:
     steps: list[str] = []
 
     def start() -> None:
-        with _interrupts_held():
+        with interruptible_start():
             os.kill(os.getpid(), signal.SIGINT)
-            steps.append("workers stand")
+            steps.append("ended")
 
     with pytest.raises(KeyboardInterrupt):
         start()
-    assert steps == ["workers stand"]
+    assert steps == ["ended"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -396,6 +396,8 @@ def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
             {"stages": 5, "costs": pi.Costs.even(4)},
             "expected stages or costs, got stages=5 and costs of 4: leave one out",
         ),
+        ({"max_new_tokens": 10**9}, "expected max_new_tokens up to 100000, got 1000000000: ask"),
+        ({"seed": "lucky"}, "expected a seed as a whole number, got 'lucky'"),
         ({"max_new_tokens": 0}, "expected max_new_tokens as a whole number of at least 1"),
         ({"prompt_tokens": 1.5}, "expected prompt_tokens as a whole number"),
         ({"acceptance": -0.1}, "expected an acceptance from 0 to 1"),

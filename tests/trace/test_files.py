@@ -139,8 +139,13 @@ def test_a_trace_of_a_later_version_says_so(lines: list[str], tmp_path: Path) ->
 
 
 def test_a_file_that_is_not_there_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing: name one"):
         Trace.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"there is no directory .*nowhere: make it"):
+        Trace(1).save(tmp_path / "nowhere" / "trace")
+    (tmp_path / "here").touch()
+    with pytest.raises(NotADirectoryError, match=r"you may write, got .*here/trace .*: name anoth"):
+        Trace(1).save(tmp_path / "here" / "trace")
 
 
 def test_a_path_that_is_no_files_is_refused(tmp_path: Path) -> None:

@@ -125,7 +125,10 @@ class Generation:
 
     @property
     def position(self) -> int | None:
-        """Its place in the queue: 1 for the next one to begin. None where it does not wait."""
+        """Its place in the queue: 1 for the next one to begin.
+
+        None where it does not wait, or the head has not looked at it since it was started.
+        """
         return self._position
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -163,12 +164,7 @@ class Admission:
                 ) from None
             tokens = tuple(self.tokenizer(prompt, verbose=False)["input_ids"])
         else:
-            try:
-                tokens = tuple(operator.index(token) for token in prompt)
-            except TypeError as error:
-                raise ValueError(f"expected token ids as whole numbers: {error}") from None
-            if yes := [token for token in prompt if isinstance(token, bool)]:
-                raise ValueError(f"expected token ids as whole numbers, got {yes[0]}")
+            tokens = tuple(_token(token) for token in prompt)
         if not tokens:
             raise ValueError("expected a prompt of at least one token, got none from the tokenizer")
         size = self.target.vocab_size
@@ -178,3 +174,13 @@ class Admission:
                 f"tokenized for another model?"
             )
         return tokens
+
+
+def _token(given: object) -> int:
+    if not isinstance(given, bool):
+        with suppress(TypeError):
+            return operator.index(given)  # type: ignore[arg-type]
+    raise ValueError(
+        f"expected token ids as whole numbers, got {given!r:.60}: encode text by the tokenizer, or "
+        "start a generation for each prompt"
+    )

@@ -111,6 +111,30 @@ def check_recovery(
         raise ValueError(f"expected move_in_after as seconds from 0 on, got {move_in_after!r}")
 
 
+MOST_CONCURRENT = 1024
+"""Generations that may share a pipeline: each has a KV cache on every stage."""
+
+
+def check_room(max_concurrent: Any, spares: object, *, in_process: bool) -> None:
+    """Check, of checked spares, how many generations and workers there are to be.
+
+    Raises
+    ------
+    ValueError
+        If there is no such engine.
+    """
+    check_count("max_concurrent", max_concurrent)
+    if max_concurrent is not None and max_concurrent > MOST_CONCURRENT:
+        raise ValueError(
+            f"expected max_concurrent as a whole number from 1 to {MOST_CONCURRENT}, got "
+            f"{max_concurrent}: others wait in a queue"
+        )
+    if in_process and spares:
+        raise ValueError(
+            f"expected spares with workers, got {spares} and in_process=True: leave one out"
+        )
+
+
 def _is_number(given: Any) -> bool:
     return isinstance(given, (int, float)) and not isinstance(given, bool) and isfinite(given)
 
