@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -128,6 +129,51 @@ def test_a_program_that_ends_with_an_open_engine_frees_its_workers(
         assert actors(client) == 2
         said, complained = program.communicate(timeout=PATIENCE_S)
         assert (program.returncode, said, complained) == (0, "", "")
+
+
+OPENED = """
+from distributed import Client
+import pipeinfer_dask as pi
+
+client = Client({scheduler!r})
+engine = pi.Engine.from_pretrained({target!r}, client=client, stages=2, progress=False)
+run = engine.start("def", max_new_tokens=480)
+next(iter(run))
+print("generates", end="")
+"""
+
+
+def test_a_kernel_that_is_restarted_opens_an_engine_on_the_same_workers(
+    pair: Pair, client: Client, leaving_nothing: None
+) -> None:
+    jupyter = pytest.importorskip("jupyter_client.manager")
+    manager, kernel = jupyter.start_new_kernel(startup_timeout=PATIENCE_S)
+    cell = OPENED.format(scheduler=address_of(client), target=str(pair.target))
+    try:
+        assert said_by(kernel, cell) == "generates"
+        assert actors(client) == 2
+        manager.restart_kernel(now=True)
+        kernel.wait_for_ready(timeout=PATIENCE_S)
+        wait_until_workers_hold_nothing(client)
+        assert said_by(kernel, cell) == "generates"
+        assert said_by(kernel, "print(len(run.result(60).token_ids), end='')") == "480"
+        assert said_by(kernel, "engine.close(); client.close()") == ""
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def said_by(kernel: Any, cell: str) -> str:
+    """Run a cell in a kernel; return what it prints, or raise what it raises."""
+    said: list[str] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if message["msg_type"] == "stream":
+            said.append(message["content"]["text"])
+
+    reply = kernel.execute_interactive(cell, timeout=PATIENCE_S, output_hook=hear)
+    assert reply["content"]["status"] == "ok", reply["content"]
+    return "".join(said)
 
 
 @pytest.fixture(scope="module")
