@@ -326,10 +326,6 @@ def test_the_timelines_of_a_stepper_share_a_legend_buttons_and_a_clock_that_stay
     assert len(seen) == 3 and len(set(seen)) == 1
     zoom.click()
     seen = all_turn_to_another_part(seen)
-    page.get_by_role("application").nth(2).focus()
-    page.keyboard.press("-")
-    page.keyboard.press("-")
-    seen = all_turn_to_another_part(seen)
     page.get_by_role("button", name="To the end").click()  # of the slowest: all have its moment
     seen = all_turn_to_another_part(seen)
     assert float(seen[0].split()[1]) > float(data(tab, "[data-steps]")["moment"])
