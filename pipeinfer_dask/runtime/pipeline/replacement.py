@@ -12,7 +12,6 @@ from distributed import Client, Worker, rpc
 from distributed.protocol.pickle import dumps
 
 from pipeinfer_dask.models.devices import CPU
-from pipeinfer_dask.runtime.nodes.actors import NodeActor
 from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
 
 PROBE_TIMEOUT_S = 1.0
@@ -282,5 +281,8 @@ async def end_nodes(identity: str, dask_worker: Worker) -> None:
         Of the session.
     dask_worker : Worker
     """
+    # Who is asked for memory imports this module, and is to answer soon.
+    from pipeinfer_dask.runtime.nodes.actors import NodeActor
+
     actors = [actor for actor in dask_worker.state.actors.values() if isinstance(actor, NodeActor)]
     await asyncio.gather(*(actor.end(identity) for actor in actors))
