@@ -20,6 +20,7 @@ from pipeinfer_dask.engine import GenerationInterrupted
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair, greedy_tokens
+from tests.engine.test_leaks import until_empty
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
@@ -44,7 +45,8 @@ def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
     saboteur = Saboteur(client)
     with pi.Engine.from_pretrained(pair.target, client=client):
         pass  # what comes with the first use of a worker stays
-    files = max(saboteur.files().values())
+    files = saboteur.files()
+    most = max(files.values())  # of a worker that has come in the place of another one
     with pi.Engine.from_pretrained(
         pair.target,
         pair.draft,
@@ -54,8 +56,8 @@ def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
         node_timeout=NODE_TIMEOUT_S,
     ) as engine:
         yield engine
-    until(lambda: not saboteur.left())
-    until(lambda: max(saboteur.files().values()) <= files)
+    until_empty(saboteur.left)
+    until_empty(lambda: {w: n for w, n in saboteur.files().items() if n > files.get(w, most)})
 
 
 @pytest.fixture
