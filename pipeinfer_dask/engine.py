@@ -20,7 +20,7 @@ from pipeinfer_dask.models.checkpoint import (
     load_tokenizer,
     open_checkpoint,
 )
-from pipeinfer_dask.models.devices import Dtype
+from pipeinfer_dask.models.device_names import Dtype
 from pipeinfer_dask.models.layers import check_stages
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split

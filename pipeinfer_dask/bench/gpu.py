@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from pipeinfer_dask.engine import Engine
-from pipeinfer_dask.models.devices import CPU, Dtype
+from pipeinfer_dask.models.device_names import CPU, Dtype
 from pipeinfer_dask.runtime.planning.gpus import gpu_count
 from pipeinfer_dask.testing import byte_tokenizer
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from pipeinfer_dask.models.conversion import rehearse, rehearse_names
-from pipeinfer_dask.models.devices import Dtype
+from pipeinfer_dask.models.device_names import Dtype
 from pipeinfer_dask.models.families import context_of, model_class, refusal
 from pipeinfer_dask.models.sizes import Sizes
 from pipeinfer_dask.models.sources import SINGLE_FILE, Source, locate

@@ -7,49 +7,19 @@ nobody, and a copy out is waited for once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
 
-Dtype = Literal["float32", "float16", "bfloat16"]
-"""What a stage computes in."""
+from pipeinfer_dask.models.device_names import CPU, Dtype, check_device, check_dtype
 
-CPU = "cpu"
 WARM_UPS = 2
 """Passes before one is captured: libraries set themselves up in the first."""
-NAMES = re.compile(r"cpu|cuda(:\d+)?")
-
-
-def check_device(name: object) -> str:
-    """Return a device's name: ``"cpu"``, ``"cuda"`` (a process's current GPU) or ``"cuda:N"``.
-
-    Raises
-    ------
-    ValueError
-        If it is none.
-    """
-    if not isinstance(name, str) or not NAMES.fullmatch(name):
-        raise ValueError(f"expected a device as 'cpu', 'cuda' or 'cuda:N', got {name!r}")
-    return name
-
-
-def check_dtype(dtype: object) -> None:
-    """Check that there is such a dtype to compute in.
-
-    Raises
-    ------
-    ValueError
-        If there is not.
-    """
-    if dtype not in get_args(Dtype):
-        known = ", ".join(map(repr, get_args(Dtype)))
-        raise ValueError(f"expected dtype to be one of {known}, got {dtype!r}")
 
 
 class Device:

@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, PreTrainedConfig
 
 from pipeinfer_dask.models.attention import SLOT_ATTENTION
-from pipeinfer_dask.models.devices import CPU, Device, device_of
+from pipeinfer_dask.models.device_names import CPU
+from pipeinfer_dask.models.devices import Device, device_of
 from pipeinfer_dask.models.families import model_class
 from pipeinfer_dask.models.inputs import Inputs
 from pipeinfer_dask.models.shard import Shard, building

@@ -18,7 +18,8 @@ from pipeinfer_dask.models.attention import SLOT_ATTENTION
 from pipeinfer_dask.models.cache import SlotCache
 from pipeinfer_dask.models.checkpoint import check_tensors
 from pipeinfer_dask.models.conversion import rehearse_names
-from pipeinfer_dask.models.devices import CPU, Device, Dtype, device_of
+from pipeinfer_dask.models.device_names import CPU, Dtype
+from pipeinfer_dask.models.devices import Device, device_of
 from pipeinfer_dask.models.families import context_of, model_class
 from pipeinfer_dask.models.graphs import StaticPasses, padded_slots
 from pipeinfer_dask.models.inputs import Inputs, Numbers

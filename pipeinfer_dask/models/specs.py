@@ -14,7 +14,7 @@ from pipeinfer_dask.models.sources import Source
 from pipeinfer_dask.models.stage import CountBytes, Intake
 
 if TYPE_CHECKING:
-    from pipeinfer_dask.models.devices import Dtype
+    from pipeinfer_dask.models.device_names import Dtype
     from pipeinfer_dask.models.linears import Weights
     from pipeinfer_dask.models.shard import Shard
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeinfer_dask.models.devices import Device, Dtype, check_device, device_of
+from pipeinfer_dask.models.device_names import Dtype, check_device
+from pipeinfer_dask.models.devices import Device, device_of
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", "", 0, None])

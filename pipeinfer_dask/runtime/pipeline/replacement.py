@@ -11,7 +11,7 @@ from typing import Any
 from distributed import Client, Worker, rpc
 from distributed.protocol.pickle import dumps
 
-from pipeinfer_dask.models.devices import CPU
+from pipeinfer_dask.models.device_names import CPU
 from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
 
 PROBE_TIMEOUT_S = 1.0

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from pipeinfer_dask.models.checkpoint import Checkpoint
-from pipeinfer_dask.models.devices import CPU, Dtype, check_device, check_dtype
+from pipeinfer_dask.models.device_names import CPU, Dtype, check_device, check_dtype
 from pipeinfer_dask.runtime.planning.memory import Pool
 
 

@@ -16,7 +16,7 @@ import dask
 import psutil
 from distributed import Worker
 
-from pipeinfer_dask.models.devices import CPU
+from pipeinfer_dask.models.device_names import CPU
 
 HERE = "this process"
 """The worker of nodes that are threads of the caller's own process."""

@@ -12,7 +12,7 @@ from distributed import Client
 
 from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.models.checkpoint import Checkpoint
-from pipeinfer_dask.models.devices import CPU
+from pipeinfer_dask.models.device_names import CPU
 from pipeinfer_dask.models.layers import balanced_layers, split_layers
 from pipeinfer_dask.models.linears import Weights, has_kernels
 from pipeinfer_dask.models.probe import cache_width, layer_seconds
