@@ -31,7 +31,7 @@ from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
 from pipeinfer_dask.runtime.head.remote_head import RemoteHead
 from pipeinfer_dask.runtime.head.result import GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head.serving import Driver, EngineClosedError, Serving
-from pipeinfer_dask.runtime.nodes.loading import Loading, Progress, shown
+from pipeinfer_dask.runtime.nodes.loading import HERE, Loading, Progress, shown
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline.interface import Pipeline
 from pipeinfer_dask.runtime.pipeline.local_pipeline import LocalPipeline
@@ -329,8 +329,6 @@ class Engine(Serving):
             if client is not None:
                 addresses["head"] = driving if driving is not None else "client"
                 engine._places, engine._names = addresses, names_of(client)
-            if driving is not None:
-                engine._driven = driving
             return engine
 
     def dashboard(self, **options: Any) -> VBox:
@@ -360,7 +358,7 @@ class Engine(Serving):
     def _repr_html_(self) -> str:
         ranges = [f"layers {layers.start} to {layers.stop - 1}" for layers in self.layer_ranges]
         rows = [(f"stage {n}", r) for n, r in enumerate(ranges)]
-        return table_html([repr(self), ""], [*rows, ("head", self._head_place)])
+        return table_html([repr(self), ""], [*rows, ("head", self._where().get("head", HERE))])
 
     def __repr__(self) -> str:
         name = self.draft.path.name if isinstance(self.draft, Checkpoint) else self.draft

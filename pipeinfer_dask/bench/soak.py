@@ -1,12 +1,13 @@
 """One engine for a long time: what it gives stays right, and what it takes stays the same.
 
-The embedded pair on worker processes of this machine; texts of all kinds, some at once, some
+The embedded pair on a cluster of processes of this machine; texts of all kinds, some at once, some
 cancelled at a random moment. Each text is held against plain decoding.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import dask
 import numpy as np
 import psutil
 from distributed import Client
+from distributed.deploy.subprocess import SubprocessCluster
 from tqdm import tqdm
 
 from pipeinfer_dask.bench.limits import judged
@@ -26,7 +28,6 @@ from pipeinfer_dask.engine import Engine, Generation
 from pipeinfer_dask.models.demo_pair import DEMO_PROMPT, demo_pair
 from pipeinfer_dask.models.sequences import Sequences
 from pipeinfer_dask.policies import STRATEGIES
-from pipeinfer_dask.runtime.planning.clusters import own_cluster
 
 STAGES = 2
 PROMPTS = (
@@ -49,6 +50,7 @@ WARM = 200
 """Generations after which nothing should grow any more."""
 MOST = {"bytes_per_generation": 1000.0, "files": 0, "held": 0}
 """Limits of the report's figures; besides, all texts have to be identical."""
+SHORT = "distributed.admin.system-monitor.log-length"
 EVERY = 10
 """Processes are looked at after so many generations."""
 PATIENCE_S = 60.0
@@ -84,9 +86,7 @@ def run_soak_bench(
     identical = cancelled = begun = 0
     looks: dict[str, list[tuple[int, int, int, int]]] = {}
     with ExitStack() as resources:
-        # dask keeps records of each process for an hour, and would seem to leak until then.
-        resources.enter_context(dask.config.set({"distributed.admin.system-monitor.log-length": 9}))
-        client = own_cluster(STAGES + 1, resources)
+        client = cluster_apart(STAGES + 1, resources)
         texts = plain_texts(client)
         pair = demo_pair()
         # On stderr, and not more often than a file can take that somebody keeps it in.
@@ -109,6 +109,24 @@ def run_soak_bench(
                 bar.update(len(runs))
             held = settled(lambda: under_way(client))
     return _report(generations, cancelled, identical, held, looks)
+
+
+def cluster_apart(workers: int, resources: ExitStack) -> Client:
+    """Open a cluster whose scheduler is a process of its own, too: each is looked at alone."""
+    # dask keeps records of each process for an hour, and would seem to leak until then.
+    resources.enter_context(dask.config.set({SHORT: 9}))
+    variable = f"DASK_{SHORT.upper().replace('.', '__').replace('-', '_')}"
+    os.environ[variable] = "9"  # for the processes that are to come
+    resources.callback(os.environ.pop, variable, None)
+    cluster = SubprocessCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        dashboard_address=None,
+        worker_kwargs={"memory_limit": 0},
+    )
+    client = resources.enter_context(Client(resources.enter_context(cluster)))
+    client.wait_for_workers(workers, timeout=PATIENCE_S)
+    return client
 
 
 def plain_texts(client: Client) -> Texts:
@@ -175,7 +193,8 @@ def caches_taken() -> int:
 
 
 def _look(client: Client) -> dict[str, tuple[int, int, int]]:
-    return {"client": _process(), **client.run(_process)}
+    scheduler = client.run_on_scheduler(_process)
+    return {"client": _process(), "scheduler": scheduler, **client.run(_process)}
 
 
 def _process() -> tuple[int, int, int]:

@@ -58,8 +58,7 @@ class ClusterEngine(Engine):
         return {node: self._names.get(where, where) for node, where in places}
 
     def _repr_html_(self) -> str:
-        rows = list(self.nodes.items())  # which asks for the machines' names
-        return table_html([repr(self), ""], [*rows, ("head", self._head_place)])
+        return table_html([repr(self), ""], list(self.nodes.items()))
 
 
 def engine_from(

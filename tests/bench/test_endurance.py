@@ -47,7 +47,7 @@ def test_bench_soak_watches_every_process() -> None:
     json.dumps(report)
     assert (report["generations"], report["identical"], report["held"]) == (24, 24, 0)
     assert report["cancelled"] > 0
-    assert len(report["rows"]) == 4
+    assert len(report["rows"]) == 5  # client, scheduler, workers
     for row in report["rows"]:
         assert row["looks"] >= 3
         assert row["mib"] > 10

@@ -16,7 +16,7 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.engine import GenerationInterrupted
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
-from pipeinfer_dask.runtime.planning.clusters import own_cluster
+from pipeinfer_dask.runtime.planning.clusters import names_of, own_cluster
 from pipeinfer_dask.trace import History
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_leaks import wait_until_workers_hold_nothing
@@ -119,6 +119,8 @@ def test_texts_go_on_when_the_worker_of_the_head_is_killed(
         committed = [what.tokens for _, what in result.trace if isinstance(what, Commit)]
         assert [token for tokens in committed for token in tokens] == result.token_ids
     assert place_of_head(client) != worker
+    where = names_of(client)[place_of_head(client)]
+    assert f"<td>head</td><td>{where}</td>" in engine._repr_html_()
     what = f"head (of 2 stages) on worker {worker} is lost"
     assert f"pipeinfer recovers, and goes on with all texts: {what}" in caplog.text
 

@@ -65,7 +65,7 @@ def test_an_engine_knows_its_nodes_and_keeps_them_and_its_spares_until_it_is_clo
             assert len(set(places.values())) == 3
             assert all(", worker " in place for place in places.values())
             assert engine.nodes["drafter (draft)"] in engine._repr_html_()
-            assert "<td>head</td><td>a thread of this process</td>" in engine._repr_html_()
+            assert "<td>head</td><td>client</td>" in engine._repr_html_()
             kept = workers - removable(observer)
             assert len(kept) == 4
             used = {step.where for step in steps if isinstance(step, Loading)}

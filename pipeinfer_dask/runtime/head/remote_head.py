@@ -370,6 +370,9 @@ class RemoteHead:
             self.end(PipelineError(f"{lost}; it could not be replaced: {reason}; {KEPT}"))
         else:
             where = self._seat.worker
+            assert where is not None
+            if self._progress is not None:
+                self._progress(Loading("head", where, 0, 0, stands=True))
             logger.info("pipeinfer has recovered within %.1f s: %s", monotonic() - began, where)
 
     def _drop_those_over(self) -> None:

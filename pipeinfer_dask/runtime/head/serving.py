@@ -19,7 +19,6 @@ from pipeinfer_dask.runtime.head.conversation import Conversation
 from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.text import TokenTexts, text_of
-from pipeinfer_dask.runtime.nodes.loading import HERE
 from pipeinfer_dask.runtime.planning.admission import Admission
 from pipeinfer_dask.runtime.planning.clusters import call_on
 from pipeinfer_dask.runtime.planning.settings import split
@@ -102,7 +101,6 @@ class Serving:
         self._resources = resources
         self._places: dict[str, str] = {}  # by node, as it is titled, its worker's address
         self._names: dict[str, str] = {}  # by address, its machine and worker
-        self._driven = HERE  # where the head is: a worker's address, if it is on one
         self._requests = itertools.count()
         self._lock = Lock()
         self._closed = False
@@ -236,10 +234,6 @@ class Serving:
             node.partition(" (")[0]: self._names.get(where, where)
             for node, where in self._places.items()
         }
-
-    @property
-    def _head_place(self) -> str:
-        return self._names.get(self._driven, self._driven)
 
     def chat(self, system: str | None = None, *, template: str | None = None) -> Chat:
         """Begin a conversation: its KV cache is kept from turn to turn.
