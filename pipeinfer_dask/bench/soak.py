@@ -121,10 +121,10 @@ def cluster_apart(workers: int, resources: ExitStack) -> Client:
     cluster = SubprocessCluster(
         n_workers=workers,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=None,  # type: ignore[arg-type]  # as its docstring says
         worker_kwargs={"memory_limit": 0},
     )
-    client = resources.enter_context(Client(resources.enter_context(cluster)))
+    client: Client = resources.enter_context(Client(resources.enter_context(cluster)))
     client.wait_for_workers(workers, timeout=PATIENCE_S)
     return client
 
