@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Event
 from typing import Any
@@ -19,12 +20,13 @@ from pipeinfer_dask.drafting.ngram import NgramDraft
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
-from pipeinfer_dask.protocol.messages import Batch, DrafterLost, Kind, StartRun
+from pipeinfer_dask.protocol.messages import Batch, DrafterLost, Finish, Kind, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.nodes.compute import StageThread
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
 from tests.engine.pairs import PROMPT, Pair
+from tests.engine.test_leaks import PATIENCE_S, until_empty
 
 LONG = 480
 
@@ -139,6 +141,43 @@ def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -
     stage.close()
     assert delivered == []
     assert failures == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"in_process": True}, id="in-process"),
+        pytest.param({"head": "client"}, id="client", marks=pytest.mark.cluster),
+        pytest.param({"head": "worker"}, id="worker", marks=pytest.mark.cluster),
+    ],
+)
+def test_a_text_that_is_whole_is_given_though_what_is_still_in_flight_is_lost(
+    pair: Pair,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    ended = Event()
+
+    def hanging(*_: Any, **__: Any) -> None:
+        ended.wait(PATIENCE_S)
+
+    if "head" in options:
+        options = options | {"client": request.getfixturevalue("inproc_client")}
+    with (
+        pi.Engine.from_pretrained(pair.target, pair.draft, stages=2, **options) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        monkeypatch.setattr(Shard, "candidates", hanging)
+        run = engine.start(PROMPT, max_new_tokens=20, strategy="pipeinfer")
+        waiting = pool.submit(run.result, PATIENCE_S)
+        waiting.add_done_callback(lambda _: ended.set())
+        until_empty(lambda: {} if len(run.token_ids) == 20 else {"tokens": len(run.token_ids)})
+        assert not run.done()
+        engine.close()
+        result = waiting.result()
+    assert (result.token_ids, result.finish_reason) == (pair.greedy[:20], "length")
+    assert isinstance(result.trace.records[-1][1], Finish)
 
 
 @pytest.mark.cluster

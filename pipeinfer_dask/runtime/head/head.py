@@ -270,13 +270,20 @@ class Head:
                     case _:
                         self.pipeline.send(command)
         except Exception as error:  # a bug, but the caller must not wait for ever
-            request = self.sharing.current
-            self.sharing.leave(request)
-            self._silence(request)
-            failed = self._running.pop(request)
+            failed = self._running[self.sharing.current]
+            reason = self._drop(failed)
             self._caches.drop(failed.request)
-            failed.fail(error)
+            _end(failed, reason, error)
             self._carry_out(self.sharing.plan(now), now)
+
+    def _drop(self, generation: Served) -> str | None:
+        """Give up a request that runs; return why its text has ended, None if it has not."""
+        request = generation.request.id
+        del self._running[request]
+        self._silence(request)
+        reason = self.sharing.machines[request].finished
+        self.sharing.leave(request)
+        return reason
 
     def _finish(self, generation: Served, command: Finish) -> None:
         del self._running[command.request]
@@ -300,15 +307,21 @@ class Head:
         if self.lost is not None:
             return
         self.lost = error
-        failed = [*self._running.values(), *self._queue]
-        for request in list(self._running):
-            self.sharing.leave(request)
-            self._silence(request)
-        self._running.clear()
+        failed = [(generation, self._drop(generation)) for generation in [*self._running.values()]]
+        failed += [(generation, None) for generation in self._queue]
         self._queue.clear()
-        for generation in failed:
-            generation.fail(error)
+        for generation, reason in failed:
+            _end(generation, reason, error)
         if self._borrower is not None:
             self._borrower(error)
         if self._failed is not None:
             self._failed(error)
+
+
+def _end(generation: Served, reason: str | None, error: Exception) -> None:
+    """Fail a generation, unless its text is whole: then only what is in flight was waited for."""
+    if reason is None:
+        generation.fail(error)
+    else:
+        generation.record(time.monotonic(), Finish(generation.request.id, reason))
+        generation.finish(reason)

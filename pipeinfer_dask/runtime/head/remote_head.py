@@ -203,7 +203,8 @@ class RemoteHead:
         failed = list(self._followed.values())
         self._followed.clear()
         for followed in failed:
-            followed.generation.fail(error)
+            if not followed.over(self._plan.tokenizer):
+                followed.generation.fail(error)
 
     async def close(self) -> None:
         """Release the head, its pipeline and the link."""
