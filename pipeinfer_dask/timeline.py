@@ -17,6 +17,7 @@ from rich.text import Text
 
 from pipeinfer_dask.protocol.messages import Span
 from pipeinfer_dask.trace import Fate, History, Run, Trace, tables
+from pipeinfer_dask.trace.picture import LOOKS
 from pipeinfer_dask.trace.record import trace_of
 from pipeinfer_dask.trace.tables import work_of
 
@@ -35,7 +36,8 @@ class Sign(Enum):
     REJECTED = ("-", "yellow", Fate.REJECTED.meaning)
     CANCELLED = ("x", "red", Fate.CANCELLED.meaning)
     SAVED = ("o", "red", Fate.SAVED.meaning)
-    DRAFT = ("~", "magenta", "drafting")
+    DRAFT = ("~", "magenta", LOOKS["draft"].meaning)
+    OPEN = ("?", "bold", LOOKS["open"].meaning)
     IDLE = (".", "dim", "idle")
 
     def __init__(self, character: str, style: str, meaning: str) -> None:
@@ -45,8 +47,8 @@ class Sign(Enum):
 
     @classmethod
     def of(cls, fate: Fate | None) -> Sign:
-        """Return the sign of a run; of one whose guesses are open, as if they were right."""
-        return cls.ACCEPTED if fate is None else cls[fate.name]
+        """Return the sign of a run's work."""
+        return cls.OPEN if fate is None else cls[fate.name]
 
 
 def window(trace: Trace, columns: int) -> tuple[float, float]:
@@ -154,10 +156,13 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
     parts = [window(trace, columns) for _, trace in traces]
     # Those of the first one, or they could not be compared.
     seconds = parts[0][1] - parts[0][0]
+    still_open = False
     for (title, trace), (began, _) in zip(traces, parts, strict=True):
         console.rule(title, align="left")
-        console.print(draw(trace, columns, (began, began + seconds)), no_wrap=True)
-    console.print(Columns(_signs(), padding=(0, 2)))
+        picture = draw(trace, columns, (began, began + seconds))
+        console.print(picture, no_wrap=True)
+        still_open |= Sign.OPEN.character in picture.plain
+    console.print(Columns(_signs(among_open=still_open), padding=(0, 2)))
     console.print(
         f"A sign is {1e3 * seconds / columns:.3g} ms. Figures tell how many runs were called off, "
         f"and how many tokens became text.\n"
@@ -172,11 +177,12 @@ def legend() -> Text:
     rich.text.Text
         One line.
     """
-    return Text("  ").join(_signs())
+    return Text("  ").join(_signs(among_open=True))
 
 
-def _signs() -> list[Text]:
-    return [Text.assemble((sign.character, sign.style), " ", sign.meaning) for sign in Sign]
+def _signs(*, among_open: bool) -> list[Text]:
+    signs = [sign for sign in Sign if among_open or sign is not Sign.OPEN]
+    return [Text.assemble((sign.character, sign.style), " ", sign.meaning) for sign in signs]
 
 
 def _cells(

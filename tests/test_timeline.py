@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from pipeinfer_dask.protocol.messages import RunDone
 from pipeinfer_dask.simulation import Costs, simulate
 from pipeinfer_dask.timeline import Sign, draw, legend, show, window
-from pipeinfer_dask.trace import Fate, History
+from pipeinfer_dask.trace import Fate, History, Run, Trace
 from pipeinfer_dask.trace.tables import node_name, work_of
 
 PLAIN_COSTS = Costs.even(3, stage_s=1.0, hop_cost=0.0)
@@ -111,7 +112,7 @@ def test_pictures_of_several_strategies_have_one_scale_and_fit_a_plain_terminal(
     assert plain["stage 0"].startswith("##....##....")  # a column is half a run, in both of them
     assert len(plain["stage 0"].rstrip()) == len(quick["stage 0"].rstrip()) == width - 10
     for sign in Sign:
-        assert f"{sign.character} {sign.meaning}" in text
+        assert (f"{sign.character} {sign.meaning}" in text) is (sign is not Sign.OPEN)
     codes = {
         code
         for found in re.findall(r"\x1b\[([\d;]*)m", shown.getvalue())
@@ -131,6 +132,27 @@ def test_every_row_is_as_wide_as_was_asked_for(strategy: str, columns: int) -> N
 def test_guesses_that_were_all_wrong_are_told_from_those_that_were_not() -> None:
     trace = simulate("speculative", stages=2, acceptance=0.5).trace
     assert {"+", "-"} <= set(rows(draw(trace, 200).plain)["stage 0"])
+
+
+def test_of_a_text_that_goes_on_a_run_that_is_not_decided_yet_is_drawn_as_open() -> None:
+    whole = simulate("speculative", stages=3, acceptance=0.6, max_new_tokens=30).trace
+    told = iter(whole)
+    trace = Trace(3)
+    for time, what in told:  # until a run is back, and not yet its tokens
+        trace.add(time, what)
+        if isinstance(what, RunDone) and History(trace).runs[what.run].fate is None:
+            break
+    history = History(trace)
+    run, until = history.done[-1], history.ended
+    assert isinstance(run, Run) and run.guesses
+    began = run.spans[-1].began
+    assert set(rows(draw(trace, 10, (began, until)).plain)["stage 2"]) >= {"?"}
+    shown = StringIO()
+    show(Console(file=shown, width=100), [("to its end", whole), ("going on", trace)])
+    assert "? still open" in shown.getvalue()
+    for time, what in told:
+        trace.add(time, what)
+    assert "?" not in draw(trace, 10, (began, until)).plain
 
 
 def test_the_window_begins_with_the_first_token_and_ends_with_the_last() -> None:
