@@ -96,18 +96,19 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
         return self.clock
 
     def to_html(self) -> str:
-        """Return all traces as they ended: timelines on one scale, then what else is shown.
+        """Return all traces as they ended: timelines on one scale, and what else is shown.
 
         Returns
         -------
         str
-            HTML without scripts.
+            HTML without scripts. The texts are folded: they are the same, or nearly so.
         """
         feeds = [view.feed for view in self.views if isinstance(view, Timeline)]
         pictures = comparison_html([(feed.title, feed.history) for feed in feeds])
-        rest = "".join(
-            f"<div>{escape(view.feed.title)}, {view.label.lower()}: {view.to_html()}</div>"
-            for view in self.views
-            if not isinstance(view, Timeline)
-        )
-        return f"{pictures}<details><summary>Texts</summary>{rest}</details>"
+        drawn, texts = "", ""
+        for view in self.views:
+            if isinstance(view, TokenStream):
+                texts += f"<div>{escape(view.feed.title)}: {view.to_html()}</div>"
+            elif not isinstance(view, Timeline):
+                drawn += f"<div><b>{escape(view.feed.title)}</b>{view.to_html()}</div>"
+        return f"{pictures}{drawn}<details><summary>Texts</summary>{texts}</details>"

@@ -539,12 +539,13 @@ def test_a_frozen_picture_is_in_the_saved_notebook_and_in_what_is_made_of_it(
     with exported(saved, browser) as page:
         pictures = page.locator(".jp-OutputArea-output img:not([alt=''])")
         kinds = [(each.get_attribute("alt") or "").split(" ")[0] for each in pictures.all()]
-        assert kinds == ["Timeline:", "Timeline:", "Timeline:", "Draft"]  # the tree is folded
+        assert kinds == ["Timeline:", "Timeline:", "Timeline:", "Draft"]
         letters = page.locator("pre[style] span").first
         assert letters.evaluate("it => getComputedStyle(it).fontFamily") == "monospace"
         for number in range(3):
             box = pictures.nth(number).bounding_box()
             assert box["width"] > 300 and box["height"] > 80
+        assert pictures.nth(3).is_visible()
 
 
 @contextmanager

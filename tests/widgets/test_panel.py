@@ -179,6 +179,20 @@ def test_a_stepper_has_one_clock_and_one_scale_for_all() -> None:
     assert page.count("Timeline: each node") == 2 and "iterative" in page
 
 
+def test_what_a_stepper_draws_is_seen_at_once_where_it_stands_still_and_only_texts_are_folded() -> (
+    None
+):
+    traces = [simulate(name, stages=3, max_new_tokens=10) for name in ("iterative", "pipeinfer")]
+    page = Stepper(*traces, metrics=True, tree=True).to_html()
+    folded = page.index("<summary>Texts</summary>")
+    trees = [found.start() for found in re.finditer('alt="Draft tree at', page)]
+    charts = [found.start() for found in re.finditer('alt="Tokens a second so far', page)]
+    texts = [found.start() for found in re.finditer("<pre", page)]
+    assert len(trees) == len(charts) == 2 and max(trees + charts) < folded < min(texts)
+    opened = re.sub("<details>.*?</details>", "", page[:folded])  # the same as tables
+    assert opened.count('alt="Draft tree at') == opened.count('alt="Tokens a second so far') == 2
+
+
 def test_a_stepper_calls_its_traces_as_it_is_told() -> None:
     traces = [simulate("pipeinfer", stages=2, max_new_tokens=4, micro_batch=n) for n in (1, 2)]
     stepper = Stepper(*traces, titles=["one by one", "two at a time"])
