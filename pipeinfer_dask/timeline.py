@@ -51,13 +51,13 @@ class Sign(Enum):
         return cls.OPEN if fate is None else cls[fate.name]
 
 
-def window(trace: Trace, columns: int) -> tuple[float, float]:
+def window(source: Any, columns: int) -> tuple[float, float]:
     """Return a part of a trace in which single runs can be told apart.
 
     Parameters
     ----------
-    trace : Trace
-        Of a generation that may still go on.
+    source : Trace, or a generation, result or simulation
+        One that may still go on.
     columns : int
         Signs in a row.
 
@@ -65,8 +65,13 @@ def window(trace: Trace, columns: int) -> tuple[float, float]:
     -------
     (float, float), seconds
         From and to.
+
+    Raises
+    ------
+    ValueError
+        If the source has no trace.
     """
-    return tables.window(History(trace), columns)
+    return tables.window(History(trace_of(source)), columns)
 
 
 MOST_ROWS = 32

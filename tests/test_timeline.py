@@ -168,6 +168,9 @@ def test_an_empty_trace_is_an_empty_picture() -> None:
 
 def test_whatever_has_a_trace_can_be_drawn_and_nothing_else() -> None:
     assert draw(PLAIN, 12).plain == draw(PLAIN.trace, 12).plain
+    assert window(PLAIN, 12) == window(PLAIN.trace, 12)
+    with pytest.raises(ValueError, match="expected a trace, or a generation, result or simulation"):
+        window("trace.json", 12)
     with pytest.raises(ValueError, match="expected a trace, or a generation, result or simulation"):
         draw("trace.json", 12)
     with pytest.raises(ValueError, match="expected columns as a whole number of at least 1, got 0"):

@@ -53,7 +53,7 @@ def save(trace: Trace, path: str | os.PathLike[str]) -> None:
         "pieces": list(trace.pieces),
         "places": dict(trace.places),
     }
-    with _open(path, "w") as file:
+    with open_file(path, "w") as file:
         file.write(json.dumps(header) + "\n")
         for time, what in records:
             file.write(written(time, what) + "\n")
@@ -72,7 +72,7 @@ def load(
         If the path is none, or a directory's; if the file holds no trace, a damaged one, or one
         of a later version.
     """
-    with _open(path, "r") as file:
+    with open_file(path, "r") as file:
         try:
             header = json.loads(file.readline())
             if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -108,7 +108,16 @@ def load(
     return stages, records, texts, pieces, places
 
 
-def _open(path: object, mode: Literal["r", "w"]) -> TextIO:
+def open_file(path: object, mode: Literal["r", "w"]) -> TextIO:
+    """Open a file of ASCII, or say in a line what the path should have been.
+
+    Raises
+    ------
+    ValueError
+        If the path is none, or a directory's.
+    OSError
+        If there is no such file or directory, or it may not be opened.
+    """
     file = _file(path)
     try:
         return file.open(mode, encoding="ascii")

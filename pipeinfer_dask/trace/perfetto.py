@@ -7,9 +7,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
-from pathlib import Path
 from typing import Any
 
+from pipeinfer_dask.trace.files import open_file
 from pipeinfer_dask.trace.history import History
 from pipeinfer_dask.trace.parts import Run, Token
 from pipeinfer_dask.trace.record import Trace
@@ -27,7 +27,8 @@ TEXT = 0
 def write_perfetto(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write the trace. See `Trace.to_perfetto`."""
     document = {"traceEvents": list(trace_events(trace)), "displayTimeUnit": "ms"}
-    Path(path).write_text(json.dumps(document), encoding="ascii")
+    with open_file(path, "w") as file:
+        file.write(json.dumps(document))
 
 
 def trace_events(trace: Trace) -> Iterator[Entry]:

@@ -92,6 +92,13 @@ class Trace:
         ----------
         path : str or path
             Replaced, if it is there.
+
+        Raises
+        ------
+        ValueError
+            If the path is none, or a directory's.
+        OSError
+            If it can't be written there.
         """
         from pipeinfer_dask.trace.files import save
 
@@ -130,6 +137,13 @@ class Trace:
         ----------
         path : str or path
             Replaced, if it is there.
+
+        Raises
+        ------
+        ValueError
+            If the path is none, or a directory's.
+        OSError
+            If it can't be written there.
         """
         from pipeinfer_dask.trace.perfetto import write_perfetto
 

@@ -61,7 +61,8 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
                 "expected finished generations, got one that goes on: wait for its result"
             )
         if titles is not None:
-            if isinstance(titles, str) or len(titles) != len(feeds):
+            named = [isinstance(title, str) for title in _listed(titles)]
+            if len(named) != len(feeds) or not all(named):
                 raise ValueError(f"expected a title for each of {len(feeds)}, got {titles!r}")
             for feed, title in zip(feeds, titles, strict=True):
                 feed.title = title
@@ -112,3 +113,8 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
             elif not isinstance(view, Timeline):
                 drawn += f"<div><b>{escape(view.feed.title)}</b>{view.to_html()}</div>"
         return f"{pictures}{drawn}<details><summary>Texts</summary>{texts}</details>"
+
+
+def _listed(titles: Any) -> Sequence[Any]:
+    """Return what can be gone through; of anything else, as of a single text, nothing."""
+    return titles if isinstance(titles, Sequence) and not isinstance(titles, str) else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import anywidget
@@ -36,7 +37,8 @@ class TraceView(Still, Moments, anywidget.AnyWidget):
     Raises
     ------
     ValueError
-        If the source has no trace, or is a channel without a table that the view needs.
+        If the source has no trace, or is a channel without a table that the view needs, or if
+        there is no such trait.
     """
 
     shows: ClassVar[Sequence[str]]
@@ -47,6 +49,11 @@ class TraceView(Still, Moments, anywidget.AnyWidget):
     picture = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, source: Any, **traits: Any) -> None:
+        for name in traits:  # a widget would take any, and only warn
+            if name not in (known := self.class_trait_names()):
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "look for a slip"
+                raise ValueError(f"there is no setting {name!r} of a {type(self).__name__}: {hint}")
         alone = not isinstance(source, Channel)
         channel = Channel(source, self.shows) if alone else source
         if lacking := set(self.shows).difference(channel.tables):

@@ -141,16 +141,18 @@ def test_a_trace_of_a_later_version_says_so(lines: list[str], tmp_path: Path) ->
 def test_a_file_that_is_not_there_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing: name one"):
         Trace.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match=r"there is no directory .*nowhere: make it"):
-        Trace(1).save(tmp_path / "nowhere" / "trace")
     (tmp_path / "here").touch()
-    with pytest.raises(NotADirectoryError, match=r"you may write, got .*here/trace .*: name anoth"):
-        Trace(1).save(tmp_path / "here" / "trace")
+    told = r"you may write, got .*here/trace .*: name anoth"
+    for write in (Trace(1).save, Trace(1).to_perfetto):
+        with pytest.raises(FileNotFoundError, match=r"there is no directory .*nowhere: make it"):
+            write(tmp_path / "nowhere" / "trace")
+        with pytest.raises(NotADirectoryError, match=told):
+            write(tmp_path / "here" / "trace")
 
 
 def test_a_path_that_is_no_files_is_refused(tmp_path: Path) -> None:
     trace = simulate("iterative", stages=1, max_new_tokens=2).trace
-    for call in (trace.save, Trace.load):
+    for call in (trace.save, trace.to_perfetto, Trace.load):
         with pytest.raises(ValueError, match="expected the path of a file, got the directory"):
             call(tmp_path)
         with pytest.raises(ValueError, match="expected the path of a file, got None"):

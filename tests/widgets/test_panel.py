@@ -199,9 +199,20 @@ def test_a_stepper_calls_its_traces_as_it_is_told() -> None:
     told = [view.channel.about["title"] for view in stepper.views]
     assert told == ["one by one", "two at a time"] * 2
     assert "<b>two at a time</b>: 4 tokens in" in stepper.to_html()
-    for titles in (["one"], "ab"):
+    unfit: list[Any] = [["one"], "ab", 2, ["one", None]]
+    for titles in unfit:
         with pytest.raises(ValueError, match="expected a title for each of 2"):
             Stepper(*traces, titles=titles)
+
+
+def test_a_slip_in_the_name_of_a_setting_of_a_view_is_told() -> None:
+    simulation = simulate("pipeinfer", stages=2, max_new_tokens=4)
+    told = "there is no setting 'momment' of a Timeline: did you mean 'moment'"
+    with pytest.raises(ValueError, match=told):
+        Timeline(simulation, momment=0.1)
+    with pytest.raises(ValueError, match="there is no setting 'colour' of a Metrics: look for"):
+        Metrics(simulation, colour="red")
+    assert Timeline(simulation, moment=0.1, layout={"width": "300px"}).layout.width == "300px"
 
 
 def svgs(page: str) -> list[ElementTree.Element]:
