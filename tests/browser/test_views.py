@@ -349,6 +349,36 @@ def test_the_timelines_of_a_stepper_share_a_legend_buttons_and_a_clock_that_stay
     until(tab, "[data-steps]", "Number(data.moment) === 0")
 
 
+def test_what_a_reader_chose_in_any_timeline_of_a_stepper_stays_when_a_busy_kernel_answers(
+    opened: Opened, lab: Lab
+) -> None:
+    tab = opened(
+        SIMULATED,
+        "Stepper(*(pi.simulate(name, stages=3) for name in ('iterative', 'speculative')),"
+        " simulation)",
+        "import os\nos.mkfifo('go')\nprint('he' 'ld', flush=True)\nopen('go').read()",
+        "print('answ' 'ered')",
+        wait=False,
+    )
+    page = tab.page
+    page.get_by_text("held", exact=True).wait_for()  # it hears nothing until it may go on
+    page.wait_for_function("() => document.querySelectorAll('[data-bars]').length === 3")
+    lengths = "(" + SEEN + ")().map(seen => seen.split(' ')).map(([from, to]) => to - from)"
+    (whole,) = set(page.evaluate(lengths))
+    page.get_by_role("button", name="Zoom in").click()
+    page.wait_for_function(f"whole => {lengths}.every(each => each < whole)", arg=whole)
+    page.get_by_role("application").nth(2).focus()
+    page.keyboard.press("-")
+    page.keyboard.press("-")
+    page.wait_for_function(f"whole => {lengths}.every(each => each > whole)", arg=whole)
+    seen = page.evaluate(SEEN)
+    assert len(seen) == 3 and len(set(seen)) == 1
+    (lab.notebooks / "go").write_text("")
+    page.get_by_text("answered", exact=True).wait_for()  # behind what it says of the views
+    page.evaluate("() => new Promise(requestAnimationFrame)")  # what it changes is drawn
+    assert page.evaluate(SEEN) == seen
+
+
 def test_a_run_that_is_stepped_past_looks_open_until_it_is_decided(opened: Opened) -> None:
     works = [work for done in STORY.done for work in work_of(done)]
     run = next(

@@ -251,7 +251,11 @@ async function render({ model, el }) {
   /** Draw what is seen now, and have others on the same scale do so. */
   const tell = () => {
     const { from, to, follow } = seen;
-    if (model.get("ends")) model.set("seen", [from, to, Number(follow)]);
+    if (model.get("ends")) {
+      model.set("seen", [from, to, Number(follow)]);
+      // Or the kernel's late answer to what another one had chosen before would be taken for news.
+      model.save_changes();
+    }
     redraw();
   };
   const hear = () => {
