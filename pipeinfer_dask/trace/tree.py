@@ -52,19 +52,21 @@ class Box:
     row: float = 0.0
 
 
-def tree_html(history: History) -> str:
-    """Return what was guessed to follow the text at a moment when the tree was full.
+def tree_html(history: History, moment: float | None = None) -> str:
+    """Return what was guessed to follow the text at a moment.
 
     Parameters
     ----------
     history : History
+    moment : float, seconds, optional
+        From the begin; by default one when the tree was full.
 
     Returns
     -------
     str
         HTML without scripts: an image with a description, its legend, and the same as a table.
     """
-    moment = _fullest(history)
+    moment = _fullest(history) if moment is None else history.began + moment
     text, opened, out = _state(history, moment)
     if not text:
         return "<div>No text yet.</div>"
@@ -74,13 +76,12 @@ def tree_html(history: History) -> str:
         if guess in drawn and guess.parent is not None:
             below[guess.parent].append(guess)
     boxes = _placed(text, below, set(out), moment)
-    at = (
-        f"at {(moment - history.began) * 1e3:.0f} of {(history.ended - history.began) * 1e3:.0f} ms"
-    )
+    then, end = (1e3 * (time - history.began) for time in (moment, history.ended))
+    at = f"at {min(then, end):.0f} of {end:.0f} ms"
     counts = f"{len(opened)} guesses open, {len(out)} ruled out just now"
     all_drawn = len(boxes) - len(text) == len(opened) + len(out)
     some = "" if all_drawn else ", the likeliest shown"
-    told = f"{counts}{some}" if opened else "nothing was guessed"
+    told = f"{counts}{some}" if opened or out else "nothing was guessed"
     svg, wide = _svg(history, boxes, moment)
     style = f"width:100%;min-width:{SMALLEST * wide:.0f}px;max-width:{wide}px"
     return (

@@ -10,6 +10,7 @@ import ipywidgets
 
 from pipeinfer_dask.trace.picture import comparison_html
 from pipeinfer_dask.trace.tables import window
+from pipeinfer_dask.trace.tree import tree_html
 from pipeinfer_dask.widgets.channel import Channel
 from pipeinfer_dask.widgets.clock import Clock
 from pipeinfer_dask.widgets.feed import Feed
@@ -111,7 +112,10 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
             if isinstance(view, TokenStream):
                 texts += f"<div>{escape(view.feed.title)}: {view.to_html()}</div>"
             elif not isinstance(view, Timeline):
-                drawn += f"<div><b>{escape(view.feed.title)}</b>{view.to_html()}</div>"
+                # The clock's moment is the page's: of a tree its fullest tells most.
+                tree = isinstance(view, DraftTree)
+                page = tree_html(view.feed.history) if tree else view.to_html()
+                drawn += f"<div><b>{escape(view.feed.title)}</b>{page}</div>"
         return f"{pictures}{drawn}<details><summary>Texts</summary>{texts}</details>"
 
 

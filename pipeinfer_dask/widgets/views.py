@@ -134,7 +134,9 @@ class DraftTree(TraceView):
     label = traitlets.Unicode("Draft tree").tag(sync=True)
 
     def to_html(self) -> str:
-        """Return the likeliest of the tree when it was full, and the same as a table.
+        """Return the likeliest of the tree, and the same as a table.
+
+        Where no moment is chosen, it is as it was when it was full.
 
         Returns
         -------
@@ -142,4 +144,4 @@ class DraftTree(TraceView):
             HTML without scripts.
         """
         with self.feed.lock:
-            return tree_html(self.feed.history)
+            return tree_html(self.feed.history, self.moment if self.moment >= 0 else None)

@@ -245,6 +245,21 @@ def test_a_frozen_tree_stands_where_most_guesses_were_open() -> None:
     )
 
 
+def test_a_frozen_tree_of_a_chosen_moment_is_what_was_guessed_then() -> None:
+    simulation = simulate("pipeinfer", stages=3, max_new_tokens=20)
+    story = Timeline(simulation).feed.history
+    for token in story.tokens[4:10]:
+        moment = token.time - story.began
+        opened, _ = told_of(DraftTree(simulation, moment=moment).to_html())
+        assert opened == sum(
+            each.made <= token.time and (each.settled is None or each.settled > token.time)
+            for each in story.guesses
+            if each.ahead
+        )
+    assert ": nothing was guessed" in DraftTree(simulation, moment=0.0).to_html()
+    assert ": nothing was guessed" not in Stepper(simulation, tree=True).to_html()
+
+
 def test_a_frozen_tree_is_drawn_with_its_likeliest_guesses_and_the_same_as_a_table() -> None:
     page = DraftTree(simulate("adaptive", stages=8, max_new_tokens=20)).to_html()
     opened, out = told_of(page)
