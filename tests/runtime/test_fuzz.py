@@ -22,6 +22,7 @@ from distributed import LocalCluster, Worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeinfer_dask.protocol.messages import CancelDraft, CancelReason, CancelRuns, Prune
 from pipeinfer_dask.runtime.head.head_actor import HeadNode, PipelinePlan
 from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow, pack
 from pipeinfer_dask.runtime.links.links import Link, Session, dial
@@ -43,6 +44,7 @@ from pipeinfer_dask.runtime.links.wire import (
     encode,
 )
 from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, DrafterNode, Node, StageNode
+from pipeinfer_dask.runtime.nodes.compute import MOST_CANCELLED
 from pipeinfer_dask.runtime.pipeline.recovery import NONE
 from tests.runtime.chain import CountingSpec, EchoingSpec, run_of
 from tests.runtime.test_wire import INTAKE, counts, messages
@@ -258,6 +260,49 @@ def test_a_later_stage_computes_no_run_that_comes_without_hidden_states(
             async with asyncio.timeout(20):
                 await link.receive(lambda message: None)
             assert node.stats()["malformed"] == 1
+        finally:
+            node.stop()
+            await node._end()
+            link.abort()
+
+    runner.run(main())
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("kind", [stage, drafter], ids=lambda kind: kind.__name__)
+def test_a_client_that_calls_off_more_than_can_be_in_flight_is_cut_off(
+    runner: asyncio.Runner, worker: Worker, kind: Callable[[Worker, Session], Node[Any]]
+) -> None:
+    """None of these runs ever comes, so that nothing would take their numbers away again."""
+    all_but_one = tuple(range(MOST_CANCELLED - 1))
+    if kind is stage:
+        half = len(all_but_one) // 2
+        told: list[Message] = [
+            CancelRuns(1, 0, all_but_one[:half], CancelReason.INVALID),
+            CancelRuns(1, 0, all_but_one[:half], CancelReason.INVALID),  # no more than before
+            Prune(2, 0, (3,), (all_but_one[half:],)),
+        ]
+        last: Message = CancelRuns(4, 0, (5,), CancelReason.INVALID)
+    else:
+        told = [CancelDraft(1, 0, number) for number in range(MOST_CANCELLED)]
+        last = CancelDraft(1, 0, MOST_CANCELLED)
+
+    async def main() -> None:
+        session = Session.new()
+        node = kind(worker, session)
+        node.open()
+        link = await dial(worker.address, node.identity, CONTROL, session, connection_args={})
+        try:
+            async with asyncio.timeout(60):
+                answered = asyncio.Event()
+                reading = asyncio.create_task(link.receive(lambda message: answered.set()))
+                say(link, [*told, Ping(1)])
+                await answered.wait()
+                assert node.stats()["malformed"] == 0
+                say(link, [last])
+                await reading
+            assert node.stats()["malformed"] == 1
+            assert len(node.thread.cancelled) <= MOST_CANCELLED
         finally:
             node.stop()
             await node._end()

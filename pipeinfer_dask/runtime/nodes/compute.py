@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -44,6 +44,10 @@ NO_MEMORY = (
 Python says where there is no room for a stack."""
 
 
+MOST_CANCELLED = 1 << 16
+"""Runs, and places in runs, that may wait to be skipped: more than can be in flight."""
+
+
 class Caching(Protocol):
     """What a stage and a draft model have in common."""
 
@@ -67,16 +71,19 @@ class Cancellations:
         self._passed: dict[int, tuple[int, int, int]] = {}
 
     def add(self, generation: int, request: int, numbers: tuple[int, ...]) -> None:
+        """Skip these runs. A `ValueError` if that is more than can be in flight."""
         with self._lock:
-            keys = ((generation, request, number) for number in numbers)
-            self._keys.update(key for key in keys if self._to_come(key))
+            keys = {(generation, request, number) for number in numbers} - self._keys
+            self._check(new := {key for key in keys if self._to_come(key)})
+            self._keys |= new
 
     def prune(self, generation: int, request: int, number: int, places: Iterable[int]) -> None:
-        """Leave out these places of a run's batch."""
+        """Leave out these places of a run's batch. A `ValueError` if these are too many."""
         key = (generation, request, number)
         with self._lock:
             if self._to_come(key):
-                self._places.setdefault(key, set()).update(places)
+                self._check(new := {*places})
+                self._places.setdefault(key, set()).update(new)
 
     def pruned(self, key: tuple[int, int, int]) -> frozenset[int]:
         """Return the places of a run's batch that nobody waits for."""
@@ -102,6 +109,12 @@ class Cancellations:
             self._passed.clear()
             self._keys = set()
             self._places = {}
+
+    def _check(self, new: Sized) -> None:
+        """Keep no more than runs can be in flight: what a client makes up would pile up here."""
+        held = len(self._keys) + sum(map(len, self._places.values())) + len(self._places)
+        if held + len(new) > MOST_CANCELLED:
+            raise ValueError(f"expected at most {MOST_CANCELLED} runs and tokens to skip, got more")
 
     def _to_come(self, key: tuple[int, int, int]) -> bool:
         return key > self._passed.get(key[1], (-1, -1, -1))
