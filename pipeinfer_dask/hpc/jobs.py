@@ -89,13 +89,28 @@ class Jobs:
         """
         async with asyncio.timeout(timeout_s):
             await self.correct()  # or one that is being submitted would count as ended
-            ended = [name for name, state in (await self.waiting()).items() if state.ended]
-            self.drop(ended)
-            if ended:
+            ended = {name for name, state in (await self.waiting()).items() if state.ended}
+            others = self.refused()  # another engine may still try to have them
+            try:
+                self.drop(ended | others)
+                if ended | others:
+                    await self.correct()
+                for _ in range(self.short_of(workers)):
+                    self.add()
                 await self.correct()
-            for _ in range(self.short_of(workers)):
-                self.add()
-            await self.correct()
+            except SubmitError:
+                self.drop(list(self.refused())[len(others) :])
+                with suppress(SubmitError):
+                    await self.correct()
+                raise
+
+    def refused(self) -> set[str]:
+        """Return those that are wanted, and that the queue did not take."""
+        refused = {name for name, job in self._cluster.workers.items() if job.job_id is None}
+        for name in refused:
+            # Or Dask would submit it once more whenever it looks, and complain of it at the end.
+            self._cluster.workers[name].status = Status.failed
+        return refused & self.wanted
 
     def short_of(self, workers: int, lost: Collection[str] = ()) -> int:
         """Return how many more jobs so many workers need, if the lost ones are dropped."""
@@ -125,8 +140,8 @@ class Jobs:
         }
 
     async def waiting(self) -> dict[str, JobState]:
-        """Return what the queue says of all jobs that have no worker, by name."""
-        here = self.with_worker()
+        """Return what the queue says of all jobs that it took, and that have no worker, by name."""
+        here = self.with_worker() | self.refused()
         names = [name for name in self._cluster.worker_spec if name not in here]
         numbers = {
             name: str(job.job_id)
@@ -148,7 +163,7 @@ class Jobs:
         Raises
         ------
         SubmitError
-            If the queue does not take a job, which is then wanted no longer.
+            If the queue does not take a job, which is then one of the `refused`.
         """
         await asyncio.shield(asyncio.ensure_future(self._correct()))
 
@@ -156,13 +171,7 @@ class Jobs:
         try:
             await self._cluster
         except (RuntimeError, OSError, ValueError) as refused:
-            # What the queue did not take is in no queue.
-            for name, job in list(self._cluster.workers.items()):
-                if job.job_id is None:
-                    job.status = Status.failed  # or the cluster's end would complain of it
-                    self._cluster.worker_spec.pop(name, None)
-            with suppress(RuntimeError):
-                await self._cluster
+            self.refused()
             raise SubmitError(_own_words(str(refused))) from refused
 
 

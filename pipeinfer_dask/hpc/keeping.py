@@ -52,6 +52,7 @@ class Keeper:
         self._owed = 0  # jobs that were lost, and for which none is in the queue yet
         self._pause = GLANCE_S
         self._ready = -math.inf
+        self._refusal = ""
 
     async def keep(self) -> None:
         """Look after the jobs until the cluster is closed."""
@@ -61,23 +62,32 @@ class Keeper:
 
     async def _glance(self, now: float) -> None:
         lost = await self._lost(now)
+        refused = self._jobs.refused()  # until now they were wanted, or a scaling would want others
+        if refused:
+            words = self._refusal or "it has not told us why"
+            logger.warning("the queue takes no job, %g s later again: %s", self._pause, words)
+        if refused or lost - self._seen:
+            self._ready = now + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+        lost |= refused
         # Dask itself gives up a job whose worker stays away for long.
         new = self._jobs.unsubmitted
         self._owed += len(lost)
-        if self._floor.hold():  # what is more than it needs is for the cluster to say
+        if self._floor.scales:  # what is more than it needs is for the cluster to say
             self._owed = min(self._owed, self._jobs.short_of(self._floor.workers, lost))
         if now >= self._ready:
             # Before the lost ones are dropped, or one might get the name of one of them.
             new |= {self._jobs.add() for _ in range(self._owed)}
             self._owed = 0
         self._jobs.drop(lost)
+        self._floor.hold(paused=now < self._ready)
         if new or lost:
-            await self._submit(new, failed=bool(lost - self._seen), now=now)
+            await self._submit()
 
     async def _lost(self, now: float) -> set[str]:
         """Return the jobs that are lost, in the sense that others have to take their place."""
         here, wanted = self._jobs.with_worker(), self._jobs.wanted
-        submitted = wanted - self._jobs.unsubmitted
+        submitted = wanted - self._jobs.unsubmitted - self._jobs.refused()
         if here - self._seen:
             self._pause = GLANCE_S  # what is submitted now runs
         self._seen = (self._seen | here) & submitted
@@ -102,23 +112,15 @@ class Keeper:
         self._tell(lost, states)
         return lost
 
-    async def _submit(self, new: set[str], *, failed: bool, now: float) -> None:
-        words = ""
+    async def _submit(self) -> None:
+        self._refusal = ""
         try:
             async with asyncio.timeout(SUBMIT_S):
                 await self._jobs.correct()
         except SubmitError as refused:
-            words = str(refused)
+            self._refusal = str(refused)
         except TimeoutError:
             logger.warning("the queue has not taken a job within %g s", SUBMIT_S)
-        refused_now = new - self._jobs.wanted
-        self._owed += len(refused_now)
-        if refused_now or failed:
-            self._ready = now + self._pause
-            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        if refused_now:
-            pause = self._ready - now
-            logger.warning("the queue takes no job, %g s later again: %s", pause, words)
 
     def _tell(self, lost: set[str], states: Mapping[str, JobState]) -> None:
         """Tell the user what is lost, and what the queue says of what is to take its place."""

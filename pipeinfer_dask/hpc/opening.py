@@ -117,7 +117,8 @@ def engine_from(
     JobError
         If the queue refuses a job, or a job ends before its worker came: a `RuntimeError`.
     StartTimeoutError
-        If the workers do not come in time: a `TimeoutError`. Jobs stay in the queue.
+        If the workers do not come in time: a `TimeoutError`. Jobs stay in the queue, unless
+        the cluster scales itself.
     ValueError
         If the jobs' walltime is too short, or as `Engine.from_pretrained`: what can be checked
         without workers is checked before a job is submitted.
@@ -228,7 +229,7 @@ async def _workers(
                 f"expected the queue to take {wanted} jobs within {patience:g} s, got no answer: "
                 "see how it is, or allow more time by start_timeout"
             ) from None
-    await waiting.wait_for_workers(client, wanted, patience, jobs, told)
+    await waiting.wait_for_workers(client, wanted, patience, jobs, told, floor.scales)
 
 
 def _keep_jobs(client: Client, jobs: Jobs, floor: Floor, resources: ExitStack) -> Keeper:

@@ -12,10 +12,11 @@ from distributed.deploy.adaptive_core import AdaptiveCore
 
 @dataclass(slots=True)
 class _Held:
-    """A minimum as it was, and who has raised it."""
+    """A minimum as it was, who has raised it, and how many workers there were to be last."""
 
     minimum: int
     floors: set[Floor] = field(default_factory=set)
+    planned: int = 0
 
 
 _held: WeakKeyDictionary[AdaptiveCore, _Held] = WeakKeyDictionary()
@@ -37,23 +38,37 @@ class Floor:
 
     def __init__(self, cluster: Any, workers: int) -> None:
         self.workers = workers
+        self.paused = False
         self._cluster = cluster
         self._released = False
 
-    def hold(self) -> bool:
-        """Raise the minimum to what is needed, and return whether the cluster scales itself.
+    @property
+    def scales(self) -> bool:
+        """Whether the cluster scales itself."""
+        scaling = getattr(self._cluster, "_adaptive", None)
+        return getattr(scaling, "periodic_callback", None) is not None  # else it was stopped
+
+    def hold(self, *, paused: bool = False) -> None:
+        """Raise the minimum to what is needed. For the cluster's loop.
 
         Again and again: who calls ``cluster.adapt`` begins another scaling, with its own minimum.
+
+        Parameters
+        ----------
+        paused : bool
+            Whether no job may be submitted now. Then the minimum is no more than there is, and
+            keeps that.
         """
         scaling = getattr(self._cluster, "_adaptive", None)
         if not isinstance(scaling, AdaptiveCore):
-            return False
+            return
         with _lock:
             if not self._released:
                 held = _held.setdefault(scaling, _Held(scaling.minimum))
                 held.floors.add(self)
+                held.planned = len(scaling.plan)
+                self.paused = paused
                 _raise(scaling, held)
-        return getattr(scaling, "periodic_callback", None) is not None  # else it was stopped
 
     def release(self) -> None:
         """Give the minimum back, or what other engines need."""
@@ -68,4 +83,6 @@ class Floor:
 
 
 def _raise(scaling: AdaptiveCore, held: _Held) -> None:
-    scaling.minimum = max([held.minimum, *(floor.workers for floor in held.floors)])
+    minimum = max([held.minimum, *(floor.workers for floor in held.floors)])
+    paused = any(floor.paused for floor in held.floors)
+    scaling.minimum = min(minimum, held.planned) if paused else minimum

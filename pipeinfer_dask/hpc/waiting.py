@@ -66,6 +66,7 @@ async def wait_for_workers(
     patience: float,
     jobs: Jobs | None = None,
     told: Callable[[Waiting], None] | None = None,
+    scales: bool = False,
 ) -> None:
     """Wait until a cluster has so many workers.
 
@@ -78,6 +79,8 @@ async def wait_for_workers(
     jobs : Jobs, optional
         Those that bring the workers.
     told : callable, optional
+    scales : bool
+        Whether the cluster scales itself.
 
     Raises
     ------
@@ -112,7 +115,7 @@ async def wait_for_workers(
         if ended := [state for state in states if state.ended]:
             raise JobError(_failed(ended))
         if seconds > patience:
-            raise StartTimeoutError(_late(now, patience))
+            raise StartTimeoutError(_late(now, patience, scales))
         await asyncio.sleep(GLANCE_S)
 
 
@@ -125,13 +128,18 @@ def _failed(ended: Sequence[JobState]) -> str:
     return f"{text}: see {where}"
 
 
-def _late(now: Waiting, patience: float) -> str:
+def _late(now: Waiting, patience: float, scales: bool) -> str:
     text = f"expected {now.wanted} workers within {patience:g} s, got {now.workers}"
     if not now.jobs:
         return f"{text}: start more workers, or allow more time by start_timeout"
+    after = (
+        "the cluster scales itself, and cancels those that it does not need"
+        if scales
+        else "the jobs stay in the queue"
+    )
     return (
         f"{text}; of the others the queue says: {'; '.join(map(str, now.jobs))}. Ask for less, "
-        "or allow more time by start_timeout: the jobs stay in the queue"
+        f"or allow more time by start_timeout: {after}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,14 +131,32 @@ def test_a_text_waits_for_the_job_that_is_submitted_in_place_of_a_cancelled_one(
     assert re.search(rf"waits for the worker of {submitted_anew}: job \d+: PENDING", caplog.text)
 
 
+@pytest.fixture
+def submissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return what tells how often a job was submitted, whether the queue took it or not."""
+    sbatch, log = tmp_path / "bin" / "sbatch", tmp_path / "submissions"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho >>{log}\nexec {shutil.which("sbatch")} "$@"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    return lambda: len(log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("scales", [False, True])
 def test_any_number_of_losses_is_made_good_also_of_jobs_that_never_ran(
-    slurm: Slurm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    slurm: Slurm,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    submissions: Callable[[], int],
+    scales: bool,
 ) -> None:
     with (
         job_cluster(tmp_path) as cluster,
         Client(cluster, set_as_default=False) as observer,
-        hpc.engine_from(cluster, pi.demo_pair()[0], "ngram", stages=1) as engine,
     ):
+        if scales:
+            cluster.adapt(minimum=0, maximum=4, interval="100ms", wait_count=1)
+        engine = hpc.engine_from(cluster, pi.demo_pair()[0], "ngram", stages=1)
 
         def job() -> str:
             (name,) = cluster.worker_spec or {""}
@@ -148,7 +167,9 @@ def test_any_number_of_losses_is_made_good_also_of_jobs_that_never_ran(
         slurm.say("scontrol", "update", "PartitionName=debug", "State=DRAIN")
         try:
             slurm.say("scancel", first)
-            until(lambda: "the queue takes no job, 2 s later again: " in caplog.text, "refusals")
+            until(lambda: "the queue takes no job, 4 s later again: " in caplog.text, "refusals")
+            # One that was taken, and three that were not, with pauses of one and two seconds.
+            assert submissions() == 1 + 3
         finally:
             slurm.say("scontrol", "update", "PartitionName=debug", "State=UP")
         assert "Required partition not available (inactive or drain)" in caplog.text
@@ -159,6 +180,7 @@ def test_any_number_of_losses_is_made_good_also_of_jobs_that_never_ran(
         until(lambda: observer.scheduler_info()["workers"] != {}, "its worker")
         assert engine.generate(PROMPT, max_new_tokens=4).token_ids
         until(lambda: engine.lacking == (), "a queue that nobody waits for")
+        engine.close()
 
 
 class Counting(Adaptive):
@@ -224,6 +246,19 @@ def test_a_job_that_waits_is_told_in_the_queues_own_words_and_stays_in_the_queue
         assert slurm.say("squeue", "--noheader", "--format=%T").split() == ["PENDING"]
         assert str(steps[-1]).startswith("0 of 1 workers; jobs: 1 PENDING (Partition")
     until(lambda: not slurm.say("squeue", "--noheader"), "jobs that end with their cluster")
+
+
+def test_on_a_cluster_that_scales_itself_it_is_told_that_a_job_that_waits_is_cancelled(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    with job_cluster(tmp_path, walltime="180") as cluster:
+        cluster.adapt(minimum=0, maximum=4, interval="100ms", wait_count=1)
+        with pytest.raises(
+            hpc.StartTimeoutError,
+            match=r"by start_timeout: the cluster scales itself, and cancels those that it does",
+        ):
+            hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, start_timeout=3)
+        until(lambda: not slurm.say("squeue", "--noheader"), "a queue without jobs")
 
 
 def test_a_job_that_fails_is_told_with_its_last_words(slurm: Slurm, tmp_path: Path) -> None:
