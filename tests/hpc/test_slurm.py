@@ -302,6 +302,20 @@ def test_too_short_a_walltime_is_refused_before_anything_is_submitted(
     assert not slurm.say("squeue", "--noheader")
 
 
+def test_jobs_that_have_run_too_long_when_all_have_come_are_refused_with_their_age(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    with (
+        job_cluster(tmp_path, walltime="60") as cluster,
+        pytest.raises(
+            ValueError,
+            match=r"at least 3600 s left to run, got a walltime of 3600 s that has run for \d+ s "
+            r"already \(tcp://127\.0\.0\.1:\d+\): ask for a longer walltime",
+        ),
+    ):
+        hpc.engine_from(cluster, pi.demo_pair()[0], stages=1, least_runtime=3600)
+
+
 def test_a_slurm_that_is_started_by_hand_ends_on_ctrl_c_with_all_that_it_runs(
     tmp_path: Path,
 ) -> None:
