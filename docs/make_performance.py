@@ -3,8 +3,9 @@
     python -m docs.make_performance             # from what is stored in docs/performance/
     python -m docs.make_performance head shard   # measures these suites first, and stores that
 
-What is stored says on which machine it was measured, when, and how busy that was. A test makes
-the tables again, and fails where a page is stale.
+What is stored says on which machine it was measured, when, and how busy that was; what is said of
+several users in virtual time is simulated each time. A test makes the tables again, and fails where
+a page is stale.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.tables import fill, table
+from pipeinfer_dask.simulation import Costs, simulate_together
 
 PARTS = Path(__file__).with_name("performance.md")
 USERS = Path(__file__).with_name("several-users.md")
@@ -118,7 +120,43 @@ def load(page: str) -> str:
     return fill(page, "load", f"{table(headings, rows)}\n\nMeasured {measured}.")
 
 
-PAGES: dict[Path, Callable[[str], str]] = {PARTS: parts, USERS: load}
+def speeds_together(strategy: str, requests: int) -> list[float]:
+    """Return what the load suite's pipeline gives each of several requests, in tokens/s."""
+    costs = Costs.even(4, stage_s=0.05, token_cost=0.05)
+    shared = simulate_together(strategy, requests, costs=costs, acceptance=0.79)
+    return [one.metrics.tokens_per_s or 0.0 for one in shared]
+
+
+def together(page: str) -> str:
+    """Return the page with its table of requests at once in virtual time made anew."""
+    rows = []
+    (alone,) = speeds_together("adaptive", 1)
+    for requests in (1, 2, 4, 8, 16):
+        speeds = speeds_together("adaptive", requests)
+        all_of_them = requests * min(speeds)  # until the last one has ended
+        rows.append(
+            [
+                requests,
+                f"{all_of_them:.1f}",
+                f"{all_of_them / alone:.2f}",
+                f"{min(speeds):.1f}, {max(speeds):.1f}",
+            ]
+        )
+    headings = (
+        "requests",
+        "tokens/s together",
+        "times one alone",
+        "tokens/s of the slowest and the fastest",
+    )
+    return fill(page, "together", table(headings, rows))
+
+
+def users(page: str) -> str:
+    """Return the page on several users with both of its tables made anew."""
+    return load(together(page))
+
+
+PAGES: dict[Path, Callable[[str], str]] = {PARTS: parts, USERS: users}
 """By page, who puts its table in."""
 
 

@@ -105,6 +105,15 @@ def test_tables_of_what_was_measured_have_its_figures(path: Path) -> None:
     assert make_performance.PAGES[path](page) == page, "run python -m docs.make_performance"
 
 
+def test_what_several_users_are_told_of_the_papers_method_is_what_the_simulator_says() -> None:
+    page = make_performance.USERS.read_text(encoding="utf-8")
+    speeds = make_performance.speeds_together
+    (alone,) = speeds("pipeinfer", 1)
+    two, *more = [n * min(speeds("pipeinfer", n)) / alone for n in (2, 4, 8)]
+    told = f"{two:.1f} times one alone for two requests, and {min(more):.1f} to {max(more):.1f}"
+    assert f"together {told} times for more" in page
+
+
 def test_table_of_printed_figures_is_made_of_what_was_written_down() -> None:
     page = make_printed.PAGE.read_text(encoding="utf-8")
     assert make_printed.filled(page) == page, "run python -m docs.make_printed"
