@@ -37,6 +37,21 @@ def test_ci_begins_with_the_commands_of_the_readme(root: Path) -> None:
     ]
 
 
+def test_ci_runs_with_all_extras_what_is_skipped_without_one(root: Path) -> None:
+    command = ["bash", str(root / ".ci" / "run"), "--dry-run"]
+    dry = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, installed, after = dry.partition("pip install -c constraints.txt -e '.[dev,")
+    assert installed
+    skipping = [
+        path.relative_to(root)
+        for path in sorted((root / "tests").rglob("test_*.py"))
+        if re.search(r"pytest\.importorskip\(", path.read_text(encoding="utf-8"))
+    ]
+    assert len(skipping) > 5
+    run = {Path(word) for line in after.splitlines() if "pytest" in line for word in line.split()}
+    assert [path for path in skipping if run.isdisjoint({path, *path.parents[:-2]})] == []
+
+
 @pytest.mark.parametrize("workflow", ["ci.yml", "release.yml"])
 def test_a_workflow_runs_the_whole_check_with_the_python_that_it_has_set_up(
     root: Path, workflow: str
