@@ -28,27 +28,33 @@ PART = struct.Struct("<BIII")
 
 
 class Channel(ipywidgets.Widget):  # type: ignore[misc]
-    """What pages know of a trace. It is seen through its views, which turn together.
+    """Sends a trace to the browser once, for any number of views.
+
+    Make one, and give it to each view in place of the trace: ``Timeline(channel)`` and
+    ``TokenStream(channel)`` then share what was sent, and `show` turns both to another trace. It
+    shows nothing itself.
 
     Parameters
     ----------
     source : Trace, Generation, Result, Simulation or Feed
-        What to show.
+        What its views show.
     tables : iterable of str
-        Those of `TABLES` that the views need; all by default.
+        Which parts of the trace to send, by the names that a view has in its ``shows``. By
+        default all, which serve any view.
 
     Attributes
     ----------
     feed : Feed
+        The trace as rows, which grow while a generation goes on.
     tables : tuple of str
     complete : bool
-        Whether all there is to come is here.
+        Whether the trace is over, and all of it in `rows` and `texts`.
     rows : dict of str to bytes
-        The tables, packed, once it is.
+        By table, its rows as bytes, once the trace is over: a saved notebook keeps them.
     texts : dict of str to list of str
-        The texts of their rows.
+        By table, the texts of its rows, where it has any.
     at_end : list of callable
-        What is to be done whenever a trace that is shown is over.
+        Called without arguments whenever a trace that is shown is over.
 
     Raises
     ------
@@ -97,15 +103,15 @@ class Channel(ipywidgets.Widget):  # type: ignore[misc]
     # --- for the feed -----------------------------------------------------------------
 
     def push(self) -> None:
-        """Send the rows that have come since."""
+        """Send the rows that have come since the last time. The feed calls it."""
         self._send_rows(reset=False)
 
     def finish(self) -> None:
-        """Make all rows the widget's state."""
+        """Make all rows the widget's state, as nothing more can come. The feed calls it."""
         self._set(self._state())
 
     def over(self) -> None:
-        """Do what is to be done at the end."""
+        """Call what is in `at_end`. The feed calls it, once the trace is over."""
         for action in list(self.at_end):
             action()
 

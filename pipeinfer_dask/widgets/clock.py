@@ -1,4 +1,4 @@
-"""Moments of what is over, to be played and stepped through."""
+"""The clock under views: plays traces that are over, and steps through their moments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,15 @@ class Moments(ipywidgets.Widget):  # type: ignore[misc]
     speeds = traitlets.List(list(SPEEDS)).tag(sync=True)
 
     def wind(self, feeds: Iterable[Feed], moment: float) -> None:
-        """Take the steps of traces that are over, and go to a moment; no traces, no steps."""
+        """Take the steps of traces that are over, and go to a moment; no traces, no steps.
+
+        Parameters
+        ----------
+        feeds : iterable of Feed
+            Those that are stepped through, on one clock.
+        moment : float, seconds
+            After the begin; -1 for the newest.
+        """
         moments, last = {0.0}, 0.0
         for feed in feeds:
             history = feed.history

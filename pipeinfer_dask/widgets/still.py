@@ -50,6 +50,11 @@ class Still(ipywidgets.DOMWidget):  # type: ignore[misc]
 
         As a cell's last line it stays in the saved notebook, and is what a web site or
         ``nbconvert`` shows.
+
+        Returns
+        -------
+        IPython.display.HTML
+            Without scripts.
         """
         return HTML(self.to_html())
 

@@ -82,7 +82,13 @@ class TraceView(Still, Moments, anywidget.AnyWidget):
         return self
 
     def show(self, source: Any) -> None:
-        """Show another trace from now on, in the same place."""
+        """Show another trace from now on, in the same place.
+
+        Parameters
+        ----------
+        source : Trace, Generation, Result, Simulation or Feed
+            What to show.
+        """
         if self.last:
             self.wind([], -1.0)
         self.channel.show(source)

@@ -34,7 +34,7 @@ class Timeline(TraceView):
         Which part the reader has chosen, where there are several: from and to, in seconds, and
         whether it follows the moment (1).
     led : bool
-        Whether another one has the legend and the buttons of all.
+        Whether it goes without legend and buttons, since another of several has them for all.
     """
 
     _esm = module("bars.js", "marks.js", "words.js", "timeline.js")

@@ -41,11 +41,19 @@ def untold(name: str, thing: Any) -> set[str]:
 
 
 def parts(name: str) -> Iterator[tuple[str, Any]]:
-    """Yield an object, and the public methods and properties that a class adds, by full name."""
+    """Yield an object, and the public methods and properties of a class, by full name.
+
+    Those too that it has from a class of ours without a page of its own.
+    """
     thing = named(name)
     yield name, thing
     if inspect.isclass(thing):
-        for member, value in vars(thing).items():
+        with_pages = [named(each) for each in NAMES if each != name]
+        members: dict[str, Any] = {}
+        for owner in thing.__mro__:
+            if owner.__module__.startswith("pipeinfer_dask.") and owner not in with_pages:
+                members = vars(owner) | members
+        for member, value in members.items():
             if not member.startswith("_") and (
                 inspect.isfunction(value) or isinstance(value, (property, classmethod))
             ):
@@ -87,6 +95,24 @@ def test_pages_use_public_names_alone() -> None:
     assert len(programs) > 20
     found = [(page.name, name) for page, code in programs for name in sorted(foreign(code))]
     assert found == []
+
+
+def test_a_page_shows_what_its_class_inherits_from_one_without_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("numpydoc", reason="needs '.[docs]'")
+    build = pytest.importorskip("sphinx.cmd.build", reason="needs '.[docs]'")
+    shown = {"pipeinfer_dask.Engine": "start", "pipeinfer_dask.widgets.Timeline": "freeze"}
+    template = (ROOT / "docs" / "_templates" / "autosummary" / "class.rst").read_text("utf-8")
+    pages = "".join(
+        template[template.index(".. autoclass") :].replace("{{ objname }}", name) for name in shown
+    )
+    (tmp_path / "index.rst").write_text(f"API\n===\n\n{pages}")
+    settings = ["extensions=numpydoc,sphinx.ext.autodoc", "numpydoc_show_class_members=0"]
+    options = [word for setting in settings for word in ("-D", setting)]
+    assert build.main(["-q", "-C", *options, str(tmp_path), str(tmp_path / "made")]) == 0
+    page = (tmp_path / "made" / "index.html").read_text("utf-8")
+    for name, member in shown.items():
+        assert f'id="{name}.{member}"' in page
+    assert 'id="pipeinfer_dask.widgets.Timeline.traits"' not in page, "that is not ours"
 
 
 @pytest.mark.parametrize("name", NAMES)

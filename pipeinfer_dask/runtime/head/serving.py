@@ -126,7 +126,31 @@ class Serving:
         strategy: str | Policy | None = None,
         **options: Any,
     ) -> Result:
-        """Generate, and wait for the result. Parameters and errors as those of `start`."""
+        """Generate, and wait for the result.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            Text, or token ids.
+        max_new_tokens : int, optional
+            As for `start`.
+        strategy : str or Policy, optional
+            As for `start`.
+        **options
+            As for `start`.
+
+        Returns
+        -------
+        Result
+            The text, its tokens, and all that happened.
+
+        Raises
+        ------
+        ValueError, EngineClosedError
+            As `start` does.
+        GenerationInterrupted
+            If the pipeline was lost; it holds the text so far.
+        """
         generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **options)
         return generation.result()
 
@@ -167,6 +191,11 @@ class Serving:
             Fields of `GenerationConfig`, with its meaning, which win over those of
             ``generation_config``: ``temperature``, ``top_p``, ``stop_strings``, ... And the
             strategy's own knobs, such as ``micro_batch``; see `pipeinfer_dask.policies`.
+
+        Returns
+        -------
+        Generation
+            The text on its way.
 
         Raises
         ------
@@ -245,6 +274,11 @@ class Serving:
         template : str, optional
             A chat template (Jinja) in place of the tokenizer's; ``"plain"`` for none: what is
             sent goes on with the text as it stands, as suits a model that was not made to chat.
+
+        Returns
+        -------
+        Chat
+            For a ``with`` block, which gives its KV cache to others at its end.
 
         Raises
         ------
