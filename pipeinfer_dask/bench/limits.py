@@ -1,4 +1,4 @@
-"""What the figures of a suite may be: a report says whether they are."""
+"""The limits of a suite's figures, and whether a report keeps them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def depth_left(machine: Machine, node: Node) -> int:
     Returns
     -------
     int
-        None or fewer: nothing is to be drafted there.
+        Where it is 0 or less, nothing is to be drafted there.
     """
     return machine.last_position - node.position
 

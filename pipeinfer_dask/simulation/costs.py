@@ -92,7 +92,7 @@ class Costs:
     bandwidth : float
         Bytes a second over each hop.
     token_bytes : int
-        Hidden states of one token.
+        Bytes of one token's hidden states, which each hop carries.
     layers : int
         Decoder layers of each stage: a cancelled run stops at the next one.
     rebuild_s : float
