@@ -31,6 +31,7 @@ simulation = pi.simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=8
 SIMULATION = simulate("pipeinfer", stages=3, acceptance=0.6, max_new_tokens=80)
 STORY = History(SIMULATION.trace)
 SIMULATED_AT, LAYERS = STORY.began, STORY.layers
+SIMULATED_TOOK = STORY.ended - STORY.began
 SAVED = [work for done in STORY.done for work in work_of(done) if work.fate is Fate.SAVED]
 MEANINGS = [ORIGINS[origin][2] for origin in Origin]
 NOTE_TEXTS = """() => {
@@ -168,7 +169,27 @@ def test_a_timeline_shows_every_bar_and_can_be_moved_about(opened: Opened) -> No
     assert status.inner_text().startswith("stage 0, run ") and status.inner_text() != before
     page.locator(".pipeinfer").get_by_text("The bars in view as a table").click()
     page.locator(".pipeinfer td").get_by_text("stage 0, run 0: reading the prompt").wait_for()
+
+    canvas.focus()
     page.keyboard.press("Escape")
+    assert status.inner_text() == ""
+    page.keyboard.press("+")
+    near = until(tab, "[data-bars]", f"Number(data.to) - Number(data.from) < {0.6 * seen(whole)}")
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 400, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 300, box["y"] + 50)
+    page.mouse.up()
+    dragged = until(tab, "[data-bars]", f"data.from !== '{near['from']}'")
+    assert seen(dragged) == pytest.approx(seen(near), rel=0.001)
+    shift = 100 * seen(near) / (box["width"] - 68)
+    assert float(dragged["from"]) - float(near["from"]) == pytest.approx(shift, rel=0.05)
+    page.keyboard.press("Home")
+    until(tab, "[data-bars]", "data.from === '0.000000' && data.follow === 'false'")
+    page.keyboard.press("f")
+    followed = until(tab, "[data-bars]", "data.follow === 'true'")
+    assert float(followed["from"]) < SIMULATED_TOOK < float(followed["to"])
 
 
 def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opened) -> None:
