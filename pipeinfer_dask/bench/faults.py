@@ -154,7 +154,7 @@ def run_faults_bench(
         pair, saboteur = demo_pair(), Saboteur(client)
         with Engine.from_pretrained(pair.target, client=client, progress=False):
             pass  # what comes with the first use of a worker stays
-        files = max(saboteur.files().values())
+        files = saboteur.files()
         with Engine.from_pretrained(
             pair.target,
             pair.draft,
@@ -337,11 +337,16 @@ def _leaks(saboteur: Saboteur, nodes: int) -> int:
     return max(0, beyond())
 
 
-def _open(saboteur: Saboteur, files: int) -> int:
-    """Return how many descriptors workers have open beyond so many each."""
+def _open(saboteur: Saboteur, files: dict[str, int]) -> int:
+    """Return how many descriptors workers have open beyond what each had before.
+
+    One that has come meanwhile, in another one's place, may have as many as any had.
+    """
+    most = max(files.values())
 
     def beyond() -> int:
-        return sum(max(0, count - files) for count in saboteur.files().values())
+        now = saboteur.files().items()
+        return sum(max(0, count - files.get(worker, most)) for worker, count in now)
 
     until(lambda: not beyond())
     return beyond()

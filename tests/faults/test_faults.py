@@ -43,8 +43,8 @@ def client() -> Iterator[Client]:
 def engine(pair: Pair, client: Client) -> Iterator[pi.Engine]:
     """An engine that leaves its workers as it has found them, whatever happened to it."""
     saboteur = Saboteur(client)
-    with pi.Engine.from_pretrained(pair.target, client=client):
-        pass  # what comes with the first use of a worker stays
+    with pi.Engine.from_pretrained(pair.target, pair.draft, client=client):
+        pass  # what comes with the first use of a worker stays: each has a node
     files = saboteur.files()
     most = max(files.values())  # of a worker that has come in the place of another one
     with pi.Engine.from_pretrained(
