@@ -271,9 +271,9 @@ class Head:
                         self.pipeline.send(command)
         except Exception as error:  # a bug, but the caller must not wait for ever
             failed = self._running[self.sharing.current]
-            reason = self._drop(failed)
+            self._drop(failed)
             self._caches.drop(failed.request)
-            _end(failed, reason, error)
+            failed.fail(error)  # even if its machine has ended: the last of it may not be there
             self._carry_out(self.sharing.plan(now), now)
 
     def _drop(self, generation: Served) -> str | None:
@@ -307,21 +307,17 @@ class Head:
         if self.lost is not None:
             return
         self.lost = error
-        failed = [(generation, self._drop(generation)) for generation in [*self._running.values()]]
-        failed += [(generation, None) for generation in self._queue]
+        running, queued = [*self._running.values()], [*self._queue]
         self._queue.clear()
-        for generation, reason in failed:
-            _end(generation, reason, error)
+        for generation, reason in [(one, self._drop(one)) for one in running]:
+            if reason is None:
+                generation.fail(error)
+            else:  # its text is whole: only for what is in flight was still waited
+                generation.record(time.monotonic(), Finish(generation.request.id, reason))
+                generation.finish(reason)
+        for generation in queued:
+            generation.fail(error)
         if self._borrower is not None:
             self._borrower(error)
         if self._failed is not None:
             self._failed(error)
-
-
-def _end(generation: Served, reason: str | None, error: Exception) -> None:
-    """Fail a generation, unless its text is whole: then only what is in flight was waited for."""
-    if reason is None:
-        generation.fail(error)
-    else:
-        generation.record(time.monotonic(), Finish(generation.request.id, reason))
-        generation.finish(reason)
