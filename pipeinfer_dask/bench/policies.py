@@ -1,7 +1,8 @@
 """The strategies side by side in virtual time, over a grid of pipelines and draft models.
 
-Each baseline is tuned for each row by itself, and what won is told. Seeds are the same for
-all, and every text is checked against the synthetic target's own.
+Each baseline is tuned for each row by itself, and what won is told: all its settings are tried on a
+short text, and the best few in full. Seeds are the same for all, and every text is checked against
+the synthetic target's own.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from typing import Any
@@ -48,6 +49,10 @@ CONTENDERS: dict[str, tuple[str, Sequence[Knobs]]] = {
     "clairvoyant": ("adaptive", [{}]),
 }
 """What each column is: a strategy, and the settings of which the best one counts."""
+TRIED_TOKENS = 200
+"""Length of the one text on which all settings are tried."""
+KEPT = 2
+"""How many settings of each column are then simulated in full."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def run_policies_bench(
     ]
     # Forked, for nothing here has threads yet, and a worker need not import anything again.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        speeds = dict(zip(jobs, pool.map(measure, jobs, chunksize=4), strict=True))
+        jobs = _promising(jobs, pool)
+        speeds = dict(zip(jobs, pool.map(measure, jobs), strict=True))
     rows = [
         _row(count, acceptance, cost, speeds)
         for count, acceptance, cost in product(stages, acceptances, token_costs)
@@ -148,6 +154,23 @@ def measure(job: Job) -> Speed:
         ttft_s=_mean(metrics.ttft_s for metrics in results),
         itl_p95_s=_mean(metrics.itl_p95_s for metrics in results),
     )
+
+
+def _promising(jobs: Sequence[Job], pool: Executor) -> list[Job]:
+    # Those that may win their column of their row, in order.
+    columns: dict[tuple[int, float, float, str], list[Job]] = {}
+    for job in jobs:
+        row = (job.stages, job.acceptance, job.token_cost, job.column)
+        columns.setdefault(row, []).append(job)
+    open_ones = [job for rivals in columns.values() if len(rivals) > KEPT for job in rivals]
+    trials = [replace(job, seeds=1, tokens=min(TRIED_TOKENS, job.tokens)) for job in open_ones]
+    found = dict(zip(open_ones, pool.map(measure, trials), strict=True))
+    kept: list[Job] = []
+    for rivals in columns.values():
+        if len(rivals) > KEPT:
+            rivals.sort(key=lambda job: found[job].tokens_per_s, reverse=True)
+        kept += rivals[:KEPT]
+    return kept
 
 
 def _row(

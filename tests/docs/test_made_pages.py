@@ -145,8 +145,10 @@ def test_what_is_said_of_the_policies_in_passing_is_what_their_summary_says() ->
 def test_the_stored_figures_of_the_policies_are_those_of_the_code() -> None:
     row = make_policies.stored("policies")["rows"][1]
     world = row["stages"], row["acceptance"], row["token_cost"]
-    for column in ("iterative", "adaptive"):
-        speed = measure(Job(*world, column, (), seeds=5, tokens=500)).tokens_per_s
+    for column in ("iterative", "speculative", "pipeinfer", "adaptive"):
+        alone = {"sequences": 1} if column == "pipeinfer" else {}
+        knobs = tuple((alone | row["settings"].get(column, {})).items())
+        speed = measure(Job(*world, column, knobs, seeds=5, tokens=500)).tokens_per_s
         told = "run python -m docs.make_policies policies ablation"
         assert speed == pytest.approx(row[column], abs=6e-4), told
 
