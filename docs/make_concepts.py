@@ -19,6 +19,7 @@ PAGE = Path(__file__).with_name("concepts.md")
 IMAGES = PAGE.with_name("images")
 STAGES = 4
 PIPELINE = Costs.even(STAGES, stage_s=0.05, token_cost=0.05, draft_cost=0.15, hop_cost=0.02)
+WORLD: dict[str, Any] = {"costs": PIPELINE, "acceptance": 0.8, "max_new_tokens": 60, "seed": 7}
 SHOWN_S = 1.6
 """What every picture shows, from the first token on, so that they can be compared."""
 
@@ -36,7 +37,7 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def simulated(name: str) -> Simulation:
     """Return the generation that a picture shows."""
     strategy, knobs = PICTURES[name]
-    return simulate(strategy, costs=PIPELINE, acceptance=0.8, max_new_tokens=60, seed=7, **knobs)
+    return simulate(strategy, **WORLD, **knobs)
 
 
 def drawn(name: str) -> str:
@@ -55,7 +56,9 @@ def figures() -> str:
         shown = sum(token.time <= tokens[0].time + SHOWN_S for token in tokens)
         busy = ", ".join(f"{share:.0%}" for share in metrics.stage_utilization)
         rows.append([name, shown, f"{metrics.tokens_per_s:.1f}", busy])
-    return table(["picture", "tokens in the time shown", "tokens/s", "stages busy"], rows)
+    return table(
+        ["picture", "tokens in the time shown", "tokens/s, whole text", "stages busy"], rows
+    )
 
 
 def filled(page: str) -> str:
