@@ -146,7 +146,7 @@ class Sharing:
         machines = self._machines.values()
         if any(machine.flight.waiting for machine in machines):
             return -1
-        stages = max(machine.flight.stages for machine in machines)
+        stages = max((machine.flight.stages for machine in machines), default=0)
         idle = len(machines) == 1 or sum(len(machine.runs) for machine in machines) < stages
         return math.inf if idle else 0
 

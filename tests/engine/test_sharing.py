@@ -112,6 +112,19 @@ def test_a_policy_that_fails_fails_its_own_generation_alone(
     check(engine, texts)
 
 
+def test_a_policy_that_fails_alone_leaves_nothing_behind(
+    engine: pi.Engine, texts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Adaptive):
+        def choose_run(self, machine: Machine) -> Any:
+            raise ZeroDivisionError("a policy's own mistake")
+
+    with pytest.raises(GenerationInterrupted, match="a policy's own mistake"):
+        engine.generate(PROMPT, max_new_tokens=60, strategy=Failing())
+    check(engine, texts)
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 @pytest.mark.parametrize("many", [0, -1, 1.5, True, "4"])
 def test_a_number_of_generations_that_is_none_is_refused(pair: Pair, many: Any) -> None:
     with pytest.raises(ValueError, match="expected max_concurrent as a whole number"):
