@@ -12,7 +12,7 @@ from docs.import_reasons import REASONS
 from pipeinfer_dask.bench.policies import Job, measure
 from pipeinfer_dask.policies import STRATEGIES
 from pipeinfer_dask.protocol.messages import Command
-from pipeinfer_dask.simulation import simulate
+from pipeinfer_dask.simulation import Costs, simulate
 from tests.repository.test_layers import LAYERS
 
 
@@ -97,6 +97,17 @@ def test_pictures_of_the_concepts_show_what_the_simulator_does(name: str) -> Non
 def test_table_of_the_concepts_has_the_figures_of_its_pictures() -> None:
     page = make_concepts.PAGE.read_text(encoding="utf-8")
     assert make_concepts.filled(page) == page, "run python -m docs.make_concepts"
+
+
+def test_what_the_concepts_say_of_a_slower_draft_model_is_what_the_simulator_says() -> None:
+    costs = Costs.even(make_concepts.STAGES, stage_s=0.05, token_cost=0.05, draft_cost=0.3)
+    speeds = []
+    for name in ("asynchronous", "speculative"):
+        strategy, knobs = make_concepts.PICTURES[name]
+        metrics = simulate(strategy, **{**make_concepts.WORLD, "costs": costs}, **knobs).metrics
+        speeds.append(f"{metrics.tokens_per_s:.1f}")
+    told = f"{speeds[0]} tokens/s against {speeds[1]}"
+    assert told in make_concepts.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", make_performance.PAGES, ids=lambda path: str(path.name))
