@@ -418,18 +418,51 @@ def test_a_result_can_not_be_waited_for_in_no_time(engine: pi.Engine, timeout: A
 
 
 SCRIPT = """
+import logging
 import pipeinfer_dask as pi
+log = logging.getLogger(__name__)
+pi.Engine.from_pretrained({target!r}, stages=1)
+if __name__ == "__main__":
+    print("too late")
+"""
+
+IN_A_WORKER = """
+import multiprocessing
+import sys
+import pipeinfer_dask as pi
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=print)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
 pi.Engine.from_pretrained({target!r}, stages=1)
 """
 
 
-def test_a_script_that_workers_would_run_again_is_refused(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "where", "told"),
+    [
+        (SCRIPT, "script", '`if __name__ == "__main__":` in {script}: worker processes import'),
+        (IN_A_WORKER, "script", '`if __name__ == "__main__":` in the script: worker processes'),
+        (SCRIPT, "stdin", "a script in a file, which worker processes import again, got <stdin>"),
+    ],
+    ids=["no guard", "in a process that starts", "from stdin"],
+)
+def test_a_script_that_workers_would_run_again_is_refused(
+    pair: Pair, tmp_path: Path, program: str, where: str, told: str
+) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(target=str(pair.target)))
-    ran = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    text = program.format(target=str(pair.target))
+    script.write_text(text)
+    ran = subprocess.run(
+        [sys.executable, "-" if where == "stdin" else script],
+        input=text,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 1
-    told = f'RuntimeError: expected `if __name__ == "__main__":` in {script}: worker processes'
-    assert ran.stderr.splitlines()[-1].startswith(told)
+    expected = f"RuntimeError: expected {told.format(script=script)}"
+    assert ran.stderr.splitlines()[-1].startswith(expected)
     assert ran.stderr.count("Traceback") == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import sys
@@ -11,8 +12,10 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import currentframe
 from ipaddress import ip_address
 from math import inf
+from multiprocessing import current_process
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
@@ -230,23 +233,51 @@ def _is_exposed(address: str) -> bool:
 
 
 def _check_script() -> None:
-    """Refuse a script that each worker process would run again when it imports it.
+    """Refuse a script that each worker process would run again when it imports it, or can't.
 
     Raises
     ------
     RuntimeError
-        If it has no main guard.
+        If it has no main guard before it comes here, is in no file, or is being imported by a
+        process that it has started.
     """
-    script = getattr(sys.modules["__main__"], "__file__", None)
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    importing = getattr(current_process(), "_inheriting", False)  # so multiprocessing tells
+    guard = (
+        f'expected `if __name__ == "__main__":` in {"the script" if importing else script}: '
+        "worker processes import the script again, so put what it does behind that line"
+    )
+    if importing:
+        raise RuntimeError(guard)
+    module = getattr(main.__spec__, "name", "")
+    if script is None or module.rpartition(".")[2] == "__main__":
+        return  # nothing that workers import: a notebook, `python -c`, an archive, a package
     try:
-        source = "__name__" if script is None else Path(script).read_text(errors="replace")
+        source = Path(script).read_text(errors="replace")
+    except FileNotFoundError:
+        raise RuntimeError(
+            f"expected a script in a file, which worker processes import again, got {script}: "
+            "save it as one, or use in_process=True"
+        ) from None
     except OSError:
         return
-    if "__name__" not in source:
-        raise RuntimeError(
-            f'expected `if __name__ == "__main__":` in {script}: worker processes import the '
-            "script again, so put what it does behind that line"
-        )
+    frame, line = currentframe(), inf
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals is vars(main):
+            line = frame.f_lineno
+        frame = frame.f_back
+    if not any(at <= line for at in _comparisons_of_name(source)):
+        raise RuntimeError(guard)
+
+
+def _comparisons_of_name(source: str) -> Iterator[int]:
+    """Yield the lines in which a script compares its ``__name__``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            if "__name__" in names:
+                yield node.lineno
 
 
 PATIENCE = {"distributed.deploy.lost-worker-timeout": "1 hour"}
