@@ -320,7 +320,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown suite": (["bench", "speed"], "'speed' is not one of"),
     "a head elsewhere in process": (
         ["generate", "x", "--target", "{target}", "--in-process", "--head", "worker"],
-        "expected in_process=True or head='worker', got both: leave one out",
+        "expected --in-process or --head, got both: leave one out",
     ),
     "a head of no such worker": (
         ["generate", "x", "--target", "{target}", "--head", "tcp://127.0.0.1:1"],

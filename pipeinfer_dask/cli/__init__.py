@@ -199,6 +199,8 @@ def generate(
         raise ValueError("expected --logprobs along with --json, which shows them: add --json")
     if in_process and scheduler is not None:
         raise ValueError("expected --in-process or --scheduler, got both: leave one out")
+    if in_process and head != "client":
+        raise ValueError("expected --in-process or --head, got both: leave one out")
     if target is None:
         if draft not in (None, NGRAM):
             raise ValueError("expected --target along with --draft, got a draft alone")

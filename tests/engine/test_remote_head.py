@@ -146,6 +146,7 @@ def test_views_that_follow_live_have_the_rows_of_the_whole_trace(engine: pi.Engi
     [
         ({"head": "nobody"}, "expected head as 'client' or 'worker' where the engine brings"),
         ({"head": 3}, "expected head as 'client', 'worker' or the address of a worker, got 3"),
+        ({"head": "banana", "in_process": True}, "the address of a worker, got 'banana'"),
         ({"head": "worker", "in_process": True}, "in_process=True or head='worker', got both"),
     ],
 )

@@ -47,7 +47,8 @@ def check_asked(
     """
     if client is not None and in_process:
         raise ValueError("expected a client or in_process=True, got both: leave one out")
-    if not isinstance(head, str):
+    is_place = head in (CLIENT, WORKER) or (isinstance(head, str) and "://" in head)
+    if not isinstance(head, str) or (in_process and not is_place):
         raise ValueError(
             f"expected head as 'client', 'worker' or the address of a worker, got {head!r}"
         )
