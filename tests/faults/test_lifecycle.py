@@ -380,13 +380,31 @@ def test_an_engine_whose_cluster_is_closed_in_mid_text_says_so_and_ends_with_it(
         run = engine.start(PROMPT, max_new_tokens=LONG)
         next(iter(run))
         client.cluster.close()  # type: ignore[union-attr]
-        cut_off(run, pair, r"stage 0 .* is lost|the event loop has ended")
+        cut_off(run, pair, r"stage 0 .* is lost|the event loop has ended|client was closed")
         with pytest.raises(EngineClosedError, match="open another one"):
             engine.start(PROMPT)
         engine.close()
         assert threads_of_engines() == []
         _, alive = psutil.wait_procs(workers, PATIENCE_S)
         assert alive == []
+
+
+@pytest.mark.parametrize("head", ["client", "worker"])
+def test_a_client_that_is_closed_in_mid_text_is_what_the_error_names(
+    pair: Pair, caplog: pytest.LogCaptureFixture, head: str
+) -> None:
+    with ExitStack() as resources:
+        owner = own_cluster(2, resources)
+        with Client(owner.cluster, set_as_default=False) as client:
+            engine = pi.Engine.from_pretrained(
+                pair.target, pair.draft, client=client, stages=1, head=head
+            )
+            run = engine.start(PROMPT, max_new_tokens=LONG)
+            next(iter(run))
+            client.close()
+            cut_off(run, pair, "your Dask client was closed")
+            engine.close()
+        assert "goes on" not in caplog.text
 
 
 DASK = "from distributed.cli.dask_{} import main; main()"

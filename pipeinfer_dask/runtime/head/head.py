@@ -194,7 +194,9 @@ class Head:
         try:
             await self.loop.create_future()
         finally:
-            self._lost(ConnectionError("the event loop has ended: was the client closed?"))
+            self._lost(
+                ConnectionError("the event loop has ended, as when your Dask client was closed")
+            )
 
     def _start(self, generation: Served) -> None:
         if self.lost is not None:

@@ -36,7 +36,14 @@ from pipeinfer_dask.runtime.links.wire import (
     StopRequest,
 )
 from pipeinfer_dask.runtime.nodes.loading import Loading, Progress
-from pipeinfer_dask.runtime.pipeline.assembled import NodeLostError, Nodes, PipelineError, Seat
+from pipeinfer_dask.runtime.pipeline.assembled import (
+    CLIENT_CLOSED,
+    CLOSED,
+    NodeLostError,
+    Nodes,
+    PipelineError,
+    Seat,
+)
 from pipeinfer_dask.runtime.pipeline.assembly import RETRY_S
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part
@@ -226,7 +233,9 @@ class RemoteHead:
         try:
             await self.loop.create_future()
         finally:
-            self.end(ConnectionError("the event loop has ended: was the client closed?"))
+            self.end(
+                ConnectionError("the event loop has ended, as when your Dask client was closed")
+            )
 
     def _start(self, followed: Followed) -> None:
         if self.lost is not None:
@@ -335,6 +344,9 @@ class RemoteHead:
 
     def _head_lost(self, seat: Seat, peer: Peer, trouble: Trouble, reason: str) -> None:
         if self.lost is not None or seat.peer is not peer:
+            return
+        if self._client.status in CLOSED:
+            self.end(PipelineError(CLIENT_CLOSED))
             return
         if trouble is Trouble.FAILED:  # its pipeline is lost, and the reason says by what
             self.end(PipelineError(reason))

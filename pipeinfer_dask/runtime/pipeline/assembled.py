@@ -40,6 +40,12 @@ ANSWER_TIMEOUT_S = 30.0
 """How long nodes that live may take to say something of themselves."""
 
 
+CLOSED = ("closing", "closed")
+"""States of a client that its user, or the end of its cluster, has closed."""
+
+CLIENT_CLOSED = "your Dask client was closed"
+
+
 class PipelineError(RuntimeError):
     """A node of the pipeline could not be made, or is lost. The text says which, and where."""
 

@@ -25,7 +25,14 @@ from pipeinfer_dask.protocol.messages import (
 from pipeinfer_dask.runtime.links.links import LinkError, Session
 from pipeinfer_dask.runtime.links.wire import Message
 from pipeinfer_dask.runtime.nodes.loading import Progress
-from pipeinfer_dask.runtime.pipeline.assembled import NodeLostError, Nodes, PipelineError, Seat
+from pipeinfer_dask.runtime.pipeline.assembled import (
+    CLIENT_CLOSED,
+    CLOSED,
+    NodeLostError,
+    Nodes,
+    PipelineError,
+    Seat,
+)
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part, Recovery
 from pipeinfer_dask.runtime.pipeline.replacement import (
@@ -230,6 +237,9 @@ class Assembly:
         reason : str
         """
         if self._stopped or seat.peer is not peer:
+            return
+        if self._client.status in CLOSED:  # with it went all nodes, one by one
+            self._fail(NodeLostError(CLIENT_CLOSED))
             return
         lost = NodeLostError(f"{peer.title} {_WORDS.get(trouble, 'is lost')}: {reason}")
         part = self.drafter if seat in self.drafter.seats else self.stages
