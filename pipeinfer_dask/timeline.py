@@ -86,7 +86,7 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
     source : Trace, or a generation, result or simulation
         What to draw.
     columns : int
-        Signs in a row, at least 1.
+        Most characters in a row, names included; there is at least one sign, however few.
     part : (float, float), seconds, optional
         What to show; by default what `window` says.
 
@@ -109,8 +109,19 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
             pass
         case _:
             raise ValueError(f"expected part as two times in seconds, (from, to), got {part!r}")
+    signs = max(1, columns - _label(trace))
+    return _picture(trace, signs, tables.window(History(trace), signs) if part is None else part)
+
+
+def _label(trace: Trace) -> int:
+    """Return how many characters the names of rows take."""
+    return max(map(len, tables.row_names(trace))) + 1
+
+
+def _picture(trace: Trace, columns: int, part: tuple[float, float]) -> Text:
+    """Return a picture with so many signs in a row."""
     history = History(trace)
-    began, ended = part if part is not None else tables.window(history, columns)
+    began, ended = part
     width = max(ended - began, 1e-12) / columns
     rows: list[list[tuple[Span, Sign]]] = [[] for _ in range(trace.stages + 1)]
     for done in history.done:
@@ -119,7 +130,7 @@ def draw(source: Any, columns: int, part: tuple[float, float] | None = None) -> 
             rows[work.row].append((work.span, sign))
     picture = Text()
     names = tables.row_names(trace)
-    label = max(map(len, names)) + 1
+    label = _label(trace)
     first, left_out = MOST_ROWS // 2, max(0, len(rows) - MOST_ROWS)
     for row, spans in enumerate(rows):
         if first <= row < first + left_out:
@@ -156,7 +167,7 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
     """
     if not traces:
         return
-    label = max(len(name) + 1 for _, trace in traces for name in tables.row_names(trace))
+    label = max(_label(trace) for _, trace in traces)
     columns = max(20, console.width - max(LABEL, label))
     parts = [window(trace, columns) for _, trace in traces]
     # Those of the first one, or they could not be compared.
@@ -164,7 +175,7 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
     still_open = False
     for (title, trace), (began, _) in zip(traces, parts, strict=True):
         console.rule(title, align="left")
-        picture = draw(trace, columns, (began, began + seconds))
+        picture = _picture(trace, columns, (began, began + seconds))
         console.print(picture, no_wrap=True)
         still_open |= Sign.OPEN.character in picture.plain
     console.print(Columns(_signs(among_open=still_open), padding=(0, 2)))
@@ -174,15 +185,26 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
     )
 
 
-def legend() -> Text:
+def legend(columns: int = 80) -> Text:
     """Return what the signs mean.
+
+    Parameters
+    ----------
+    columns : int
+        Most characters in a line, unless one meaning takes more.
 
     Returns
     -------
     rich.text.Text
-        One line.
+        As many lines as it takes.
     """
-    return Text("  ").join(_signs(among_open=True))
+    lines: list[Text] = []
+    for sign in _signs(among_open=True):
+        if lines and len(lines[-1]) + 2 + len(sign) <= columns:
+            lines[-1].append("  ").append_text(sign)
+        else:
+            lines.append(sign)
+    return Text("\n").join(lines)
 
 
 def _signs(*, among_open: bool) -> list[Text]:

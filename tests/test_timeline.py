@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from io import StringIO
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,6 +20,11 @@ PLAIN_COSTS = Costs.even(3, stage_s=1.0, hop_cost=0.0)
 PLAIN = simulate("iterative", costs=PLAIN_COSTS, prompt_tokens=1, max_new_tokens=8)
 
 
+def signs(source: Any, columns: int, part: tuple[float, float] | None = None) -> Text:
+    """Draw so many signs behind the names."""
+    return draw(source, len("drafter ") + columns, part)
+
+
 def rows(picture: str) -> dict[str, str]:
     lines = picture.splitlines()
     label = len("drafter") + 1
@@ -26,7 +32,7 @@ def rows(picture: str) -> dict[str, str]:
 
 
 def test_plain_decoding_keeps_one_stage_busy_at_a_time() -> None:
-    picture = rows(draw(PLAIN.trace, 12, (3.0, 9.0)).plain)
+    picture = rows(signs(PLAIN.trace, 12, (3.0, 9.0)).plain)
     assert picture == {
         "drafter": "............",
         "stage 0": "##....##....",
@@ -38,12 +44,12 @@ def test_plain_decoding_keeps_one_stage_busy_at_a_time() -> None:
 
 
 def test_the_prompt_is_shown_as_such() -> None:
-    assert rows(draw(PLAIN.trace, 6, (0.0, 3.0)).plain)["stage 0"] == "==...."
+    assert rows(signs(PLAIN.trace, 6, (0.0, 3.0)).plain)["stage 0"] == "==...."
 
 
 def test_speculation_is_shown_by_what_it_came_to() -> None:
     trace = simulate("pipeinfer", stages=4, acceptance=0.6).trace
-    picture = rows(draw(trace, 100).plain)
+    picture = rows(signs(trace, 100).plain)
     assert {"#", "+", "x"} <= set(picture["stage 0"])
     assert "~" in picture["drafter"]
 
@@ -52,7 +58,7 @@ def test_runs_that_were_called_off_at_once_are_counted_below_the_stages() -> Non
     trace = simulate("pipeinfer", stages=4, acceptance=0.6).trace
     waves = History(trace).waves
     began, ended = waves[0].time - 0.01, waves[0].time + 0.01
-    picture = rows(draw(trace, 20, (began, ended)).plain)
+    picture = rows(signs(trace, 20, (began, ended)).plain)
     assert picture["cancels"].strip() == str(len(waves[0].runs))
     assert picture["cancels"].index(picture["cancels"].strip()) == 10
 
@@ -63,7 +69,7 @@ def test_what_calling_off_has_saved_a_stage_is_seen_where_it_was_idle() -> None:
     works = [work for done in history.done for work in work_of(done)]
     saved = [work for work in works if work.fate is Fate.SAVED]
     assert saved
-    columns, picture = 400, rows(draw(trace, 400, (0.0, history.ended + 1e-6)).plain)
+    columns, picture = 400, rows(signs(trace, 400, (0.0, history.ended + 1e-6)).plain)
     seen = 0
     for row in range(1, trace.stages + 1):
         line = picture[node_name(row)]
@@ -91,7 +97,7 @@ tokens  1     1  2     1  2     1  1     1  1     1  2 2      1     1     1  1
 
 def test_a_picture_is_as_it_was_saved_sign_by_sign() -> None:
     trace = simulate("pipeinfer", stages=3, acceptance=0.4, max_new_tokens=30, seed=3).trace
-    lines = draw(trace, 70).plain.splitlines()
+    lines = signs(trace, 70).plain.splitlines()
     assert [line.rstrip() for line in lines] == PICTURE.strip().splitlines()
 
 
@@ -125,13 +131,22 @@ def test_pictures_of_several_strategies_have_one_scale_and_fit_a_plain_terminal(
 @pytest.mark.parametrize("columns", [1, 20, 133])
 def test_every_row_is_as_wide_as_was_asked_for(strategy: str, columns: int) -> None:
     trace = simulate(strategy, stages=2, max_new_tokens=30).trace
-    picture = rows(draw(trace, columns).plain)
+    picture = rows(signs(trace, columns).plain)
     assert {len(row) for row in picture.values()} == {columns}
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("stages", [2, 11])
+def test_picture_and_legend_fit_the_columns(columns: int, stages: int) -> None:
+    trace = simulate("pipeinfer", stages=stages, max_new_tokens=60).trace
+    assert {len(line) for line in draw(trace, columns).plain.splitlines()} == {columns}
+    assert max(map(len, legend(columns).plain.splitlines())) <= columns
+    assert max(map(len, legend().plain.splitlines())) <= 80
 
 
 def test_guesses_that_were_all_wrong_are_told_from_those_that_were_not() -> None:
     trace = simulate("speculative", stages=2, acceptance=0.5).trace
-    assert {"+", "-"} <= set(rows(draw(trace, 200).plain)["stage 0"])
+    assert {"+", "-"} <= set(rows(signs(trace, 200).plain)["stage 0"])
 
 
 def test_of_a_text_that_goes_on_a_run_that_is_not_decided_yet_is_drawn_as_open() -> None:
@@ -146,13 +161,13 @@ def test_of_a_text_that_goes_on_a_run_that_is_not_decided_yet_is_drawn_as_open()
     run, until = history.done[-1], history.ended
     assert isinstance(run, Run) and run.guesses
     began = run.spans[-1].began
-    assert set(rows(draw(trace, 10, (began, until)).plain)["stage 2"]) >= {"?"}
+    assert set(rows(signs(trace, 10, (began, until)).plain)["stage 2"]) >= {"?"}
     shown = StringIO()
     show(Console(file=shown, width=100), [("to its end", whole), ("going on", trace)])
     assert "? still open" in shown.getvalue()
     for time, what in told:
         trace.add(time, what)
-    assert "?" not in draw(trace, 10, (began, until)).plain
+    assert "?" not in signs(trace, 10, (began, until)).plain
 
 
 def test_the_window_begins_with_the_first_token_and_ends_with_the_last() -> None:
@@ -162,7 +177,7 @@ def test_the_window_begins_with_the_first_token_and_ends_with_the_last() -> None
 
 
 def test_an_empty_trace_is_an_empty_picture() -> None:
-    picture = rows(draw(type(PLAIN.trace)(2), 10).plain)
+    picture = rows(signs(type(PLAIN.trace)(2), 10).plain)
     assert set("".join(picture.values())) <= {".", " "}
 
 
@@ -182,7 +197,7 @@ def test_whatever_has_a_trace_can_be_drawn_and_nothing_else() -> None:
 
 
 def test_of_a_long_pipeline_both_ends_are_drawn() -> None:
-    lines = draw(simulate("iterative", stages=100, max_new_tokens=2), 20).plain.splitlines()
+    lines = signs(simulate("iterative", stages=100, max_new_tokens=2), 20).plain.splitlines()
     assert len(lines) == 32 + 3  # what is left out, the cancels and the tokens
     assert lines[16] == "(69 stages more)"
     assert [line.split()[1] for line in (lines[15], lines[17], lines[-3])] == ["14", "84", "99"]
