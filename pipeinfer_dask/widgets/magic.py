@@ -29,6 +29,9 @@ class PipeInferMagics(Magics):
     @cell_magic
     def pipeinfer(self, line: str, cell: str) -> None:
         """Generate from the cell's text, and show what comes as it comes."""
+        if not {"--help", "-h"}.isdisjoint(line.split()):
+            sys.stdout.write(self.pipeinfer.parser.format_help())
+            return
         try:
             asked = parse_argstring(self.pipeinfer, line)
         except ValueError as error:  # a quotation that does not end
@@ -74,6 +77,8 @@ class PipeInferMagics(Magics):
     def _only_engine(self) -> Engine:
         # An underscore begins what the shell itself keeps of a cell's last value.
         names = {n: e for n, e in self._names.items() if isinstance(e, Engine) and n[0] != "_"}
+        still_open = {name: engine for name, engine in names.items() if not engine._closed}
+        names = still_open or names
         engines = list({id(engine): engine for engine in names.values()}.values())
         if len(engines) != 1:
             which = ", ".join(names) or "none"

@@ -60,6 +60,12 @@ def test_a_chat_goes_on_from_cell_to_cell(shell: Any, engine: pi.Engine) -> None
         assert len(chat.messages) == 4
 
 
+def test_what_may_be_asked_is_listed(shell: Any) -> None:
+    shown = run(shell, "%%pipeinfer --help\ndef")
+    assert all(option in shown for option in ("engine", "--strategy", "--max-new-tokens", "--out"))
+    assert "UsageError" not in shown
+
+
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
@@ -103,5 +109,15 @@ def test_a_pipeline_that_is_lost_is_told_in_a_line_behind_the_text_so_far(
 def test_one_of_several_engines_has_to_be_named(shell: Any, engine: pi.Engine) -> None:
     shell.user_ns["same"] = engine  # the same one under two names is one
     assert run(shell, "%%pipeinfer -n 3\ndef") != ""
-    del shell.user_ns["same"], shell.user_ns["engine"]
+    target, _ = pi.demo_pair()
+    with pi.Engine.from_pretrained(target, stages=1, in_process=True) as other:
+        shell.user_ns["other"] = other
+        told = run(shell, "%%pipeinfer -n 3\ndef")
+        assert "expected one engine, got engine, same, other: name it" in told
+    text = engine.generate("def", max_new_tokens=3).text
+    assert run(shell, "%%pipeinfer -n 3\ndef") == text + "\n"
+    for name in ("same", "engine"):
+        del shell.user_ns[name]
+    assert "this engine is closed" in run(shell, "%%pipeinfer -n 3\ndef")
+    del shell.user_ns["other"]
     assert "expected one engine, got none" in run(shell, "%%pipeinfer -n 3\ndef")
