@@ -90,7 +90,7 @@ def table(results: Sequence[tuple[str, Metrics]]) -> Table:
         "tokens/s",
         "TTFT ms",
         "ITL ms",
-        "acceptance",
+        "accepted",
         "runs",
         "cancelled",
         "stages busy",
@@ -114,7 +114,8 @@ def headings() -> str:
     """Return what the table's headings mean."""
     return (
         "TTFT: time to the first token. ITL: mean time from one token to the next.\n"
-        "acceptance: share of the guesses put to the target that became text.\n"
+        "accepted: share of the guesses put to the target that became text, those behind\n"
+        "a wrong one and second choices counted: not the chance of a first choice.\n"
         "cancelled: runs called off, contradicted by the target or too late for the text.\n"
         "stages busy: share of the time that each stage computed; .. first to last."
     )

@@ -101,7 +101,7 @@ def test_without_json_a_table_follows_the_text(target: str) -> None:
     assert ran.exit_code == 0, ran.stderr
     assert ran.stderr == ""
     assert "def main" in ran.stdout
-    assert {"strategy", "tokens/s", "TTFT", "acceptance"} <= set(ran.stdout.split())
+    assert {"strategy", "tokens/s", "TTFT", "accepted"} <= set(ran.stdout.split())
 
 
 def test_a_prompt_can_be_piped_in(target: str, expected: pi.Result) -> None:
