@@ -171,6 +171,12 @@ class Machine:
         return not self.runs
 
     @property
+    def stuck(self) -> bool:
+        """Whether nothing is under way, nor will be: true of a turn that was not used, at most."""
+        waits = self.runs or self.drafting or self._wake is not None or self.generation == AWAY
+        return self.finished is None and not waits
+
+    @property
     def draft(self) -> Draft | None:
         """The draft under way."""
         return self._draft
@@ -295,9 +301,8 @@ class Machine:
     def _stage_lost(self) -> None:
         """Give up what is in flight, and all that has not become text."""
         if lost := self.flight.lose():
-            self._commands.append(
-                CancelRuns(self.request.id, self.generation, lost, CancelReason.LOST)
-            )
+            ids = self.request.id, self.generation
+            self._commands.append(CancelRuns(*ids, lost, CancelReason.LOST))
         self.generation = AWAY
         self._reading = True
         self._prefill.clear()
@@ -408,8 +413,7 @@ class Machine:
             return
         if (choice := self.policy.choose_draft(self)) is not None:
             self._start_draft(*choice)
-            if self._draft is None:
-                # Nothing to draft, or no slot for it: whoever waits for it must not wait on.
+            if self._draft is None:  # no slot for it, or so: who waits for it must not wait on
                 self._plan_runs()
 
     def _plan_runs(self) -> None:
@@ -420,8 +424,7 @@ class Machine:
     def _choose_run(self) -> Sequence[Node]:
         if self.generation == AWAY:
             return ()
-        if self.draft_generation == AWAY:
-            # A policy may wait for drafts: until there are any, decoding is plain.
+        if self.draft_generation == AWAY:  # a policy may wait for drafts: till then it is plain
             return [self.root] if self.root_waits else ()
         return self.policy.choose_run(self)
 
@@ -432,10 +435,8 @@ class Machine:
         for node in nodes:
             self._fresh.pop(node, None)
         self.may_run = self.sharers == 1
-        batch = batch_of(run.nodes)
-        self._commands.append(
-            StartRun(self.request.id, self.generation, run.id, kind, batch, picks, *self._how)
-        )
+        ids = self.request.id, self.generation, run.id
+        self._commands.append(StartRun(*ids, kind, batch_of(run.nodes), picks, *self._how))
 
     def _start_draft(self, plan: DraftPlan | TreePlan, frontier: Sequence[Node]) -> None:
         draft = Draft.begin(self._draft_ids, plan.size, frontier, self.tree, self.spare_slots)

@@ -84,6 +84,8 @@ class Sharing:
         ------
         ProtocolError
             If the event can't have happened.
+        RuntimeError
+            If a policy waits for nothing: nobody would ever ask it again.
         """
         if isinstance(event, PipelineEvent):
             concerned = list(self._machines.values())
@@ -124,6 +126,11 @@ class Sharing:
             yield command
             if isinstance(command, Finish):
                 self.leave(command.request)
+        if machine.may_run and machine.may_draft and machine.stuck:
+            raise RuntimeError(
+                f"policy {machine.policy.name!r} planned nothing while nothing is under way: "
+                f"expected a run, a draft, or a time to wake at"
+            )
 
     def _next(self, declined: set[int]) -> Machine | None:
         """Return whose turn it is among those that have not declined; None if there is none."""

@@ -135,6 +135,8 @@ def simulate(
     ------
     ValueError
         If an argument is out of its range, or strategy and knobs are not to be had.
+    RuntimeError
+        If a policy of your own plans nothing while nothing is under way.
     """
     _check_counts(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
     policy = policy_of(strategy, knobs)
@@ -194,7 +196,7 @@ def simulate_together(
 
     Raises
     ------
-    ValueError
+    ValueError, RuntimeError
         As `simulate` does.
     """
     _check_counts(

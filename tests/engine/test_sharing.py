@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from distributed import Client
@@ -123,6 +123,35 @@ def test_a_policy_that_fails_alone_leaves_nothing_behind(
         engine.generate(PROMPT, max_new_tokens=60, strategy=Failing())
     check(engine, texts)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+class Idle(Adaptive):
+    """Has nothing to do, once there is some text."""
+
+    name: ClassVar[str] = "idle"
+
+    def choose_run(self, machine: Machine) -> Any:
+        return super().choose_run(machine) if machine.generated < 20 else []
+
+    def choose_draft(self, machine: Machine) -> Any:
+        return super().choose_draft(machine) if machine.generated < 20 else None
+
+    def wake_at(self, machine: Machine) -> float | None:
+        return None
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_policy_that_waits_for_nothing_fails_its_own_generation_alone(
+    engine: pi.Engine, texts: list[list[int]], alone: bool
+) -> None:
+    others = [] if alone else [engine.start(prompt, max_new_tokens=60) for prompt in PROMPTS[1:]]
+    idle = engine.start(PROMPT, max_new_tokens=60, strategy=Idle())
+    with pytest.raises(GenerationInterrupted, match="'idle' planned nothing") as caught:
+        idle.result(120)
+    assert 20 <= len(caught.value.partial_ids) < 60
+    assert caught.value.partial_ids == texts[0][: len(caught.value.partial_ids)]
+    assert [run.result(120).token_ids for run in others] == texts[1:][: len(others)]
+    check(engine, texts)
 
 
 @pytest.mark.parametrize("many", [0, -1, 1.5, True, "4"])

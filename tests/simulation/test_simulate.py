@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.policies import Adaptive
+from pipeinfer_dask.policies import Adaptive, Iterative, Machine, Node
 from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Commit,
@@ -20,7 +21,7 @@ from pipeinfer_dask.protocol.messages import (
     StageLost,
     StartRun,
 )
-from pipeinfer_dask.simulation import CHAINS, Costs, best_chain, simulate
+from pipeinfer_dask.simulation import CHAINS, Costs, best_chain, simulate, simulate_together
 from pipeinfer_dask.simulation.truth import SyntheticPair
 
 STRATEGIES: list[tuple[str, dict[str, Any]]] = [
@@ -385,6 +386,38 @@ def test_a_policy_of_ones_own_is_taken_as_it_is() -> None:
     assert result.strategy == "adaptive"
     assert max(len(w.batch) for _, w in result.trace if isinstance(w, StartRun)) == 16  # the prompt
     assert repr(result).startswith("Simulation(strategy='adaptive', stages=8, tokens=10,")
+
+
+class Idle(Iterative):
+    """Has nothing to do, once there is some text."""
+
+    name: ClassVar[str] = "idle"
+
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        return super().choose_run(machine) if machine.generated < 5 else []
+
+
+class Late(Idle):
+    """Then it asks for some time, once for each token."""
+
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        due = self.wake_at(machine) is None
+        return Iterative.choose_run(self, machine) if due else []
+
+    def wake_at(self, machine: Machine) -> float | None:
+        at = (machine.generated + 1) * 10.0
+        return at if machine.now < at else None
+
+
+def test_a_policy_that_waits_for_nothing_is_told_so() -> None:
+    told = "policy 'idle' planned nothing while nothing is under way"
+    with pytest.raises(RuntimeError, match=told):
+        simulate(Idle())
+    with pytest.raises(RuntimeError, match=told):
+        simulate_together(Idle(), 3)
+    assert len(simulate(Late(), max_new_tokens=8).token_ids) == 8
+    together = simulate_together(Late(), 3, max_new_tokens=8)
+    assert [len(one.token_ids) for one in together] == [8] * 3
 
 
 @pytest.mark.parametrize(
