@@ -8,12 +8,13 @@ slot and evaluates it anew.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from pipeinfer_dask.core.tree import Node, Tree
-from pipeinfer_dask.protocol.messages import NO_SLOT, Drafted
+from pipeinfer_dask.core.tree import Node, Tree, nodes_of
+from pipeinfer_dask.protocol.messages import NO_SLOT, Drafted, DraftPlan, TreePlan
 
 
 class ProtocolError(RuntimeError):
@@ -134,3 +135,20 @@ def unevaluated(frontier: Sequence[Node], root: Node) -> list[Node]:
             before[node] = None
             node = node.parent
     return [*sorted(before, key=lambda node: node.position), *frontier]
+
+
+def choice_of(answer: object, policy: str) -> tuple[DraftPlan | TreePlan, Sequence[Node]]:
+    """Return the plan, and the nodes to extend, that a policy has answered with.
+
+    Raises
+    ------
+    ValueError
+        If the answer is something else.
+    """
+    match answer:
+        case (DraftPlan() | TreePlan() as plan, nodes):
+            return plan, nodes_of(nodes, policy, "choose_draft")
+    raise ValueError(
+        f"policy {policy!r}: expected choose_draft to return a plan and the nodes to extend, or "
+        f"None, got {reprlib.repr(answer)}"
+    )

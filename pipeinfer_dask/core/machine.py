@@ -24,11 +24,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeinfer_dask.core.drafts import Draft, ProtocolError
+from pipeinfer_dask.core.drafts import Draft, ProtocolError, choice_of
 from pipeinfer_dask.core.ending import Ending
 from pipeinfer_dask.core.flight import Flight
 from pipeinfer_dask.core.runs import RunFuture
-from pipeinfer_dask.core.tree import Held, Node, Tree, batch_of
+from pipeinfer_dask.core.tree import Held, Node, Tree, batch_of, nodes_of
 from pipeinfer_dask.protocol.messages import (
     AWAY,
     Begin,
@@ -412,7 +412,7 @@ class Machine:
         if self._draft is not None or not self.may_draft or self.draft_generation == AWAY:
             return
         if (choice := self.policy.choose_draft(self)) is not None:
-            self._start_draft(*choice)
+            self._start_draft(*choice_of(choice, self.policy.name))
             if self._draft is None:  # no slot for it, or so: who waits for it must not wait on
                 self._plan_runs()
 
@@ -426,7 +426,7 @@ class Machine:
             return ()
         if self.draft_generation == AWAY:  # a policy may wait for drafts: till then it is plain
             return [self.root] if self.root_waits else ()
-        return self.policy.choose_run(self)
+        return nodes_of(self.policy.choose_run(self), self.policy.name)
 
     def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
         last = kind is not Kind.PREFILL or nodes[-1] is self.root

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import reprlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -257,3 +258,19 @@ class Tree:
     def leaves(self) -> Iterator[Node]:
         """Yield the nodes that nothing hangs below; the root, when there is no speculation."""
         return (node for node in self.root.subtree() if not node.children)
+
+
+def nodes_of(answer: object, policy: str, method: str = "choose_run") -> Sequence[Node]:
+    """Return the nodes that a policy's method has answered with.
+
+    Raises
+    ------
+    ValueError
+        If the answer is something else, or what can't become text any more.
+    """
+    if isinstance(answer, Sequence) and all(isinstance(n, Node) and n.alive for n in answer):
+        return answer
+    raise ValueError(
+        f"policy {policy!r}: expected {method} to return nodes of the machine's tree, got "
+        f"{reprlib.repr(answer)}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,6 +21,7 @@ from pipeinfer_dask.protocol.messages import (
     Command,
     Drafted,
     DrafterBack,
+    DraftPlan,
     Event,
     Kind,
     Proposal,
@@ -83,6 +85,31 @@ def test_a_policy_is_woken_when_it_asks_and_asks_once_for_one_time() -> None:
     machine, commands = begun(Sleepy())
     assert [c for c in commands if isinstance(c, WakeAt)] == [WakeAt(0, 5.0)]
     assert not machine.handle(Woken(0))
+
+
+@pytest.mark.parametrize(
+    ("run", "draft", "told"),
+    [
+        (["x"], None, r"choose_run to return nodes of the machine's tree, got \['x'\]"),
+        (7, None, "choose_run to return nodes of the machine's tree, got 7"),
+        ([], 7, "choose_draft to return a plan and the nodes to extend, or None, got 7"),
+        ([], (DraftPlan(1), ["x"]), r"choose_draft to return nodes of .* got \['x'\]"),
+    ],
+)
+def test_what_is_no_answer_of_a_policy_is_refused_by_its_name(
+    run: Any, draft: Any, told: str
+) -> None:
+    class Wrong(Iterative):
+        name: ClassVar[str] = "wrong"
+
+        def choose_run(self, machine: Machine) -> Any:
+            return run
+
+        def choose_draft(self, machine: Machine) -> Any:
+            return draft
+
+    with pytest.raises(ValueError, match=f"policy 'wrong': expected {told}"):
+        begun(Wrong())
 
 
 @pytest.mark.parametrize(
