@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from pipeinfer_dask.core.machine import Machine
@@ -75,7 +75,8 @@ def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
     Raises
     ------
     ValueError
-        If strategy and knobs are not to be had, or there are knobs beside a policy.
+        If strategy and knobs are not to be had, there are knobs beside a policy, or nobody knows
+        how to make a fresh one of it.
     """
     if isinstance(strategy, type) and issubclass(strategy, Policy):
         name = strategy.__name__
@@ -87,4 +88,9 @@ def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
         return make_policy(strategy, **knobs)
     if knobs:
         raise ValueError(f"expected knobs or a policy of your own, got both: {dict(knobs)}")
+    if not is_dataclass(strategy) and type(strategy).fresh is Policy.fresh:
+        raise ValueError(
+            f"expected a policy that is a dataclass, got {type(strategy).__name__}: put @dataclass "
+            f"before its class, or give it a method fresh"
+        )
     return strategy.fresh()

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pytest
 
 import pipeinfer_dask as pi
-from pipeinfer_dask.policies import Adaptive, Iterative, Machine, Node
+from pipeinfer_dask.policies import Adaptive, Iterative, Machine, Node, Policy
 from pipeinfer_dask.protocol.messages import (
     CancelRuns,
     Commit,
@@ -407,6 +407,28 @@ class Late(Idle):
     def wake_at(self, machine: Machine) -> float | None:
         at = (machine.generated + 1) * 10.0
         return at if machine.now < at else None
+
+
+class Bare(Policy):
+    """A policy whose author forgot the decorator."""
+
+    name: ClassVar[str] = "bare"
+
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        return [machine.root] if machine.root_waits else []
+
+
+class Copied(Bare):
+    """One that says itself how it is copied."""
+
+    def fresh(self) -> Self:
+        return type(self)()
+
+
+def test_a_policy_that_nobody_knows_how_to_copy_is_refused_with_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match="a dataclass, got Bare: put @dataclass before its class"):
+        simulate(Bare())
+    assert len(simulate(Copied(), max_new_tokens=5).token_ids) == 5
 
 
 def test_a_policy_that_waits_for_nothing_is_told_so() -> None:
