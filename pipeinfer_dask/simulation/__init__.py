@@ -6,9 +6,11 @@ a large cluster take milliseconds here. Nothing of it is a second scheduler: see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from pipeinfer_dask.policies import Policy, policy_of
@@ -139,7 +141,7 @@ def simulate(
         If a policy of your own plans nothing while nothing is under way.
     """
     _check_counts(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
-    policy = policy_of(strategy, knobs)
+    policy = _policy_of(strategy, knobs, simulate)
     costs = _checked(costs, stages)
     pair = SyntheticPair(acceptance, seed, overconfidence=overconfidence, clairvoyant=clairvoyant)
     prompt = pair.text(prompt_tokens)
@@ -204,7 +206,7 @@ def simulate_together(
         max_new_tokens=max_new_tokens,
         prompt_tokens=prompt_tokens,
     )
-    policy, costs = policy_of(strategy, knobs), _checked(costs, stages)
+    policy, costs = _policy_of(strategy, knobs, simulate_together), _checked(costs, stages)
     pair = SyntheticPair(acceptance, seed)
     slots = prompt_tokens + max_new_tokens + SLOTS
     asked = [
@@ -220,6 +222,21 @@ def simulate_together(
     ]
     others = [(request, policy.fresh()) for request in asked[1:]]
     return _simulations(World(asked[0], policy, costs, pair, others=others), policy, costs)
+
+
+def _policy_of(
+    strategy: str | Policy, knobs: Mapping[str, Any], call: Callable[..., object]
+) -> Policy:
+    """Return the policy, or say which argument of the call a knob that there is not may be."""
+    try:
+        return policy_of(strategy, knobs)
+    except ValueError:
+        for name in knobs:
+            if near := get_close_matches(name, signature(call).parameters, n=1, cutoff=0.8):
+                raise ValueError(
+                    f"there is no setting {name!r}: did you mean {near[0]!r}?"
+                ) from None
+        raise
 
 
 def _check_counts(**counts: Any) -> None:

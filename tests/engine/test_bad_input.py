@@ -256,6 +256,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "bytes as split": ({"layer_split": b"auto"}, "or as 'auto', got b'auto'"),
     "weights of no kind": ({"weights": 16}, "weights to be one of 'auto', 'fp16', 'fp32', got 16"),
     "a number as progress": ({"progress": 3}, "progress as a callable, True, False or None, got 3"),
+    "a slip of ngram": ({"draft": "ngrams"}, "no draft 'ngrams': did you mean 'ngram'"),
     "no client": ({"client": "tcp://127.0.0.1:1"}, r"a distributed\.Client, got 'tcp://"),
     "a device that there is not": ({"devices": "tpu"}, "'tpu'"),
     "a dtype that there is not": ({"dtype": "int4"}, "'int4'"),
@@ -278,7 +279,7 @@ def test_stages_that_do_not_fit_are_refused(
     pair: Pair, nothing_starts: None, options: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match) as caught:
-        pi.Engine.from_pretrained(pair.target, pair.draft, **options)
+        pi.Engine.from_pretrained(pair.target, **{"draft": pair.draft} | options)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable, Coroutine, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
+from difflib import get_close_matches
 from math import isfinite
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from distributed import Client
 
+from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.models.linears import check_weights
 from pipeinfer_dask.runtime.planning.clusters import call_on
 from pipeinfer_dask.runtime.planning.placement import CLIENT, WORKER
@@ -78,6 +81,10 @@ def check_asked(
     check_weights(weights)
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise ValueError(f"expected progress as a callable, True, False or None, got {progress!r}")
+    for draft in models[1:]:
+        slip = isinstance(draft, str) and draft != NGRAM and not Path(draft).exists()
+        if slip and get_close_matches(str(draft), [NGRAM], cutoff=0.8):
+            raise ValueError(f"there is no draft {draft!r}: did you mean {NGRAM!r}?")
     for model in models:
         if isinstance(model, tuple):
             raise ValueError(

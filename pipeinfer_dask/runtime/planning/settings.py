@@ -53,6 +53,8 @@ NEUTRAL: Settings = {
     "prompt_lookup_num_tokens": 0,
 }
 """Values other than None and False by which a setting that we don't honour asks for nothing."""
+BESIDE = frozenset(("seed", "logprobs"))
+"""Settings that `GenerationConfig` lacks."""
 INSTEAD = {
     "max_length": "use max_new_tokens",
     "max_time": "cancel the generation after that time",
@@ -70,7 +72,7 @@ def split(options: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     ValueError
         If a name is neither.
     """
-    fields_and_ours = FIELDS | {"seed", "logprobs"}
+    fields_and_ours = FIELDS | BESIDE
     settings = {name: value for name, value in options.items() if name in fields_and_ours}
     knobs = {name: value for name, value in options.items() if name not in fields_and_ours}
     known = {
@@ -82,7 +84,7 @@ def split(options: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in knobs:
         if name in known:
             continue
-        if near := get_close_matches(name, (*HONOURED, *known), n=1, cutoff=0.8):
+        if near := get_close_matches(name, (*HONOURED, *BESIDE, *known), n=1, cutoff=0.8):
             raise ValueError(f"there is no setting {name!r}: did you mean {near[0]!r}?")
         raise ValueError(
             "expected a field of GenerationConfig, such as temperature, or a knob of a strategy "
