@@ -210,7 +210,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no temperature": (
         ["generate", "x", "--target", "{target}", "--temperature", "-1"],
-        "expected temperature from 1e-6 to 1e6, got -1.0",
+        "expected temperature as 0, which is greedy, or from 1e-6 to 1e6, got -1.0",
     ),
     "beams": (
         ["generate", "x", "--target", "{target}", "--set", "num_beams=2"],

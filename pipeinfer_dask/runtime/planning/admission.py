@@ -13,7 +13,14 @@ from pipeinfer_dask.models.checkpoint import Checkpoint
 from pipeinfer_dask.policies import Policy, policy_of
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.protocol.sampling import Sampling
-from pipeinfer_dask.runtime.planning.settings import ids, requested, sampling_of, stated, texts
+from pipeinfer_dask.runtime.planning.settings import (
+    count,
+    ids,
+    requested,
+    sampling_of,
+    stated,
+    texts,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -104,6 +111,12 @@ class Admission:
             raise ValueError(f"expected max_new_tokens as a whole number, got {max_new_tokens!r}")
         if max_new_tokens < 1:
             raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+        least = count("min_new_tokens", asked.get("min_new_tokens", 0))
+        if least > max_new_tokens:
+            raise ValueError(
+                f"expected min_new_tokens of at most max_new_tokens, which is {max_new_tokens}, "
+                f"got {least}"
+            )
         if len(tokens) + max_new_tokens > self.target.context:
             shorter = "shorten the prompt" if cache is None else "undo() a turn, begin another chat"
             raise ValueError(

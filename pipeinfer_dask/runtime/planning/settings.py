@@ -194,6 +194,11 @@ def sampling_of(
         if name in both:
             read = count if name == "top_k" else number
             values[name] = read(name, both[name])
+    temperature = values.get("temperature", 1.0)
+    if asked.get("do_sample") is None and not 1e-6 <= temperature <= 1e6:
+        raise ValueError(
+            f"expected temperature as 0, which is greedy, or from 1e-6 to 1e6, got {temperature}"
+        )
     if seed is not None and not 0 <= whole("seed", seed) < 2**63:
         raise ValueError(f"expected seed from 0 to 2**63 - 1, got {seed}")
     if count("logprobs", logprobs) > vocab_size:
