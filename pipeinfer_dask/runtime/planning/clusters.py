@@ -254,30 +254,32 @@ def _check_script() -> None:
     if script is None or module.rpartition(".")[2] == "__main__":
         return  # nothing that workers import: a notebook, `python -c`, an archive, a package
     try:
-        source = Path(script).read_text(errors="replace")
+        guards = _comparisons_of_name(Path(script).read_text(errors="replace"))
     except FileNotFoundError:
         raise RuntimeError(
             f"expected a script in a file, which worker processes import again, got {script}: "
             "save it as one, or use in_process=True"
         ) from None
-    except OSError:
+    except (OSError, SyntaxError, ValueError):  # not Python's, as IPython's own scripts
         return
     frame, line = currentframe(), inf
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_globals is vars(main):
             line = frame.f_lineno
         frame = frame.f_back
-    if not any(at <= line for at in _comparisons_of_name(source)):
+    if not any(at <= line for at in guards):
         raise RuntimeError(guard)
 
 
-def _comparisons_of_name(source: str) -> Iterator[int]:
-    """Yield the lines in which a script compares its ``__name__``."""
+def _comparisons_of_name(source: str) -> list[int]:
+    """Return the lines in which a script compares its ``__name__``."""
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):
             names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
             if "__name__" in names:
-                yield node.lineno
+                lines.append(node.lineno)
+    return lines
 
 
 PATIENCE = {"distributed.deploy.lost-worker-timeout": "1 hour"}
