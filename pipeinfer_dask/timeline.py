@@ -179,9 +179,11 @@ def show(console: Console, traces: Sequence[tuple[str, Trace]]) -> None:
         console.print(picture, no_wrap=True)
         still_open |= Sign.OPEN.character in picture.plain
     console.print(Columns(_signs(among_open=still_open), padding=(0, 2)))
+    longest = max(History(trace).ended - History(trace).began for _, trace in traces)
     console.print(
-        f"A sign is {1e3 * seconds / columns:.3g} ms. Figures tell how many runs were called off, "
-        f"and how many tokens became text.\n"
+        f"Each picture begins with the first token and shows {1e3 * seconds:.0f} ms; the longest "
+        f"text took {1e3 * longest:.0f} ms. A sign is {1e3 * seconds / columns:.3g} ms. Figures "
+        f"tell how many runs were called off, and how many tokens became text.\n"
     )
 
 

@@ -117,6 +117,10 @@ def test_pictures_of_several_strategies_have_one_scale_and_fit_a_plain_terminal(
     )
     assert plain["stage 0"].startswith("##....##....")  # a column is half a run, in both of them
     assert len(plain["stage 0"].rstrip()) == len(quick["stage 0"].rstrip()) == width - 10
+    began, ended = window(traces[0][1], width - 10)
+    last = max(History(trace).ended for _, trace in traces)
+    part = f"shows {1e3 * (ended - began):.0f} ms; the longest text took {1e3 * last:.0f} ms."
+    assert part in " ".join(text.split())
     for sign in Sign:
         assert (f"{sign.character} {sign.meaning}" in text) is (sign is not Sign.OPEN)
     codes = {

@@ -94,7 +94,8 @@ def demo(
     from pipeinfer_dask import terminal
     from pipeinfer_dask import timeline as pictures
 
-    console.print(terminal.legend())
+    if console.is_terminal:  # elsewhere nothing is marked
+        console.print(terminal.legend())
     console.print()
     if timeline:
         pictures.show(console, [(result.strategy, result.trace) for result in results])
