@@ -88,7 +88,7 @@ def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
         return make_policy(strategy, **knobs)
     if knobs:
         raise ValueError(f"expected knobs or a policy of your own, got both: {dict(knobs)}")
-    if not is_dataclass(strategy) and type(strategy).fresh is Policy.fresh:
+    if type(strategy).fresh is Policy.fresh and not is_dataclass(strategy):
         raise ValueError(
             f"expected a policy that is a dataclass, got {type(strategy).__name__}: put @dataclass "
             f"before its class, or give it a method fresh"
