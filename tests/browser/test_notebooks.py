@@ -138,7 +138,7 @@ def pictures_are_seen(page: Any) -> int:
     pictures = page.locator(f"{FROZEN} >> visible=true").evaluate_all(SEEN)
     for picture in pictures:
         assert picture["loaded"] > 0
-        assert picture["width"] > 300 and picture["height"] > 40
+        assert picture["width"] > 200 and picture["height"] > 40
         assert picture["clipped"] == []
     return len(pictures)
 

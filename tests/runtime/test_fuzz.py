@@ -23,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeinfer_dask.protocol.messages import CancelDraft, CancelReason, CancelRuns, Prune
-from pipeinfer_dask.runtime.head.head_actor import HeadNode, PipelinePlan
 from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow, pack
 from pipeinfer_dask.runtime.links.links import Link, Session, dial
 from pipeinfer_dask.runtime.links.reading import decode, read_header
@@ -45,7 +44,6 @@ from pipeinfer_dask.runtime.links.wire import (
 )
 from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, DrafterNode, Node, StageNode
 from pipeinfer_dask.runtime.nodes.compute import MOST_CANCELLED
-from pipeinfer_dask.runtime.pipeline.recovery import NONE
 from tests.runtime.chain import CountingSpec, EchoingSpec, run_of
 from tests.runtime.test_wire import INTAKE, counts, messages
 
@@ -188,14 +186,8 @@ def drafter(worker: Worker, session: Session) -> Node[Any]:
     return DrafterNode(worker, session, "drafter", EchoingSpec())
 
 
-def head(worker: Worker, session: Session) -> Node[Any]:
-    stages, workers = (CountingSpec("driven", last=True),), (worker.address,)
-    plan = PipelinePlan(stages, workers, None, None, NONE, 20.0, 1)
-    return HeadNode(worker, session, "head", plan)
-
-
 @pytest.mark.cluster
-@pytest.mark.parametrize("kind", [stage, drafter, head], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [stage, drafter], ids=lambda kind: kind.__name__)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([CONTROL, INPUT]), st.lists(said | almost() | anything, min_size=1, max_size=4)
@@ -238,8 +230,9 @@ def test_a_node_outlives_nonsense_or_ends_its_link(
             await node._end()
             for link in links:
                 link.abort()
-        threads = [thread.name for thread in enumerate_threads()]
-        assert node.identity not in threads
+        async with asyncio.timeout(20):  # a head's thread closes its pipeline first
+            while node.identity in [thread.name for thread in enumerate_threads()]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         assert failures == []
 
     runner.run(main())
