@@ -44,18 +44,24 @@ class Case:
     stages: int
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *(Case("in-process", *setup) for setup in SETUPS),
-        *(
-            pytest.param(Case(where, *setup), marks=pytest.mark.cluster)
-            for where in ("inproc", "tcp")
-            for setup in SETUPS
-        ),
-    ],
-    ids=lambda case: f"{case.where}, {case.family}, {case.quality}, {case.stages} stages",
-)
+def cases() -> Iterator[Any]:
+    """Give every strategy with every setup in this process, and with each by one kind of workers.
+
+    The two kinds take turns, like the colours of a chessboard: both have every strategy with every
+    quality, and with every number of stages.
+    """
+    for where in ("in-process", "inproc", "tcp"):
+        marks = () if where == "in-process" else (pytest.mark.cluster,)
+        for number, (family, quality, stages) in enumerate(SETUPS):
+            case = Case(where, family, quality, stages)
+            for strategy, (name, asked) in enumerate(STRATEGIES.items()):
+                turn = ("inproc", "tcp")[(number // 4 + stages + strategy) % 2]
+                if where in ("in-process", turn):
+                    label = f"{where}, {family}, {quality}, {stages} stages, {name}"
+                    yield pytest.param(case, asked, id=label, marks=marks)
+
+
+@pytest.fixture(scope="module")
 def opened(
     request: pytest.FixtureRequest, pair_of: PairOf
 ) -> Iterator[tuple[pi.Engine, Pair, str]]:
@@ -68,7 +74,7 @@ def opened(
         yield engine, pair, case.quality
 
 
-@pytest.mark.parametrize("asked", STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.mark.parametrize(("opened", "asked"), list(cases()), indirect=["opened"], scope="module")
 def test_the_text_is_what_plain_decoding_gives(
     opened: tuple[pi.Engine, Pair, str], asked: dict[str, Any]
 ) -> None:
