@@ -189,9 +189,9 @@ def test_a_process_that_takes_more_memory_than_it_may_costs_no_token(
     ("node", "harm"),
     [
         *(("stage-0", harm) for harm in ("cut", "swallow")),
-        *(("stage-1", harm) for harm in ("cut", "swap", "drop", "hang")),
-        *(("stage-2", harm) for harm in ("swap", "drop", "swallow", "hang")),
-        *(("drafter", harm) for harm in ("cut", "swap", "drop", "swallow", "hang")),
+        *(("stage-1", harm) for harm in ("swap", "hang")),
+        ("stage-2", "drop"),
+        *(("drafter", harm) for harm in ("cut", "swallow", "hang")),
     ],
 )
 def test_what_is_wrong_between_living_nodes_costs_no_token(
@@ -209,9 +209,9 @@ def test_what_is_wrong_between_living_nodes_costs_no_token(
     ("node", "harm"),
     [
         *(("stage-0", harm) for harm in ("busy", "pause")),
-        *(("stage-1", harm) for harm in ("hold_up", "repeat")),
-        *(("stage-2", harm) for harm in ("hold_up", "repeat")),
-        *(("drafter", harm) for harm in ("hold_up", "repeat", "pause")),
+        ("stage-1", "hold_up"),
+        ("stage-2", "repeat"),
+        ("drafter", "hold_up"),
     ],
 )
 def test_what_is_slow_or_says_things_twice_is_not_lost(
