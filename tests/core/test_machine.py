@@ -176,7 +176,7 @@ def test_the_text_is_the_targets_own_in_any_order_of_events() -> None:
     run_state_machine_as_test(
         AnyOrder,
         settings=settings(
-            max_examples=500,
+            max_examples=1000,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),
