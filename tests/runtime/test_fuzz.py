@@ -7,9 +7,11 @@ of its own, too.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeinfer_dask.protocol.messages import CancelDraft, CancelReason, CancelRuns, Prune
+from pipeinfer_dask.runtime.head.head_actor import HeadNode, PipelinePlan
 from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow, pack
 from pipeinfer_dask.runtime.links.links import Link, Session, dial
 from pipeinfer_dask.runtime.links.reading import decode, read_header
@@ -30,6 +33,7 @@ from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import (
     AwaitLoaded,
     BytesRead,
+    Close,
     Dialled,
     Envelope,
     Failed,
@@ -44,6 +48,7 @@ from pipeinfer_dask.runtime.links.wire import (
 )
 from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, DrafterNode, Node, StageNode
 from pipeinfer_dask.runtime.nodes.compute import MOST_CANCELLED
+from pipeinfer_dask.runtime.pipeline.recovery import NONE
 from tests.runtime.chain import CountingSpec, EchoingSpec, run_of
 from tests.runtime.test_wire import INTAKE, counts, messages
 
@@ -186,8 +191,14 @@ def drafter(worker: Worker, session: Session) -> Node[Any]:
     return DrafterNode(worker, session, "drafter", EchoingSpec())
 
 
+def head(worker: Worker, session: Session) -> Node[Any]:
+    stages, workers = (CountingSpec("driven", last=True),), (worker.address,)
+    plan = PipelinePlan(stages, workers, None, None, NONE, 20.0, 1)
+    return HeadNode(worker, session, "head", plan)
+
+
 @pytest.mark.cluster
-@pytest.mark.parametrize("kind", [stage, drafter], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [stage, drafter, head], ids=lambda kind: kind.__name__)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([CONTROL, INPUT]), st.lists(said | almost() | anything, min_size=1, max_size=4)
@@ -230,9 +241,8 @@ def test_a_node_outlives_nonsense_or_ends_its_link(
             await node._end()
             for link in links:
                 link.abort()
-        async with asyncio.timeout(20):  # a head's thread closes its pipeline first
-            while node.identity in [thread.name for thread in enumerate_threads()]:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        threads = [thread.name for thread in enumerate_threads()]
+        assert node.identity not in threads
         assert failures == []
 
     runner.run(main())
@@ -302,6 +312,27 @@ def test_a_client_that_calls_off_more_than_can_be_in_flight_is_cut_off(
             link.abort()
 
     runner.run(main())
+
+
+@pytest.mark.cluster
+def test_a_head_that_is_given_up_while_it_connects_closes_its_client(
+    runner: asyncio.Runner, worker: Worker
+) -> None:
+    async def main() -> None:
+        session = Session.new()
+        node = head(worker, session)
+        node.open()
+        link = await dial(worker.address, node.identity, CONTROL, session, connection_args={})
+        say(link, [AwaitLoaded(), Close()])
+        async with asyncio.timeout(20):
+            await link.receive(lambda message: None)  # until the node has ended
+        await node._end()
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        runner.run(main())
+        gc.collect()  # what is not closed by now warns
+    assert [str(warning.message) for warning in warned] == []
 
 
 async def ended_or_answers(node: Node[Any], control: Link, number: int) -> None:

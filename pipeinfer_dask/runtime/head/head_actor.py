@@ -284,7 +284,8 @@ class HeadThread:
         self._served: dict[int, Relayed] = {}
         self._conversations: dict[int, Conversation] = {}
         self._head: Head
-        Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def open(self) -> None:
         """Begin to load the pipeline: there is somebody who hears of it."""
@@ -312,6 +313,11 @@ class HeadThread:
         self._post(self._over.set)
         with suppress(TimeoutError):
             self.ended.result(timeout)
+
+    def join(self) -> None:
+        """See the thread off, once it has ended but for its last step; else do nothing."""
+        if self.ended.done():
+            self._thread.join()
 
     def _post(self, callback: Callable[..., object], *arguments: object) -> None:
         post(self._loop, callback, *arguments)
@@ -343,7 +349,9 @@ class HeadThread:
                     asynchronous=True,
                     set_as_default=False,
                 )
-                await resources.enter_async_context(client)
+                # Before it is connected: given up meanwhile, it is to be closed all the same.
+                resources.push_async_callback(client.close)
+                await client
                 pipeline = await spec.open(client, self._tell_loading)
             except Exception as error:
                 self.loaded.set_exception(error)
@@ -402,6 +410,7 @@ class HeadNode(Node[HeadThread]):
         # Not by `offload`, which has one thread: nodes on this worker need that to end.
         self.thread.close(timeout=0)
         await asyncio.wait([asyncio.wrap_future(self.thread.ended)], timeout=CLOSE_TIMEOUT_S)
+        self.thread.join()
 
     def _heed(self, message: Message) -> None:
         match message:
