@@ -11,9 +11,11 @@ from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.engine import GenerationInterrupted
-from pipeinfer_dask.policies import Adaptive
-from pipeinfer_dask.protocol.messages import RunDone, StartRun
+from pipeinfer_dask.policies import Adaptive, PipeInfer
+from pipeinfer_dask.protocol.messages import Release, RunDone, StartRun
+from pipeinfer_dask.runtime.links.runs import RunPass
 from tests.engine.pairs import PROMPT, Pair, greedy_tokens
 
 LONG = 480
@@ -123,6 +125,39 @@ def test_a_policy_that_fails_alone_leaves_nothing_behind(
         engine.generate(PROMPT, max_new_tokens=60, strategy=Failing())
     check(engine, texts)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+def test_the_cache_of_a_request_that_fails_is_free_once_its_runs_are_out() -> None:
+    """A run behind the release would make the cache anew, and nobody would let go of it."""
+
+    class Failing(PipeInfer):
+        def taken(self, machine: Machine, run: RunFuture) -> None:
+            if machine.generated > 5:
+                raise ZeroDivisionError("while the first stage is at work on a run")
+
+    costs = pi.Costs.even(2, stage_s=0.02)
+    with pi.Emulation.open(costs, in_process=True, max_concurrent=1) as emulation:
+        pipeline = emulation._head.pipeline  # type: ignore[attr-defined]
+        last = pipeline._threads[-1]
+        came: list[Any] = []
+        submit = last.submit
+
+        def note(job: Any) -> None:
+            came.append(job)
+            submit(job)
+
+        last.submit = note
+        failing = emulation.start(Failing(), max_new_tokens=60)
+        after = emulation.start("iterative", max_new_tokens=3)
+        with pytest.raises(GenerationInterrupted, match="while the first stage is at work"):
+            failing.result(60)
+        assert after.result(60).token_ids == emulation.text(3)
+        releases = [isinstance(job, Release) for job in came if of(job) == failing.request.id]
+        assert len(releases) > 2 and releases == [False] * (len(releases) - 1) + [True]
+
+
+def of(job: Release | RunPass) -> int:
+    return job.request if isinstance(job, Release) else job.run.request
 
 
 class Idle(Adaptive):

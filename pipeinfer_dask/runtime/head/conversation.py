@@ -2,7 +2,8 @@
 
 Each stage and the drafter hold a cache for each request that runs. That of a conversation stays
 between its turns, until so many others run that it has to give way: then the next turn reads
-the whole text again, and nothing else is lost.
+the whole text again, and nothing else is lost. That of a request which has failed stays until
+nothing of it is under way: what came later would make it anew, and nobody would let go of it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,18 @@ from dataclasses import dataclass, field, replace
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.tree import Held
-from pipeinfer_dask.protocol.messages import AWAY, Release
-from pipeinfer_dask.protocol.request import Request
+from pipeinfer_dask.protocol.messages import (
+    AWAY,
+    Drafted,
+    DrafterLost,
+    Event,
+    Release,
+    RunDone,
+    StageLost,
+    StartDraft,
+    StartRun,
+)
+from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +69,43 @@ class Caches:
         self._send = send
         # Between two requests, the one that has waited longest first.
         self._idle: dict[Conversation, None] = {}
+        # What the pipeline has not answered yet: runs and drafts, each with its request.
+        self._runs: set[tuple[int, int]] = set()
+        self._drafts: set[tuple[int, int]] = set()
+        # Requests that are over while something of them is under way, by their caches.
+        self._leaving: dict[int, int] = {}
+
+    def has_room(self, running: int, cache: int) -> bool:
+        """Return whether a request with this cache may begin beside so many that run."""
+        return running + len(self._leaving) < self._most and cache not in self._leaving
+
+    def sent(self, command: PipelineCommand) -> None:
+        """Take note of what the pipeline is asked for."""
+        if isinstance(command, StartRun):
+            self._runs.add((command.request, command.run))
+        elif isinstance(command, StartDraft):
+            self._drafts.add((command.request, command.draft))
+
+    def heard(self, event: Event) -> bool:
+        """Take note of what came of it; return whether that has made room."""
+        match event:
+            case RunDone():
+                self._runs.discard((event.request, event.run))
+            case Drafted():
+                self._drafts.discard((event.request, event.draft))
+            case StageLost():
+                self._runs.clear()
+            case DrafterLost():
+                self._drafts.clear()
+        gone = [
+            cache for cache, request in self._leaving.items() if not self._is_under_way(request)
+        ]
+        for cache in gone:
+            self._send(Release(self._leaving.pop(cache), 0, cache))
+        return bool(gone)
+
+    def _is_under_way(self, request: int) -> bool:
+        return any(request == other for other, _ in (*self._runs, *self._drafts))
 
     def take(
         self,
@@ -80,7 +128,7 @@ class Caches:
         """
         if conversation is not None:
             self._idle.pop(conversation, None)
-        self.make_room(self._most - 1 - running)
+        self.make_room(self._most - 1 - running - len(self._leaving))
         if conversation is None:
             return []
         held, conversation.held = conversation.held, []
@@ -103,9 +151,12 @@ class Caches:
         conversation.draft_generation = machine.draft_generation
         self._idle[conversation] = None
 
-    def drop(self, request: Request) -> None:
-        """Give up the cache of a request that has failed."""
-        self._send(Release(request.id, 0, request.cache_id))
+    def drop(self, request: int, cache: int) -> None:
+        """Give up the cache of a request that has failed, once nothing of it is under way."""
+        if self._is_under_way(request):
+            self._leaving[cache] = request
+        else:
+            self._send(Release(request, 0, cache))
 
     def close(self, conversation: Conversation) -> None:
         """Give up a conversation's cache: at once, or when its request is over."""

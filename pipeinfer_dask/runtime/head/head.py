@@ -33,7 +33,7 @@ from pipeinfer_dask.protocol.messages import (
 from pipeinfer_dask.protocol.request import Request
 from pipeinfer_dask.runtime.head.conversation import Caches, Conversation
 from pipeinfer_dask.runtime.head.measuring import measure_costs
-from pipeinfer_dask.runtime.pipeline.interface import Pipeline
+from pipeinfer_dask.runtime.pipeline.interface import Pipeline, PipelineCommand
 from pipeinfer_dask.simulation.costs import Costs
 
 MAX_CONCURRENT = 4
@@ -141,6 +141,15 @@ class Head:
         drafts = drafter and self.pipeline.draft_generation != AWAY
         return await measure_costs(self, request, drafter=drafts)
 
+    def send(self, command: PipelineCommand) -> None:
+        """Have the pipeline carry out a command, and take note of what is to come of it."""
+        self.pipeline.send(command)
+        self._caches.sent(command)
+
+    def drop(self, request: int, cache: int) -> None:
+        """Give up a cache, once nothing of this request is under way."""
+        self._caches.drop(request, cache)
+
     @contextmanager
     def lend(
         self, report: Callable[[Event], None], lost: Callable[[Exception], None]
@@ -173,6 +182,7 @@ class Head:
             )
 
         def hear(event: Event) -> None:
+            self._caches.heard(event)
             if isinstance(event, StageLost | DrafterLost):
                 lost(ConnectionError(event.reason))
             elif not isinstance(event, PipelineEvent):
@@ -215,13 +225,16 @@ class Head:
 
     def _admit(self) -> None:
         """Let those at the front of the queue begin while there is room."""
-        while self._queue and len(self._running) < self.max_concurrent and self._borrower is None:
-            generation = self._queue.popleft()
+        while self._queue and self._borrower is None:
+            generation, running = self._queue[0], len(self._running)
             request = generation.request
+            if not self._caches.has_room(running, request.cache_id):
+                break
+            self._queue.popleft()
             self._running[request.id] = generation
             held = self._caches.take(
                 generation.conversation,
-                running=len(self._running) - 1,
+                running=running,
                 generation=self.pipeline.generation,
                 draft_generation=self.pipeline.draft_generation,
             )
@@ -252,9 +265,9 @@ class Head:
                 if isinstance(event, PipelineEvent):
                     self._show_status(generation)
                 generation.record(now, event)
-        over = len(self._running)
+        over, room = len(self._running), self._caches.heard(event)
         self._carry_out(self.sharing.handle(event, now), now)
-        if len(self._running) < over:
+        if room or len(self._running) < over:
             self._admit()
 
     def _carry_out(self, commands: Iterator[Command], now: float) -> None:
@@ -270,11 +283,11 @@ class Head:
                     case WakeAt():
                         self._wake_at(command)
                     case _:
-                        self.pipeline.send(command)
+                        self.send(command)
         except Exception as error:  # a bug, but the caller must not wait for ever
             failed = self._running[self.sharing.current]
             self._drop(failed)
-            self._caches.drop(failed.request)
+            self.drop(failed.request.id, failed.request.cache_id)
             failed.fail(error)  # even if its machine has ended: the last of it may not be there
             self._carry_out(self.sharing.plan(now), now)
 

@@ -20,13 +20,11 @@ from pipeinfer_dask.protocol.messages import (
     DraftPlan,
     Event,
     Kind,
-    Release,
     RunDone,
     Span,
     StartDraft,
     StartRun,
 )
-from pipeinfer_dask.runtime.pipeline.interface import Pipeline
 from pipeinfer_dask.simulation.costs import Costs, Curve
 
 if TYPE_CHECKING:
@@ -72,7 +70,7 @@ async def measure_costs(head: Head, request: int, *, drafter: bool, rounds: int 
     TimeoutError
         If a run does not come back.
     """
-    probe = _Probe(head.pipeline, request)
+    probe = _Probe(head, request)
     with head.lend(probe.hear, probe.fail), probe:
         await probe.run(CONTEXT)
         runs: dict[int, list[tuple[float, tuple[Span, ...]]]] = {}
@@ -101,7 +99,7 @@ async def measure_costs(head: Head, request: int, *, drafter: bool, rounds: int 
 
 async def measure_hop(head: Head, request: int, rounds: int) -> float:
     """Return what a hop of an idle pipeline costs, in seconds: see `measure_costs`."""
-    probe = _Probe(head.pipeline, request)
+    probe = _Probe(head, request)
     with head.lend(probe.hear, probe.fail), probe:
         await probe.run(CONTEXT)
         return _hop([await probe.run(1, CONTEXT) for _ in range(rounds)])
@@ -122,8 +120,9 @@ def _seconds(span: Span) -> float:
 class _Probe:
     """Sends one run or draft at a time, and waits for it; its cache is free at the end."""
 
-    def __init__(self, pipeline: Pipeline, request: int) -> None:
-        self._pipeline = pipeline
+    def __init__(self, head: Head, request: int) -> None:
+        self._head = head
+        self._pipeline = head.pipeline
         self._request = request
         self._numbers = itertools.count()
         self._answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
@@ -132,7 +131,7 @@ class _Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pipeline.send(Release(self._request, self._pipeline.generation, self._request))
+        self._head.drop(self._request, cache=self._request)
 
     async def run(self, tokens: int, behind: int = 0) -> tuple[float, tuple[Span, ...]]:
         """Run a chain of tokens ``behind`` others; return the seconds and each stage's span."""
@@ -179,7 +178,7 @@ class _Probe:
         if self._answer.done():
             self._answer.result()  # raises if the pipeline is lost
             self._answer = asyncio.get_running_loop().create_future()
-        self._pipeline.send(command)
+        self._head.send(command)
         return await asyncio.wait_for(asyncio.shield(self._answer), PATIENCE_S)
 
 
