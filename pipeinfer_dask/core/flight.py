@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pipeinfer_dask.core.drafts import ProtocolError
 from pipeinfer_dask.core.runs import RunFuture
 from pipeinfer_dask.core.tree import Node
-from pipeinfer_dask.protocol.messages import CancelReason, Kind
+from pipeinfer_dask.protocol.messages import CancelReason, Kind, most_runs
 
 
 class Flight:
@@ -35,7 +35,12 @@ class Flight:
 
         More than two for each stage are queueing somewhere: before a slow stage, or a slow link.
         """
-        return not self.waiting and len(self.runs) <= 2 * self.stages + 2
+        return not self.waiting and len(self.runs) < most_runs(self.stages) - 1
+
+    @property
+    def full(self) -> bool:
+        """Whether a run more, whoever wants it, would be more than stages take of a request."""
+        return len(self.runs) >= most_runs(self.stages)
 
     def start(self, kind: Kind, nodes: Sequence[Node], picks: int, now: float) -> RunFuture:
         """Return a new run of these nodes, parents first."""

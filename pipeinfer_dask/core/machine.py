@@ -422,7 +422,7 @@ class Machine:
             self._start_run(nodes, Kind.SPECULATIVE if speculative else Kind.SINGLE)
 
     def _choose_run(self) -> Sequence[Node]:
-        if self.generation == AWAY:
+        if self.generation == AWAY or self.flight.full:
             return ()
         if self.draft_generation == AWAY:  # a policy may wait for drafts: till then it is plain
             return [self.root] if self.root_waits else ()

@@ -23,6 +23,15 @@ LEFT_OUT = -1
 """In a run's result: the token there was pruned on the way, so nothing was picked after it."""
 
 
+def most_runs(stages: int) -> int:
+    """Return how many runs of one request may be in a pipeline of so many stages at once.
+
+    More than two for each stage, and three, would only queue somewhere; and one may start whatever
+    else is under way: that of a text's last token, which nothing in flight goes on with.
+    """
+    return 2 * stages + 4
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Tokens to evaluate in one pass, every parent before its children.

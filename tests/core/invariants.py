@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeinfer_dask.core.machine import Machine
-from pipeinfer_dask.protocol.messages import NO_SLOT
+from pipeinfer_dask.protocol.messages import NO_SLOT, most_runs
 
 
 def validate(machine: Machine) -> None:
@@ -34,6 +34,7 @@ def validate(machine: Machine) -> None:
         if node.run is not None:
             assert node.parent.run is not None, "a run attends to what no run evaluates"
             assert node.parent.run <= node.run, "a run attends to what comes after it"
+    assert len(machine.runs) <= most_runs(machine.flight.stages), "more runs than stages take"
     for run in machine.runs.values():
         alive = sum(node.alive for node in run.nodes)
         assert run.live == alive, "a run miscounts its live nodes"

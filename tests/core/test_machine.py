@@ -15,9 +15,21 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.core.tree import Node
 from pipeinfer_dask.policies import Adaptive, Iterative, PipeInfer, Policy, Speculative
 from pipeinfer_dask.protocol.messages import Begin, CancelReason, Kind, StartRun
 from tests.core.world import World, plain_text
+
+
+class Greedy(PipeInfer):
+    """Starts a run for each guess, whatever is under way."""
+
+    def choose_run(self, machine: Machine) -> list[Node]:
+        if machine.root_waits:
+            return [machine.root]
+        return [] if machine.prefilling else [*machine.fresh][:1]
+
 
 POLICIES: dict[str, Policy] = {
     "iterative": Iterative(),
@@ -37,6 +49,7 @@ POLICIES: dict[str, Policy] = {
     "adaptive with a chain": Adaptive(tree=False, calibrate=False),
     "adaptive, not pruning": Adaptive(micro_batch=6, pruning=False),
     "adaptive, not cancelling": Adaptive(micro_batch=6, cancellation=False),
+    "greedy": Greedy(cutoff=0.0),
     "nothing but speculation": PipeInfer(asynchronous=False, continuous=False, cancellation=False),
 }
 

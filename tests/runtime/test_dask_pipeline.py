@@ -35,8 +35,9 @@ from pipeinfer_dask.runtime.links.bounds import MOST_HEADER
 from pipeinfer_dask.runtime.links.links import Link, dial
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import DialNext, Envelope, encode
-from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, StageSpec
+from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT
 from pipeinfer_dask.runtime.nodes.loading import Loading
+from pipeinfer_dask.runtime.nodes.specs import StageSpec
 from pipeinfer_dask.runtime.pipeline.assembled import PipelineError
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.peers import Peer

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import enumerate as enumerate_threads
@@ -24,7 +25,17 @@ from distributed import LocalCluster, Worker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeinfer_dask.protocol.messages import CancelDraft, CancelReason, CancelRuns, Prune
+from pipeinfer_dask.protocol.messages import (
+    CancelDraft,
+    CancelReason,
+    CancelRuns,
+    DraftPlan,
+    Prune,
+    Release,
+    RunTaken,
+    StartDraft,
+    StartRun,
+)
 from pipeinfer_dask.runtime.head.head_actor import HeadNode, PipelinePlan
 from pipeinfer_dask.runtime.links.framing import CHUNK, Inflow, pack
 from pipeinfer_dask.runtime.links.links import Link, Session, dial
@@ -39,6 +50,7 @@ from pipeinfer_dask.runtime.links.wire import (
     Failed,
     Loaded,
     Message,
+    PeerLost,
     Ping,
     Pong,
     Renew,
@@ -46,10 +58,18 @@ from pipeinfer_dask.runtime.links.wire import (
     WireError,
     encode,
 )
-from pipeinfer_dask.runtime.nodes.actors import CONTROL, INPUT, DrafterNode, Node, StageNode
+from pipeinfer_dask.runtime.nodes.actors import (
+    CONTROL,
+    FIRST_STAGE,
+    INPUT,
+    DrafterNode,
+    Node,
+    StageNode,
+)
 from pipeinfer_dask.runtime.nodes.compute import MOST_CANCELLED
+from pipeinfer_dask.runtime.nodes.room import Bounds
 from pipeinfer_dask.runtime.pipeline.recovery import NONE
-from tests.runtime.chain import CountingSpec, EchoingSpec, run_of
+from tests.runtime.chain import SLOW, CountingSpec, EchoingSpec, run_of
 from tests.runtime.test_wire import INTAKE, counts, messages
 
 MOST = INTAKE.tokens * INTAKE.width * 4
@@ -183,12 +203,16 @@ def say(link: Link, what: Sequence[Message | list[bytes]]) -> None:
             link.send(one)
 
 
+STAGE, DRAFTER = Bounds.of_stage(2, 2), Bounds.of_drafter(2)
+
+
 def stage(worker: Worker, session: Session) -> Node[Any]:
-    return StageNode(worker, session, "stage-1", CountingSpec("fuzzed", last=True, intake=INTAKE))
+    spec = CountingSpec("fuzzed", last=True, intake=INTAKE)
+    return StageNode(worker, session, "stage-1", spec, STAGE)
 
 
 def drafter(worker: Worker, session: Session) -> Node[Any]:
-    return DrafterNode(worker, session, "drafter", EchoingSpec())
+    return DrafterNode(worker, session, "drafter", EchoingSpec(), DRAFTER)
 
 
 def head(worker: Worker, session: Session) -> Node[Any]:
@@ -333,6 +357,110 @@ def test_a_head_that_is_given_up_while_it_connects_closes_its_client(
         runner.run(main())
         gc.collect()  # what is not closed by now warns
     assert [str(warning.message) for warning in warned] == []
+
+
+def first(worker: Worker, session: Session) -> Node[Any]:
+    return StageNode(worker, session, FIRST_STAGE, CountingSpec("first"), STAGE)
+
+
+def asked(kind: object, number: int, token: int = 1) -> Message:
+    """Return a run or a draft of a request, and with a KV cache, of its own."""
+    run = replace(run_of(number, token), request=number, cache=number)
+    if kind is first:
+        return RunPass(run)
+    plan = DraftPlan(1)
+    return StartDraft(number, 0, number, run.batch, 1, (1,), plan, cache=number)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("token", [1, SLOW], ids=["idle", "busy"])
+@pytest.mark.parametrize("kind", [first, drafter], ids=lambda kind: kind.__name__)
+def test_a_peer_that_asks_for_more_than_an_honest_head_is_cut_off_before_memory_is_taken(
+    runner: asyncio.Runner,
+    worker: Worker,
+    kind: Callable[[Worker, Session], Node[Any]],
+    token: int,
+) -> None:
+    """It knows the secret, and makes up requests and caches, whether or not the node is busy."""
+    bounds = STAGE if kind is first else DRAFTER
+
+    async def main() -> None:
+        session = Session.new()
+        node = kind(worker, session)
+        node.open()
+        links = [
+            await dial(worker.address, node.identity, role, session, connection_args={})
+            for role in (CONTROL, INPUT)[: 1 + (kind is first)]
+        ]
+        told: asyncio.Queue[Message] = asyncio.Queue()
+        hearing = [asyncio.create_task(link.receive(told.put_nowait)) for link in links]
+        try:
+            async with asyncio.timeout(60):
+                say(links[0], [Release(number, 0, number) for number in range(500)])
+                for number in range(bounds.waiting + bounds.requests + 2):
+                    say(links[-1], [asked(kind, number, token)])
+                await hearing[-1]
+                if kind is first:  # the head hears why, whoever brought the runs
+                    while not isinstance(lost := await told.get(), PeerLost):
+                        pass
+                    assert "expected at most 16 runs or drafts under way, of 2" in lost.reason
+            assert node.stats()["malformed"] == 1
+            assert node.thread.waiting <= bounds.waiting
+            assert len(node.thread.caches) <= bounds.requests
+        finally:
+            node.stop()
+            await node._end()
+            for link in links:
+                link.abort()
+            await asyncio.gather(*hearing, return_exceptions=True)
+
+    runner.run(main())
+
+
+@pytest.mark.cluster
+def test_a_run_that_is_ahead_of_the_word_that_its_cache_is_free_waits_for_it(
+    runner: asyncio.Runner, worker: Worker
+) -> None:
+    async def main() -> None:
+        session = Session.new()
+        node = first(worker, session)
+        node.open()
+        links = [
+            await dial(worker.address, node.identity, role, session, connection_args={})
+            for role in (CONTROL, INPUT)
+        ]
+        told: asyncio.Queue[Message] = asyncio.Queue()
+        hearing = [asyncio.create_task(link.receive(told.put_nowait)) for link in links]
+
+        held: list[set[int]] = []
+        tell = node.thread._taken
+
+        def note(run: StartRun) -> None:
+            held.append({*node.thread.caches, run.cache})
+            tell(run)
+
+        async def taken() -> int:
+            while not isinstance(message := await told.get(), RunTaken):
+                pass
+            return message.request
+
+        node.thread._taken = note
+        try:
+            async with asyncio.timeout(60):
+                say(links[1], [asked(first, number) for number in (1, 2, 3, 2)])
+                assert [await taken(), await taken()] == [1, 2]
+                say(links[0], [Release(1, 0, 1)])
+                assert [await taken(), await taken()] == [3, 2]
+                say(links[0], [Release(number, 0, number) for number in (2, 3)])
+                say(links[1], [asked(first, 4)])
+                assert await taken() == 4
+            assert held == [{1}, {1, 2}, {2, 3}, {2, 3}, {4}]
+        finally:
+            node.stop()
+            await node._end()
+            await asyncio.gather(*hearing, return_exceptions=True)
+
+    runner.run(main())
 
 
 async def ended_or_answers(node: Node[Any], control: Link, number: int) -> None:

@@ -183,13 +183,18 @@ class Emulation:
                     pipeline = await local.loaded()
                 else:
                     arguments = (where.stages, draft_spec, where.drafter)
+                    most = max_concurrent
                     if distance is None:
-                        pipeline = await DaskPipeline.open(client, specs, *arguments)
+                        pipeline = await DaskPipeline.open(
+                            client, specs, *arguments, max_concurrent=most
+                        )
                     else:
                         distant = [
                             DistantSpec(spec, distance, last=spec is specs[-1]) for spec in specs
                         ]
-                        pipeline = await LaggingPipeline.open(client, distant, *arguments)
+                        pipeline = await LaggingPipeline.open(
+                            client, distant, *arguments, max_concurrent=most
+                        )
                 for way in (distance, away):
                     if way is not None:
                         pipeline = LaggingHead(pipeline, way, here)

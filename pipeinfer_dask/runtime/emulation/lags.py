@@ -28,8 +28,10 @@ from pipeinfer_dask.runtime.links.links import Session
 from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import Message
-from pipeinfer_dask.runtime.nodes.actors import StageNode, StageSpec
+from pipeinfer_dask.runtime.nodes.actors import StageNode
 from pipeinfer_dask.runtime.nodes.loading import Progress
+from pipeinfer_dask.runtime.nodes.room import Bounds
+from pipeinfer_dask.runtime.nodes.specs import StageSpec
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.interface import Pipeline, PipelineCommand
 from pipeinfer_dask.runtime.pipeline.local_pipeline import LocalPipeline
@@ -174,11 +176,13 @@ class DistantHead(RemoteHead):
 class LaggingNode(StageNode):
     """A stage whose runs leave late."""
 
-    def __init__(self, worker: Worker, session: Session, name: str, spec: StageSpec) -> None:
+    def __init__(
+        self, worker: Worker, session: Session, name: str, spec: StageSpec, bounds: Bounds
+    ) -> None:
         assert isinstance(spec, DistantSpec)
         self._lag = Lag[RunPass](spec.distance, super()._deliver)
         self._last = spec.last
-        super().__init__(worker, session, name, spec)
+        super().__init__(worker, session, name, spec, bounds)
 
     def _deliver(self, job: RunPass) -> None:
         # The way back to the client is the client's own to delay.

@@ -38,9 +38,10 @@ from pipeinfer_dask.runtime.links.wire import (
     RequestStatus,
     StopRequest,
 )
-from pipeinfer_dask.runtime.nodes.actors import DraftSpec, Node, NodeActor, StageSpec
+from pipeinfer_dask.runtime.nodes.actors import Node, NodeActor
 from pipeinfer_dask.runtime.nodes.loading import HERE, Loading, Progress
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
+from pipeinfer_dask.runtime.nodes.specs import DraftSpec, StageSpec
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Recovery
 from pipeinfer_dask.simulation.costs import Costs
@@ -123,6 +124,7 @@ class PipelinePlan:
             progress=progress,
             deadline=self.node_timeout,
             recovery=self.recovery,
+            max_concurrent=self.max_concurrent,
             session=self.session,
             former=self.former,
         )
@@ -314,11 +316,6 @@ class HeadThread:
         with suppress(TimeoutError):
             self.ended.result(timeout)
 
-    def join(self) -> None:
-        """See the thread off, once it has ended but for its last step; else do nothing."""
-        if self.ended.done():
-            self._thread.join()
-
     def _post(self, callback: Callable[..., object], *arguments: object) -> None:
         post(self._loop, callback, *arguments)
 
@@ -410,7 +407,8 @@ class HeadNode(Node[HeadThread]):
         # Not by `offload`, which has one thread: nodes on this worker need that to end.
         self.thread.close(timeout=0)
         await asyncio.wait([asyncio.wrap_future(self.thread.ended)], timeout=CLOSE_TIMEOUT_S)
-        self.thread.join()
+        if self.thread.ended.done():  # but for its last step
+            self.thread._thread.join()
 
     def _heed(self, message: Message) -> None:
         match message:

@@ -22,7 +22,7 @@ from distributed import Worker, get_worker
 from distributed.comm import Comm, CommClosedError
 from distributed.utils import offload
 
-from pipeinfer_dask.models.stage import CountBytes, DraftModel, Intake, Stage
+from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.protocol.messages import (
     CancelDraft,
     CancelRuns,
@@ -54,6 +54,8 @@ from pipeinfer_dask.runtime.links.wire import (
     WireError,
 )
 from pipeinfer_dask.runtime.nodes.compute import DrafterThread, StageThread, lacks_memory
+from pipeinfer_dask.runtime.nodes.room import Bounds, Room
+from pipeinfer_dask.runtime.nodes.specs import DraftSpec, StageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -88,45 +90,6 @@ OUTPUT = "output"
 
 FIRST_STAGE = "stage-0"
 """Name of the node that the client feeds."""
-
-
-class StageSpec(Protocol):
-    """Says how to make a stage. Travels to the worker by pickle."""
-
-    @property
-    def name(self) -> str:
-        """A short name for people to read, such as the range of layers."""
-        ...
-
-    @property
-    def intake(self) -> Intake | None:
-        """What hidden states it takes; None for the first stage."""
-        ...
-
-    def load(self, count: CountBytes) -> Stage:
-        """Make the stage. Called once, in the thread that will compute.
-
-        Whatever reads for a while tells ``count`` how far it is.
-        """
-        ...
-
-
-class DraftSpec(Protocol):
-    """Says how to make a draft model. Travels to the worker by pickle."""
-
-    @property
-    def name(self) -> str:
-        """A short name for people to read."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest text, and of what is guessed to follow it."""
-        ...
-
-    def load(self, count: CountBytes) -> DraftModel:
-        """Make the model, as `StageSpec.load` makes a stage."""
-        ...
 
 
 class Node(Generic[ThreadT]):
@@ -295,7 +258,9 @@ def _handler(node: Node[Any]) -> Callable[..., Coroutine[Any, Any, None]]:
 class StageNode(Node[StageThread]):
     """One stage: runs come in over one link, and leave over another."""
 
-    def __init__(self, worker: Worker, session: Session, name: str, spec: StageSpec) -> None:
+    def __init__(
+        self, worker: Worker, session: Session, name: str, spec: StageSpec, bounds: Bounds
+    ) -> None:
         super().__init__(worker, session, name, spec.intake)
         self._next: Link | None = None
         self._dialling: asyncio.Task[None] | None = None
@@ -308,6 +273,7 @@ class StageNode(Node[StageThread]):
             failed=self._failed,
             name=self.identity,
         )
+        self._room = Room(bounds, self.thread)
 
     async def _serve(self, role: str, link: Link) -> None:
         if role == INPUT:
@@ -334,8 +300,9 @@ class StageNode(Node[StageThread]):
         elif isinstance(message, Prune):
             self.thread.prune(message)
         elif isinstance(message, Release):
-            self.thread.submit(message)
+            self._room.release(message)
         elif isinstance(message, Renew):
+            self._room.renew()
             self._renew(message.generation)
         elif isinstance(message, DialNext):
             self._dialling = self._loop.create_task(self._dial(message))
@@ -380,7 +347,7 @@ class StageNode(Node[StageThread]):
             raise LinkError(f"expected a run, got {type(message).__name__}")
         if message.hidden is None and not message.skipped and not self._first:
             raise LinkError("expected a run with hidden states, got one without")
-        self.thread.submit(message)
+        self._room.take(message)
 
     def _taken(self, run: StartRun) -> None:
         self._post(self._tell, RunTaken(run.request, run.generation, run.run))
@@ -393,7 +360,9 @@ class StageNode(Node[StageThread]):
 class DrafterNode(Node[DrafterThread]):
     """The drafter: its few, small messages all go over its control link."""
 
-    def __init__(self, worker: Worker, session: Session, name: str, spec: DraftSpec) -> None:
+    def __init__(
+        self, worker: Worker, session: Session, name: str, spec: DraftSpec, bounds: Bounds
+    ) -> None:
         super().__init__(worker, session, name)
         self._longest = of_text(spec.capacity)  # it reads a prompt at once
         self.thread = DrafterThread(
@@ -402,9 +371,14 @@ class DrafterNode(Node[DrafterThread]):
             failed=self._failed,
             name=self.identity,
         )
+        self._room = Room(bounds, self.thread)
 
     def _heed(self, message: Message) -> None:
-        if isinstance(message, StartDraft | CancelDraft | Release):
+        if isinstance(message, StartDraft):
+            self._room.take(message)
+        elif isinstance(message, Release):
+            self._room.release(message)
+        elif isinstance(message, CancelDraft):
             self.thread.send(message)
         else:
             super()._heed(message)
@@ -418,7 +392,7 @@ def _nothing_expected(message: Message) -> None:
 
 
 NodeKind = Callable[[Worker, Session, str, Any], Node[Any]]
-"""A class of nodes: made of its worker, its session, its name there and its spec."""
+"""Makes a node of its worker, its session, its name there and its spec."""
 
 
 class NodeActor:
@@ -426,8 +400,8 @@ class NodeActor:
 
     Parameters
     ----------
-    kind : type of Node
-        Such as `StageNode` or `DrafterNode`.
+    kind : NodeKind
+        Such as a `StageNode` with its bounds.
     session : Session
     name : str
     spec : StageSpec or DraftSpec, or what else such a node is made by

@@ -170,6 +170,11 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         self._jobs.put(job)
 
     @property
+    def waiting(self) -> int:
+        """Jobs that it has not turned to yet."""
+        return self._jobs.qsize()
+
+    @property
     def stalled(self) -> float:
         """Seconds for which it has not moved, from layer to layer; 0 while there is no job."""
         moved = self._moved

@@ -35,18 +35,19 @@ from pipeinfer_dask.runtime.nodes.actors import (
     INPUT,
     OUTPUT,
     DrafterNode,
-    DraftSpec,
     StageNode,
-    StageSpec,
 )
 from pipeinfer_dask.runtime.nodes.compute import DrafterThread
 from pipeinfer_dask.runtime.nodes.loading import HERE, Progress, Steps
+from pipeinfer_dask.runtime.nodes.room import Bounds
+from pipeinfer_dask.runtime.nodes.specs import DraftSpec, StageSpec
 from pipeinfer_dask.runtime.pipeline.assembled import PipelineError, Seat
 from pipeinfer_dask.runtime.pipeline.assembly import Assembly
 from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
 from pipeinfer_dask.runtime.pipeline.peers import SUSPICION_S, Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import NONE, Former, Recovery
 from pipeinfer_dask.runtime.pipeline.replacement import known_workers
+from pipeinfer_dask.runtime.planning.memory import MOST_CONCURRENT
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class DaskPipeline:
         former: Former | None = None,
         deadline: float = DEADLINE_S,
         recovery: Recovery = NONE,
+        max_concurrent: int = MOST_CONCURRENT,
     ) -> Self:
         """Load all nodes at once, and connect them.
 
@@ -153,6 +155,8 @@ class DaskPipeline:
             and so is a worker that loads one.
         recovery : Recovery
             How far to go to replace what is lost. By default nothing is.
+        max_concurrent : int
+            Requests at once: nodes refuse what would be more.
 
         Raises
         ------
@@ -182,14 +186,17 @@ class DaskPipeline:
                 raise ValueError(
                     f"there is no worker {address}: this cluster has {', '.join(known) or 'none'}"
                 )
+        bounds = Bounds.of_stage(max_concurrent, len(stage_specs))
+        kind = partial(cls.stage_node, bounds=bounds)
         stages = [
-            Seat(f"stage-{index}", cls.stage_node, spec, worker if worker in known else None)
+            Seat(f"stage-{index}", kind, spec, worker if worker in known else None)
             for index, (spec, worker) in enumerate(zip(stage_specs, stage_workers, strict=True))
         ]
         drafter = []
         if draft_spec is not None and draft_worker is not None:
             where = draft_worker if draft_worker in known else None
-            drafter.append(Seat("drafter", DrafterNode, draft_spec, where))
+            drafting = partial(DrafterNode, bounds=Bounds.of_drafter(max_concurrent))
+            drafter.append(Seat("drafter", drafting, draft_spec, where))
         session = session or Session.new()
         pipeline = cls(client, session, stages, drafter, recovery, deadline, progress)
         here = draft_spec if draft_worker is None else None

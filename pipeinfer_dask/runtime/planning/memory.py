@@ -18,6 +18,9 @@ from distributed import Worker
 
 from pipeinfer_dask.models.device_names import CPU
 
+MOST_CONCURRENT = 1024
+"""Generations that may share a pipeline: each has a KV cache on every stage."""
+
 HERE = "this process"
 """The worker of nodes that are threads of the caller's own process."""
 

@@ -17,6 +17,7 @@ from distributed import Client
 from pipeinfer_dask.drafting.ngram import NGRAM
 from pipeinfer_dask.models.linears import check_weights
 from pipeinfer_dask.runtime.planning.clusters import call_on
+from pipeinfer_dask.runtime.planning.memory import MOST_CONCURRENT
 from pipeinfer_dask.runtime.planning.placement import CLIENT, WORKER
 
 
@@ -117,10 +118,6 @@ def check_recovery(
             raise ValueError(f"expected {name} as seconds above 0, got {seconds!r}")
     if not (_is_number(move_in_after) and move_in_after >= 0):
         raise ValueError(f"expected move_in_after as seconds from 0 on, got {move_in_after!r}")
-
-
-MOST_CONCURRENT = 1024
-"""Generations that may share a pipeline: each has a KV cache on every stage."""
 
 
 def check_room(max_concurrent: Any, spares: object, *, in_process: bool) -> None:
