@@ -72,6 +72,7 @@ def test_text_and_trace_come_while_the_text_is_generated(engine: pi.Engine, pair
 def test_requests_wait_in_line_and_can_be_stopped_there(engine: pi.Engine, pair: Pair) -> None:
     running = [engine.start(PROMPT, max_new_tokens=LONG) for _ in range(2)]
     waiting = [engine.start(PROMPT, max_new_tokens=8) for _ in range(2)]
+    assert [one.position for one in waiting] == [1, 2], "known at once, though the head is far"
     for one in running:
         next(iter(one))
     waiting[0].cancel()

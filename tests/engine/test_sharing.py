@@ -97,6 +97,23 @@ def test_those_that_wait_know_their_place(pair: Pair) -> None:
         second.cancel()
 
 
+def test_a_place_in_the_queue_is_known_before_the_head_has_looked(pair: Pair) -> None:
+    with pi.Engine.from_pretrained(
+        pair.target, stages=2, in_process=True, max_concurrent=2
+    ) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=1).token_ids == pair.greedy[:1]
+        may_look = threading.Event()
+        engine._head.loop.call_soon_threadsafe(may_look.wait, 60)
+        try:
+            started = [engine.start(PROMPT, max_new_tokens=20) for _ in range(4)]
+            assert [one.position for one in started] == [None, None, 1, 2]
+        finally:
+            may_look.set()
+        for one in started:
+            assert one.result(120).token_ids == pair.greedy[:20]
+            assert one.position is None
+
+
 def test_a_policy_that_fails_fails_its_own_generation_alone(
     engine: pi.Engine, texts: list[list[int]]
 ) -> None:

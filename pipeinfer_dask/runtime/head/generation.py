@@ -127,7 +127,8 @@ class Generation:
     def position(self) -> int | None:
         """Its place in the queue: 1 for the next one to begin.
 
-        None where it does not wait, or the head has not looked at it since it was started.
+        None where it does not wait. Known from the start, and anew whenever one begins or leaves;
+        from a head on a worker that news takes its way.
         """
         return self._position
 

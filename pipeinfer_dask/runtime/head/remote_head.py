@@ -85,6 +85,7 @@ class RemoteHead:
         The client's. All methods but `start`, `cancel` and `forget` are called on it.
     lost : Exception or None
         What the pipeline was lost by, for good.
+    max_concurrent : int
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class RemoteHead:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.lost: Exception | None = None
+        self.max_concurrent = plan.max_concurrent
         self._client = client
         self._session = Session.new()
         self._plan = plan.moved({}, self._session, None)

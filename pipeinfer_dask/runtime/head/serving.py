@@ -50,6 +50,11 @@ class Driver(Protocol):
         """What the pipeline was lost by."""
         ...
 
+    @property
+    def max_concurrent(self) -> int:
+        """Most generations that run at once."""
+        ...
+
     def start(self, generation: Generation) -> None:
         """Queue a generation."""
         ...
@@ -102,6 +107,7 @@ class Serving:
         self._places: dict[str, str] = {}  # by node, as it is titled, its worker's address
         self._names: dict[str, str] = {}  # by address, its machine and worker
         self._requests = itertools.count()
+        self._underway: WeakSet[Generation] = WeakSet()
         self._lock = Lock()
         self._closed = False
         self._forgotten = finalize(self, _let_go, head, resources, repr(self))
@@ -252,7 +258,12 @@ class Serving:
             try:
                 if self._closed:
                     raise RuntimeError
+                # Known at once: until the head has looked at it, as of what is not done by now.
+                self._underway = WeakSet(one for one in self._underway if not one.done())
+                if (place := len(self._underway) + 1 - self._head.max_concurrent) > 0:
+                    generation.wait_in_line(place)
                 self._head.start(generation)
+                self._underway.add(generation)
             except RuntimeError:
                 raise EngineClosedError("this engine is closed: open another one") from None
         return generation
