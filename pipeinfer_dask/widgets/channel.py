@@ -103,15 +103,24 @@ class Channel(ipywidgets.Widget):  # type: ignore[misc]
     # --- for the feed -----------------------------------------------------------------
 
     def push(self) -> None:
-        """Send the rows that have come since the last time. The feed calls it."""
+        """Send the rows that have come since the last time. The feed calls it.
+
+        :meta private:
+        """
         self._send_rows(reset=False)
 
     def finish(self) -> None:
-        """Make all rows the widget's state, as nothing more can come. The feed calls it."""
+        """Make all rows the widget's state, as nothing more can come. The feed calls it.
+
+        :meta private:
+        """
         self._set(self._state())
 
     def over(self) -> None:
-        """Call what is in `at_end`. The feed calls it, once the trace is over."""
+        """Call what is in `at_end`. The feed calls it, once the trace is over.
+
+        :meta private:
+        """
         for action in list(self.at_end):
             action()
 

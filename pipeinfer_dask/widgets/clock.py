@@ -40,6 +40,8 @@ class Moments(ipywidgets.Widget):  # type: ignore[misc]
     def wind(self, feeds: Iterable[Feed], moment: float) -> None:
         """Take the steps of traces that are over, and go to a moment; no traces, no steps.
 
+        :meta private:
+
         Parameters
         ----------
         feeds : iterable of Feed

@@ -163,7 +163,7 @@ class Dashboard(Still, ipywidgets.VBox):  # type: ignore[misc]
         return self.text, self.timeline, self.metrics, self.tree
 
     @property
-    def channels(self) -> Sequence[Channel]:
+    def _channels(self) -> Sequence[Channel]:
         """What is shown."""
         return (self.channel,)
 

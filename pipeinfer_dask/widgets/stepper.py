@@ -70,7 +70,7 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
         kinds: list[type[TraceView]] = [TokenStream]
         kinds += [kind for kind, asked in ((Metrics, metrics), (DraftTree, tree)) if asked]
         tables = dict.fromkeys([*Timeline.shows, *(name for kind in kinds for name in kind.shows)])
-        self._channels = [Channel(feed, tables) for feed in feeds]
+        channels = [Channel(feed, tables) for feed in feeds]
         self.clock = Clock()
         self.clock.wind(feeds, 0.0)
         # What is to be compared is side by side, on one scale and in the same part of it.
@@ -79,19 +79,19 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
         ends = max(feed.now for feed in feeds) if len(feeds) > 1 else 0.0
         timelines = [
             Timeline(each, moment=0.0, span=span, ends=ends, led=number > 0)
-            for number, each in enumerate(self._channels)
+            for number, each in enumerate(channels)
         ]
         for other in timelines[1:]:
             ipywidgets.jslink((timelines[0], "seen"), (other, "seen"))
-        rest = [kind(each, moment=0.0) for kind in kinds for each in self._channels]
+        rest = [kind(each, moment=0.0) for kind in kinds for each in channels]
         self.views: list[TraceView] = [*timelines, *rest]
         self.clock.link(self.views)
         super().__init__([self.clock, *self.views])
 
     @property
-    def channels(self) -> Sequence[Channel]:
+    def _channels(self) -> Sequence[Channel]:
         """What is shown."""
-        return self._channels
+        return [view.channel for view in self.views if isinstance(view, Timeline)]
 
     @property
     def _hider(self) -> Clock:

@@ -58,7 +58,7 @@ class Still(ipywidgets.DOMWidget):  # type: ignore[misc]
         """
         return HTML(self.to_html())
 
-    def leave_picture(self) -> None:
+    def _leave_picture(self) -> None:
         """Put a picture of what is there now where the widget is shown, if it is."""
         if not self._shown:
             return
@@ -77,7 +77,7 @@ class Still(ipywidgets.DOMWidget):  # type: ignore[misc]
         update_display(self._picture(), display_id=self._picture_id)
 
     @property
-    def channels(self) -> Sequence[Channel]:
+    def _channels(self) -> Sequence[Channel]:
         """What is shown."""
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class Still(ipywidgets.DOMWidget):  # type: ignore[misc]
 
     @property
     def _live(self) -> bool:
-        return any(channel.feed.live for channel in self.channels)
+        return any(channel.feed.live for channel in self._channels)
 
     @property
     def _picture_id(self) -> str:
@@ -106,7 +106,7 @@ class Still(ipywidgets.DOMWidget):  # type: ignore[misc]
         display(self._picture(), display_id=self._picture_id)
         if not self._shown:
             self._shown = True
-            for channel in self.channels:
-                channel.at_end.append(self.leave_picture)
+            for channel in self._channels:
+                channel.at_end.append(self._leave_picture)
         if live and not self._live:
-            self.leave_picture()  # it was over before anybody could be told
+            self._leave_picture()  # it was over before anybody could be told

@@ -73,7 +73,7 @@ class TraceView(Still, Moments, anywidget.AnyWidget):
         return self.channel.feed
 
     @property
-    def channels(self) -> Sequence[Channel]:
+    def _channels(self) -> Sequence[Channel]:
         """What is shown."""
         return (self.channel,)
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from docs.make_architecture import ROOT, named, public
+from pipeinfer_dask.runtime.head.head import Served
+from pipeinfer_dask.widgets.feed import View
 from tests.docs.blocks import PAGES, blocks
 
 NAMES = [name for section in public() for name in section.names]
@@ -43,7 +45,8 @@ def untold(name: str, thing: Any) -> set[str]:
 def parts(name: str) -> Iterator[tuple[str, Any]]:
     """Yield an object, and the public methods and properties of a class, by full name.
 
-    Those too that it has from a class of ours without a page of its own.
+    Those too that it has from a class of ours without a page of its own. What only we call is left
+    out here and on the pages: its docstring says ``:meta private:``.
     """
     thing = named(name)
     yield name, thing
@@ -54,8 +57,10 @@ def parts(name: str) -> Iterator[tuple[str, Any]]:
             if owner.__module__.startswith("pipeinfer_dask.") and owner not in with_pages:
                 members = vars(owner) | members
         for member, value in members.items():
-            if not member.startswith("_") and (
-                inspect.isfunction(value) or isinstance(value, (property, classmethod))
+            if (
+                not member.startswith("_")
+                and (inspect.isfunction(value) or isinstance(value, (property, classmethod)))
+                and ":meta private:" not in (inspect.getdoc(value) or "")
             ):
                 yield f"{name}.{member}", getattr(thing, member)
 
@@ -100,7 +105,11 @@ def test_pages_use_public_names_alone() -> None:
 def test_a_page_shows_what_its_class_inherits_from_one_without_a_page(tmp_path: Path) -> None:
     pytest.importorskip("numpydoc", reason="needs '.[docs]'")
     build = pytest.importorskip("sphinx.cmd.build", reason="needs '.[docs]'")
-    shown = {"pipeinfer_dask.Engine": "start", "pipeinfer_dask.widgets.Timeline": "freeze"}
+    shown = {
+        "pipeinfer_dask.Engine": "start",
+        "pipeinfer_dask.Generation": "result",
+        "pipeinfer_dask.widgets.Timeline": "freeze",
+    }
     template = (ROOT / "docs" / "_templates" / "autosummary" / "class.rst").read_text("utf-8")
     pages = "".join(
         template[template.index(".. autoclass") :].replace("{{ objname }}", name) for name in shown
@@ -113,6 +122,16 @@ def test_a_page_shows_what_its_class_inherits_from_one_without_a_page(tmp_path: 
     for name, member in shown.items():
         assert f'id="{name}.{member}"' in page
     assert 'id="pipeinfer_dask.widgets.Timeline.traits"' not in page, "that is not ours"
+    for name in ("Generation.record", "widgets.Timeline.wind"):
+        assert f'id="pipeinfer_dask.{name}"' not in page, "that is for us alone"
+
+
+@pytest.mark.parametrize("caller", [Served, View])
+def test_what_heads_and_feeds_call_stands_on_no_page(caller: type) -> None:
+    called = {member for member in vars(caller) if not member.startswith("_")}
+    shown = {part.rpartition(".")[2] for name in NAMES for part, _ in parts(name) if part != name}
+    assert called
+    assert called & shown == set()
 
 
 @pytest.mark.parametrize("name", NAMES)

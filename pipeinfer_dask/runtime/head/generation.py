@@ -267,6 +267,8 @@ class Generation:
     def wait_in_line(self, position: int) -> None:
         """Note where it stands in the queue.
 
+        :meta private:
+
         Parameters
         ----------
         position : int
@@ -275,15 +277,23 @@ class Generation:
         self._position = position
 
     def begin(self) -> None:
-        """Note that the head has turned to it."""
+        """Note that the head has turned to it.
+
+        :meta private:
+        """
         self._position, self._status = None, "running"
 
     def recover(self) -> None:
-        """Note that a lost node is being replaced; the text goes on from where it is."""
+        """Note that a lost node is being replaced; the text goes on from where it is.
+
+        :meta private:
+        """
         self._position, self._status = None, "recovering"
 
     def record(self, time: float, what: Event | Command) -> None:
         """Note what happened. Who follows the trace finds a commit's text there before it.
+
+        :meta private:
 
         Parameters
         ----------
@@ -310,6 +320,8 @@ class Generation:
 
     def finish(self, reason: str) -> None:
         """Set the result: no token comes any more.
+
+        :meta private:
 
         Parameters
         ----------
@@ -344,6 +356,8 @@ class Generation:
 
     def fail(self, error: BaseException) -> None:
         """Let whoever waits have the text so far, as a `GenerationInterrupted`.
+
+        :meta private:
 
         Parameters
         ----------
