@@ -8,8 +8,10 @@ from typing import Any
 
 import ipywidgets
 
+from pipeinfer_dask.trace.charts import charts_html
 from pipeinfer_dask.trace.picture import comparison_html
 from pipeinfer_dask.trace.tables import window
+from pipeinfer_dask.trace.text import text_html
 from pipeinfer_dask.trace.tree import tree_html
 from pipeinfer_dask.widgets.channel import Channel
 from pipeinfer_dask.widgets.clock import Clock
@@ -108,14 +110,14 @@ class Stepper(Still, ipywidgets.VBox):  # type: ignore[misc]
         feeds = [view.feed for view in self.views if isinstance(view, Timeline)]
         pictures = comparison_html([(feed.title, feed.history) for feed in feeds])
         drawn, texts = "", ""
-        for view in self.views:
+        for view in self.views:  # the clock's moment is the page's: what is here has ended
+            story, title = view.feed.history, escape(view.feed.title)
             if isinstance(view, TokenStream):
-                texts += f"<div>{escape(view.feed.title)}: {view.to_html()}</div>"
+                texts += f"<div>{title}: {text_html(story, struck=True)}</div>"
             elif not isinstance(view, Timeline):
-                # The clock's moment is the page's: of a tree its fullest tells most.
-                tree = isinstance(view, DraftTree)
-                page = tree_html(view.feed.history) if tree else view.to_html()
-                drawn += f"<div><b>{escape(view.feed.title)}</b>{page}</div>"
+                # Of a tree its fullest tells most.
+                page = tree_html(story) if isinstance(view, DraftTree) else charts_html(story)
+                drawn += f"<div><b>{title}</b>{page}</div>"
         return f"{pictures}{drawn}<details><summary>Texts</summary>{texts}</details>"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import anywidget
 import traitlets
 from ipywidgets import widget_serialization
 
+from pipeinfer_dask.trace import History
 from pipeinfer_dask.widgets.channel import Channel
 from pipeinfer_dask.widgets.clock import Moments
 from pipeinfer_dask.widgets.feed import Feed
@@ -76,6 +78,15 @@ class TraceView(Still, Moments, anywidget.AnyWidget):
     def _channels(self) -> Sequence[Channel]:
         """What is shown."""
         return (self.channel,)
+
+    @property
+    def _known(self) -> History:
+        """The story as far as it was known at the moment that is chosen; all, where none is."""
+        story = self.feed.history
+        if self.moment < 0:
+            return story
+        known = [entry for entry in story.trace if entry[0] - story.began <= self.moment]
+        return History(replace(story.trace, records=known))
 
     @property
     def _hider(self) -> Any:

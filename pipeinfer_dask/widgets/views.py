@@ -80,13 +80,15 @@ class Metrics(TraceView):
     def to_html(self) -> str:
         """Return the figures and charts of how they came about, and the same as tables.
 
+        Where a moment is chosen, they are those of what was known then.
+
         Returns
         -------
         str
             HTML without scripts.
         """
         with self.feed.lock:
-            return charts_html(self.feed.history)
+            return charts_html(self._known)
 
 
 class TokenStream(TraceView):
@@ -108,13 +110,15 @@ class TokenStream(TraceView):
     def to_html(self) -> str:
         """Return the text, what its marks mean, and the rejected guesses struck through.
 
+        Where a moment is chosen, it is what was known then.
+
         Returns
         -------
         str
             HTML without scripts.
         """
         with self.feed.lock:
-            return text_html(self.feed.history, struck=True)
+            return text_html(self._known, struck=True)
 
 
 class DraftTree(TraceView):

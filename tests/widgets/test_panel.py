@@ -331,6 +331,27 @@ def test_a_frozen_text_can_show_what_was_guessed_and_ruled_out_struck_through() 
     assert "struck through" not in TokenStream(simulate("iterative", stages=2)).to_html()
 
 
+def test_a_frozen_text_of_a_chosen_moment_is_what_there_was_then() -> None:
+    simulation = simulate("pipeinfer", stages=3, acceptance=0.5, max_new_tokens=30)
+    story = Timeline(simulation).feed.history
+    for number, token in list(enumerate(story.tokens, 1))[::7]:
+        page = TokenStream(simulation, moment=token.time - story.began).to_html()
+        plain, *struck = re.findall("<pre.*?</pre>", page)
+        there = "".join(pieces_of(story)[:number])
+        assert re.sub("<[^>]*>", "", plain) == there
+        places = {each.guess.position for each in story.tokens[:number]}
+        ruled_out = {
+            (guess.position, guess.token)
+            for guess in story.settled
+            if guess.ahead and guess.ruled_out and guess.settled <= token.time  # type: ignore[operator]
+            if guess.position in places
+        }
+        assert "".join(struck).count("<s ") == len(ruled_out)
+    begin = TokenStream(simulation, moment=0.0).to_html()
+    assert re.sub("<[^>]*>", "", re.findall("<pre.*?</pre>", begin)[0]) == ""
+    assert simulation_text(story) in re.sub("<[^>]*>", "", Stepper(simulation).to_html())
+
+
 def simulation_text(story: History) -> str:
     return "".join(pieces_of(story))
 
@@ -364,6 +385,19 @@ def test_frozen_figures_are_charts_with_a_description_each_and_the_same_as_table
     last = simulation.trace.records[-1][0]
     *_, (until, tokens) = re.findall(r"<tr><td>([0-9.]+) ms</td><td>(\d+)</td>", page)
     assert float(until) <= 1e3 * last + 0.1 and int(tokens) == 30
+
+
+def test_frozen_figures_of_a_chosen_moment_are_those_of_what_was_known_then() -> None:
+    simulation = simulate("adaptive", stages=4, max_new_tokens=30)
+    story = Timeline(simulation).feed.history
+    for figures in story.figures[::5]:
+        took = figures.time - story.began
+        page = Metrics(simulation, moment=took).to_html()
+        *_, (until, tokens) = re.findall(r"<tr><td>([0-9.]+) ms</td><td>(\d+)</td>", page)
+        assert (until, int(tokens)) == (f"{1e3 * took:.1f}", figures.generated)
+        assert f">{figures.generated / took:.1f}</b>tokens a second" in page
+    whole = Metrics(simulation).to_html()
+    assert whole in Stepper(simulation, metrics=True).to_html()
 
 
 def test_a_dashboard_steps_through_what_is_over(engine: pi.Engine) -> None:
