@@ -28,7 +28,7 @@ from pipeinfer_dask.core.drafts import Draft, ProtocolError, choice_of
 from pipeinfer_dask.core.ending import Ending
 from pipeinfer_dask.core.flight import Flight
 from pipeinfer_dask.core.runs import RunFuture
-from pipeinfer_dask.core.tree import Held, Node, Tree, batch_of, nodes_of
+from pipeinfer_dask.core.tree import Held, Node, Tree, batch_of, run_of
 from pipeinfer_dask.protocol.messages import (
     AWAY,
     Begin,
@@ -95,6 +95,7 @@ class Machine:
         Events dropped because they belong to another request or generation.
     sharers : int
         Requests that share the pipeline, this one included; see `Sharing`.
+    wake : float or None
     may_run, may_draft : bool
         Whether it is this request's turn. A run uses a turn up, where there are others.
     """
@@ -114,9 +115,8 @@ class Machine:
         self.generation = generation
         self.draft_generation = draft_generation
         self.tree = Tree(request.prompt, request.capacity, held)
-        self.generated = 0
+        self.generated = self.stale = self._draft_ids = 0
         self.finished: str | None = None
-        self.stale = 0
         self.now = 0.0
         self.sharers = 1
         self.may_run = self.may_draft = True
@@ -127,9 +127,8 @@ class Machine:
         self._prefill: deque[list[Node]] = deque()
         # In order of arrival. A dictionary, so that one leaves without the others being touched.
         self._fresh: dict[Node, None] = {}
-        self._wake: float | None = None
-        self._draft_ids = 0
-        self._begun = self._over = False
+        self.wake: float | None = None
+        self._begun = self._over = self._waits = False
         self._reading = True
         self._commands: list[Command] = []
 
@@ -173,7 +172,7 @@ class Machine:
     @property
     def stuck(self) -> bool:
         """Whether nothing is under way, nor will be: true of a turn that was not used, at most."""
-        waits = self.runs or self.drafting or self._wake is not None or self.generation == AWAY
+        waits = self.runs or self.drafting or self._waits or self.generation == AWAY
         return self.finished is None and not waits
 
     @property
@@ -255,10 +254,11 @@ class Machine:
                 pass  # the policy is asked below, as after every event
         if self.finished is None:
             self._plan()
-            wake = self.policy.wake_at(self)
-            if wake is not None and wake != self._wake:
-                commands.append(WakeAt(self.request.id, wake))
-            self._wake = wake
+            due = self.policy.wake_at(self)
+            self._waits = due is not None and (due > now or due != self.wake)
+            if due is not None and due != self.wake:
+                commands.append(WakeAt(self.request.id, due))
+            self.wake = due
         elif not self.runs and self._draft is None:
             self._over = True
             commands.append(Finish(self.request.id, self.finished))
@@ -426,7 +426,7 @@ class Machine:
             return ()
         if self.draft_generation == AWAY:  # a policy may wait for drafts: till then it is plain
             return [self.root] if self.root_waits else ()
-        return nodes_of(self.policy.choose_run(self), self.policy.name)
+        return run_of(self.policy.choose_run(self), self.policy.name)
 
     def _start_run(self, nodes: Sequence[Node], kind: Kind) -> None:
         last = kind is not Kind.PREFILL or nodes[-1] is self.root

@@ -127,9 +127,10 @@ class Sharing:
             if isinstance(command, Finish):
                 self.leave(command.request)
         if machine.may_run and machine.may_draft and machine.stuck:
+            passed = "" if machine.wake is None else f", got {machine.wake:g}, which has passed"
             raise RuntimeError(
                 f"policy {machine.policy.name!r} planned nothing while nothing is under way: "
-                f"expected a run, a draft, or a time to wake at"
+                f"expected a run, a draft, or a time to wake at that is still to come{passed}"
             )
 
     def _next(self, declined: set[int]) -> Machine | None:

@@ -260,7 +260,7 @@ class Tree:
         return (node for node in self.root.subtree() if not node.children)
 
 
-def nodes_of(answer: object, policy: str, method: str = "choose_run") -> Sequence[Node]:
+def nodes_of(answer: object, policy: str, method: str) -> Sequence[Node]:
     """Return the nodes that a policy's method has answered with.
 
     Raises
@@ -274,3 +274,28 @@ def nodes_of(answer: object, policy: str, method: str = "choose_run") -> Sequenc
         f"policy {policy!r}: expected {method} to return nodes of the machine's tree, got "
         f"{reprlib.repr(answer)}"
     )
+
+
+def run_of(answer: object, policy: str) -> Sequence[Node]:
+    """Return the nodes that a policy has chosen for a run.
+
+    Raises
+    ------
+    ValueError
+        If the answer is something else, a run has one of them already, or no run the token before.
+    """
+    nodes, before = nodes_of(answer, policy, "choose_run"), set[Node]()
+    for node in nodes:
+        got = f"got token {node.token} at position {node.position}"
+        if node.run is not None or node in before:
+            raise ValueError(
+                f"policy {policy!r}: expected choose_run to return nodes that are in no run yet, "
+                f"{got} again: take those of machine.fresh, and the root while machine.root_waits"
+            )
+        if node.parent is not None and node.parent.run is None and node.parent not in before:
+            raise ValueError(
+                f"policy {policy!r}: expected choose_run to return parents first, {got} before "
+                f"what it follows: put that before it, or wait until a run holds it"
+            )
+        before.add(node)
+    return nodes

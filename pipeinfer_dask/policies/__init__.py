@@ -75,8 +75,8 @@ def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
     Raises
     ------
     ValueError
-        If strategy and knobs are not to be had, there are knobs beside a policy, or nobody knows
-        how to make a fresh one of it.
+        If strategy and knobs are not to be had, there are knobs beside a policy, it has no name, or
+        nobody knows how to make a fresh one of it.
     """
     if isinstance(strategy, type) and issubclass(strategy, Policy):
         name = strategy.__name__
@@ -88,6 +88,11 @@ def policy_of(strategy: str | Policy, knobs: Mapping[str, Any]) -> Policy:
         return make_policy(strategy, **knobs)
     if knobs:
         raise ValueError(f"expected knobs or a policy of your own, got both: {dict(knobs)}")
+    if not isinstance(called := getattr(strategy, "name", None), str):
+        raise ValueError(
+            f"expected a policy with a name, got {type(strategy).__name__} with {called!r}: put "
+            f'name: ClassVar[str] = "..." into its class'
+        )
     if type(strategy).fresh is Policy.fresh and not is_dataclass(strategy):
         raise ValueError(
             f"expected a policy that is a dataclass, got {type(strategy).__name__}: put @dataclass "

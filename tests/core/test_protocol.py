@@ -12,7 +12,7 @@ from pipeinfer_dask.core.ending import Ending
 from pipeinfer_dask.core.flight import Flight, runs_before
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.runs import RunFuture
-from pipeinfer_dask.core.tree import Held, Node, Slots, Tree
+from pipeinfer_dask.core.tree import Held, Node, Slots, Tree, run_of
 from pipeinfer_dask.policies import Adaptive, Iterative, Policy, Speculative
 from pipeinfer_dask.protocol.messages import (
     LEFT_OUT,
@@ -110,6 +110,23 @@ def test_what_is_no_answer_of_a_policy_is_refused_by_its_name(
 
     with pytest.raises(ValueError, match=f"policy 'wrong': expected {told}"):
         begun(Wrong())
+
+
+def test_a_run_has_nodes_that_no_run_has_each_behind_its_parent() -> None:
+    root = Node(7, 3, 0, None, run=0)
+    child = Node(8, 4, 1, root)
+    grandchild = Node(9, 5, 2, child)
+    assert run_of([child, grandchild], "right") == [child, grandchild]
+    again = "policy 'wrong': expected choose_run to return nodes that are in no run yet, got token"
+    for nodes in ([root], [child, root]):
+        with pytest.raises(ValueError, match=f"{again} 7 at position 3 again: take those of"):
+            run_of(nodes, "wrong")
+    with pytest.raises(ValueError, match=f"{again} 8 at position 4 again: take those of"):
+        run_of([child, child], "wrong")
+    first = "expected choose_run to return parents first, got token 9 at position 5 before what it"
+    for nodes in ([grandchild, child], [grandchild]):
+        with pytest.raises(ValueError, match=f"{first} follows: put that before it, or wait"):
+            run_of(nodes, "wrong")
 
 
 @pytest.mark.parametrize(

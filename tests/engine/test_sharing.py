@@ -192,12 +192,20 @@ class Idle(Adaptive):
         return None
 
 
+class Overdue(Idle):
+    """Asks to be woken at a time that has passed."""
+
+    def wake_at(self, machine: Machine) -> float | None:
+        return 0.0
+
+
+@pytest.mark.parametrize("kind", [Idle, Overdue])
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_policy_that_waits_for_nothing_fails_its_own_generation_alone(
-    engine: pi.Engine, texts: list[list[int]], alone: bool
+    engine: pi.Engine, texts: list[list[int]], alone: bool, kind: type[Idle]
 ) -> None:
     others = [] if alone else [engine.start(prompt, max_new_tokens=60) for prompt in PROMPTS[1:]]
-    idle = engine.start(PROMPT, max_new_tokens=60, strategy=Idle())
+    idle = engine.start(PROMPT, max_new_tokens=60, strategy=kind())
     with pytest.raises(GenerationInterrupted, match="'idle' planned nothing") as caught:
         idle.result(120)
     assert 20 <= len(caught.value.partial_ids) < 60

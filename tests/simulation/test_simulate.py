@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from typing import Any, ClassVar, Self
@@ -409,6 +409,30 @@ class Late(Idle):
         return at if machine.now < at else None
 
 
+class Overdue(Idle):
+    """Then it asks to be woken at a time that comes once."""
+
+    def wake_at(self, machine: Machine) -> float | None:
+        return 1000.0
+
+
+class Repeating(Iterative):
+    """Has the same to do again and again."""
+
+    name: ClassVar[str] = "repeating"
+
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        return [machine.root]
+
+
+@dataclass
+class Nameless(Policy):
+    """A policy whose author forgot its name."""
+
+    def choose_run(self, machine: Machine) -> Sequence[Node]:
+        return [machine.root] if machine.root_waits else []
+
+
 class Bare(Policy):
     """A policy whose author forgot the decorator."""
 
@@ -431,12 +455,27 @@ def test_a_policy_that_nobody_knows_how_to_copy_is_refused_with_what_it_lacks() 
     assert len(simulate(Copied(), max_new_tokens=5).token_ids) == 5
 
 
+def test_a_policy_without_a_name_is_refused_with_how_to_give_it_one() -> None:
+    with pytest.raises(ValueError, match="with a name, got Nameless with None: put name: ClassVar"):
+        simulate(Nameless())
+
+
+def test_a_policy_that_runs_a_token_again_is_told_so() -> None:
+    with pytest.raises(ValueError, match=r"'repeating': expected choose_run .* in no run yet"):
+        simulate(Repeating())
+
+
 def test_a_policy_that_waits_for_nothing_is_told_so() -> None:
-    told = "policy 'idle' planned nothing while nothing is under way"
+    told = "policy 'idle' planned nothing while nothing is under way: .* is still to come$"
     with pytest.raises(RuntimeError, match=told):
         simulate(Idle())
     with pytest.raises(RuntimeError, match=told):
         simulate_together(Idle(), 3)
+    told = "policy 'idle' planned nothing .* still to come, got 1000, which has passed"
+    with pytest.raises(RuntimeError, match=told):
+        simulate(Overdue())
+    with pytest.raises(RuntimeError, match=told):
+        simulate_together(Overdue(), 3)
     assert len(simulate(Late(), max_new_tokens=8).token_ids) == 8
     together = simulate_together(Late(), 3, max_new_tokens=8)
     assert [len(one.token_ids) for one in together] == [8] * 3
