@@ -33,26 +33,30 @@ class Keeper:
         is replaced at once.
     floor : Floor
         What its engine needs of the cluster, if that scales itself.
-
-    Attributes
-    ----------
-    lacking : tuple of JobState
-        What the queue last said of jobs that have no worker.
     """
 
     def __init__(self, jobs: Jobs, patience: float, floor: Floor) -> None:
-        self.lacking: tuple[JobState, ...] = ()
         self._jobs = jobs
         self._patience = patience
         self._floor = floor
         self._seen: set[str] = set()  # jobs that have had a worker
         self._since: dict[str, float] = {}  # when they lost it
+        self._waiting: tuple[JobState, ...] = ()
         self._told: dict[str, str] = {}
         self._asked = -math.inf
-        self._owed = 0  # jobs that were lost, and for which none is in the queue yet
+        self._owed = 0  # jobs that were lost, and for which none has been submitted yet
+        self._untaken = 0  # jobs that were submitted, and that the queue has not taken yet
         self._pause = GLANCE_S
         self._ready = -math.inf
         self._refusal = ""
+        self._refused = ""  # the same, until a job is taken
+
+    @property
+    def lacking(self) -> tuple[JobState, ...]:
+        """What the queue last said of jobs that have no worker, those that it refused included."""
+        state = JobState("(none)", f"refused ({self._refused})", ended=True)
+        refused = self._owed + self._untaken if self._refused else 0
+        return (*self._waiting, *[state] * refused)
 
     async def keep(self) -> None:
         """Look after the jobs until the cluster is closed."""
@@ -66,19 +70,20 @@ class Keeper:
         if refused:
             words = self._refusal or "it has not told us why"
             logger.warning("the queue takes no job, %g s later again: %s", self._pause, words)
+            self._refused = words
         if refused or lost - self._seen:
             self._ready = now + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
         lost |= refused
         # Dask itself gives up a job whose worker stays away for long.
         new = self._jobs.unsubmitted
-        self._owed += len(lost)
+        self._owed, self._untaken = self._owed + len(lost), 0
         if self._floor.scales:  # what is more than it needs is for the cluster to say
             self._owed = min(self._owed, self._jobs.short_of(self._floor.workers, lost))
         if now >= self._ready:
             # Before the lost ones are dropped, or one might get the name of one of them.
             new |= {self._jobs.add() for _ in range(self._owed)}
-            self._owed = 0
+            self._untaken, self._owed = self._owed, 0
         self._jobs.drop(lost)
         self._floor.hold(paused=now < self._ready)
         if new or lost:
@@ -95,13 +100,13 @@ class Keeper:
         news = away - self._since.keys()
         self._since = {name: self._since.get(name, now) for name in away}
         if not submitted - here:
-            self.lacking = ()
+            self._waiting = ()
             return set()
         if not news and now - self._asked < ASK_S:
             return set()
         self._asked = now
         states = await self._jobs.waiting()
-        self.lacking = tuple(states.values())
+        self._waiting = tuple(states.values())
         lost = {
             name
             for name, state in states.items()
@@ -118,9 +123,13 @@ class Keeper:
             async with asyncio.timeout(SUBMIT_S):
                 await self._jobs.correct()
         except SubmitError as refused:
-            self._refusal = str(refused)
+            self._refusal = self._refused = str(refused)
         except TimeoutError:
             logger.warning("the queue has not taken a job within %g s", SUBMIT_S)
+        else:
+            if self._untaken:
+                self._refused = ""
+        self._untaken = len(self._jobs.refused())
 
     def _tell(self, lost: set[str], states: Mapping[str, JobState]) -> None:
         """Tell the user what is lost, and what the queue says of what is to take its place."""

@@ -42,7 +42,10 @@ class ClusterEngine(Engine):
 
     @property
     def lacking(self) -> tuple[JobState, ...]:
-        """What the queue last said of jobs that have no worker, such as one for a lost node."""
+        """What the queue last said of jobs that have no worker, such as one for a lost node.
+
+        Of those that it has refused, too: as ``refused``, with its own words.
+        """
         return self._keeper.lacking if self._keeper is not None else ()
 
     @property

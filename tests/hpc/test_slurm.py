@@ -170,6 +170,8 @@ def test_any_number_of_losses_is_made_good_also_of_jobs_that_never_ran(
             until(lambda: "the queue takes no job, 4 s later again: " in caplog.text, "refusals")
             # One that was taken, and three that were not, with pauses of one and two seconds.
             assert submissions() == 1 + 3
+            [state] = engine.lacking
+            assert re.fullmatch(r"refused \(.*Required partition not available.*\)", state.words)
         finally:
             slurm.say("scontrol", "update", "PartitionName=debug", "State=UP")
         assert "Required partition not available (inactive or drain)" in caplog.text
