@@ -408,12 +408,13 @@ def test_a_client_that_is_closed_in_mid_text_is_what_the_error_names(
 
 
 DASK = "from distributed.cli.dask_{} import main; main()"
+Program = subprocess.Popen[str]
 
 
-def test_an_engine_whose_scheduler_is_killed_says_so_and_its_workers_end(
-    pair: Pair, tmp_path: Path
-) -> None:
-    file = str(tmp_path / "scheduler.json")
+@contextmanager
+def cluster_of_programs(folder: Path) -> Iterator[tuple[Program, Program, Client]]:
+    """Give a scheduler and a worker that are programs of their own, and a client of theirs."""
+    file = str(folder / "scheduler.json")
     here = ["--scheduler-file", file, "--no-dashboard", "--host", "127.0.0.1"]
     node = ["--no-nanny", "--nthreads", "1", "--memory-limit", "0"]
     with (
@@ -422,11 +423,19 @@ def test_an_engine_whose_scheduler_is_killed_says_so_and_its_workers_end(
         Client(scheduler_file=file, set_as_default=False, timeout=PATIENCE_S) as client,
     ):
         client.wait_for_workers(1, timeout=PATIENCE_S)
-        engine = pi.Engine.from_pretrained(pair.target, client=client, stages=1)
+        yield scheduler, worker, client
+
+
+@pytest.mark.parametrize("head", ["client", "worker"])
+def test_an_engine_whose_scheduler_is_killed_says_so_and_its_workers_end(
+    pair: Pair, tmp_path: Path, head: str
+) -> None:
+    with cluster_of_programs(tmp_path) as (scheduler, worker, client):
+        engine = pi.Engine.from_pretrained(pair.target, client=client, stages=1, head=head)
         run = engine.start(PROMPT, max_new_tokens=LONG)
         next(iter(run))
         scheduler.kill()
-        cut_off(run, pair, r"stage 0 .* is lost: .* connection to the cluster's scheduler is, too")
+        cut_off(run, pair, r" is lost: .* connection to the cluster's scheduler is, too")
         with pytest.raises(EngineClosedError, match="open another one"):
             engine.start(PROMPT)
         engine.close()
@@ -434,3 +443,22 @@ def test_an_engine_whose_scheduler_is_killed_says_so_and_its_workers_end(
         _, said = worker.communicate(timeout=PATIENCE_S)
         assert worker.returncode == 0
         assert "pipeinfer" not in said
+
+
+def test_a_scheduler_that_hangs_costs_no_token_and_keeps_nobody_waiting(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.planning.scheduler.SCHEDULER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pipeinfer_dask.runtime.pipeline.scaling.REGISTER_TIMEOUT_S", 0.5)
+    with cluster_of_programs(tmp_path) as (scheduler, _, client):
+        engine = pi.Engine.from_pretrained(pair.target, client=client, stages=1)
+        scheduler.send_signal(signal.SIGSTOP)
+        try:
+            assert engine.generate(PROMPT, max_new_tokens=200).token_ids == pair.greedy
+            with pytest.raises(RuntimeError, match=r"scheduler can't be asked .* no answer within"):
+                pi.Engine.from_pretrained(pair.target, client=client, stages=1)
+            engine.close()
+            assert threads_of_engines() == []
+        finally:
+            scheduler.send_signal(signal.SIGCONT)
+        wait_until_workers_hold_nothing(client)

@@ -39,6 +39,7 @@ from pipeinfer_dask.runtime.nodes.loading import Loading, Progress
 from pipeinfer_dask.runtime.pipeline.assembled import (
     CLIENT_CLOSED,
     CLOSED,
+    NO_SCHEDULER,
     NodeLostError,
     Nodes,
     PipelineError,
@@ -47,7 +48,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import (
 from pipeinfer_dask.runtime.pipeline.assembly import RETRY_S
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part
-from pipeinfer_dask.runtime.pipeline.replacement import (
+from pipeinfer_dask.runtime.planning.scheduler import (
     NoSchedulerError,
     NoWorkerError,
     known_workers,
@@ -362,7 +363,8 @@ class RemoteHead:
             self._part.left -= 1
             self._begin_recovery(lost)
         else:
-            self.end(PipelineError(f"{lost}; {KEPT}"))
+            also = "" if self._client.status == "running" else f"; {NO_SCHEDULER}"
+            self.end(PipelineError(f"{lost}{also}; {KEPT}"))
 
     def _begin_recovery(self, lost: NodeLostError) -> None:
         self._part.generation = AWAY

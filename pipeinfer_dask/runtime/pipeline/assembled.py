@@ -45,6 +45,9 @@ CLOSED = ("closing", "closed")
 
 CLIENT_CLOSED = "your Dask client was closed"
 
+NO_SCHEDULER = "the connection to the cluster's scheduler is, too"
+"""Said of a lost node. Workers end when their scheduler does, and the client hears of it first."""
+
 
 class PipelineError(RuntimeError):
     """A node of the pipeline could not be made, or is lost. The text says which, and where."""

@@ -28,6 +28,7 @@ from pipeinfer_dask.runtime.nodes.loading import Progress
 from pipeinfer_dask.runtime.pipeline.assembled import (
     CLIENT_CLOSED,
     CLOSED,
+    NO_SCHEDULER,
     NodeLostError,
     Nodes,
     PipelineError,
@@ -37,12 +38,11 @@ from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part, Recovery
 from pipeinfer_dask.runtime.pipeline.replacement import (
     LOOK_S,
-    NoSchedulerError,
-    NoWorkerError,
     Suspects,
     end_strays,
 )
 from pipeinfer_dask.runtime.planning.memory import Load
+from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, NoWorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -255,8 +255,7 @@ class Assembly:
             self._begin_recovery(part, lost)
         elif part is self.stages:
             if self._client.status != "running":
-                # Workers end when their scheduler does, and the client hears of it first.
-                lost = NodeLostError(f"{lost}; the connection to the cluster's scheduler is, too")
+                lost = NodeLostError(f"{lost}; {NO_SCHEDULER}")
             self._fail(lost)
         else:
             self.give_up_drafter(str(lost))

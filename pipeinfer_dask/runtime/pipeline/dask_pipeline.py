@@ -46,8 +46,8 @@ from pipeinfer_dask.runtime.pipeline.assembly import Assembly
 from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
 from pipeinfer_dask.runtime.pipeline.peers import SUSPICION_S, Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import NONE, Former, Recovery
-from pipeinfer_dask.runtime.pipeline.replacement import known_workers
 from pipeinfer_dask.runtime.planning.memory import MOST_CONCURRENT
+from pipeinfer_dask.runtime.planning.scheduler import known_workers
 
 logger = logging.getLogger(__name__)
 

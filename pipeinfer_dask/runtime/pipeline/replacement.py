@@ -13,6 +13,7 @@ from distributed.protocol.pickle import dumps
 
 from pipeinfer_dask.models.device_names import CPU
 from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
+from pipeinfer_dask.runtime.planning.scheduler import NoWorkerError, known_workers
 
 PROBE_TIMEOUT_S = 1.0
 """A worker that does not answer so long is no choice."""
@@ -22,41 +23,9 @@ NANNY_S = 5.0
 """A nanny that has lost its worker has started another one after so long, or never will."""
 LOOK_S = 0.1
 """While a nanny is waited for, look for new workers so often."""
-SCHEDULER_TIMEOUT_S = 10.0
-"""How long the scheduler may take to name its workers."""
 
 Rooms = dict[str, dict[str, list[Pool]]]
 """By worker and device: what memory it may take. A device that it lacks is not named."""
-
-
-class NoWorkerError(RuntimeError):
-    """No worker can take over. The text says why."""
-
-
-class NoSchedulerError(NoWorkerError):
-    """Nobody knows of workers any more: none will come, either."""
-
-
-async def known_workers(client: Client) -> dict[str, dict[str, Any]]:
-    """Return what the scheduler knows of each worker, by address.
-
-    Raises
-    ------
-    NoSchedulerError
-        If there is no scheduler any more.
-    """
-    try:
-        if client.scheduler is None or client.status != "running":
-            raise OSError(f"the client is {client.status}")
-        async with asyncio.timeout(SCHEDULER_TIMEOUT_S):
-            identity = await client.scheduler.identity()
-    except OSError as error:  # a timeout is one, of no words
-        reason = str(error) or f"it gave no answer within {SCHEDULER_TIMEOUT_S:g} s"
-        raise NoSchedulerError(
-            f"the cluster's scheduler can't be asked for workers: {reason}"
-        ) from error
-    workers: dict[str, dict[str, Any]] = identity["workers"]
-    return workers
 
 
 class Suspects:

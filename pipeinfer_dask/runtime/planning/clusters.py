@@ -31,6 +31,7 @@ from distributed.utils import get_mp_context
 
 from pipeinfer_dask.runtime.planning.ending import end_workers, interruptible_start, unheard
 from pipeinfer_dask.runtime.planning.gpus import CPUS, Devices, gpu_count
+from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, identity_of
 
 T = TypeVar("T")
 
@@ -189,13 +190,15 @@ def workers_of(client: Client) -> dict[str, int]:
     ------
     ValueError
         If the client is closed, or links could not do without pickles.
+    NoSchedulerError
+        If the scheduler does not answer.
     """
     if client.status != "running":
         raise ValueError(
             f"expected a client that is connected to a cluster, got one that is {client.status}: "
             f"make another one"
         )
-    known = client.scheduler_info(n_workers=-1)
+    known = call_on(loop_of(client), identity_of(client))
     workers = known["workers"]
     for address in workers:
         if not address.startswith(PROTOCOLS):
@@ -216,8 +219,11 @@ def workers_of(client: Client) -> dict[str, int]:
 
 
 def names_of(client: Client) -> dict[str, str]:
-    """Return machine and name of each worker, by its address, as the scheduler knows them."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    """Return machine and name of each worker that the scheduler knows, by its address."""
+    try:
+        workers = call_on(loop_of(client), identity_of(client))["workers"]
+    except NoSchedulerError:
+        return {}  # they go by their addresses
     return {address: f"{info['host']}, worker {info['name']}" for address, info in workers.items()}
 
 
