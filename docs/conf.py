@@ -58,7 +58,8 @@ def unreleased(app, docname, source):
         folder = Path(app.srcdir).parent / "changelog.d"
         changes = sorted(path.read_text(encoding="utf-8") for path in folder.glob("*.md"))
         items = "".join(f"- {change}" for change in changes)
-        source[0] += f"\n## Not released yet\n\n{items}"
+        if items:  # right after a release there are none
+            source[0] += f"\n## Not released yet\n\n{items}"
 
 
 def setup(app):

@@ -120,6 +120,25 @@ def test_a_copy_that_is_no_clone_has_a_version_too(clone: Path, tmp_path: Path) 
     assert metadata_version(folder) == "0.1.dev0"
 
 
+def test_a_release_by_the_checklist_leaves_a_repository_that_passes_its_tests(
+    clone: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "released"
+    git("clone", "-q", clone, folder, cwd=tmp_path)
+    run(sys.executable, "-m", "towncrier", "build", "--yes", "--version", "1.2.3", cwd=folder)
+    cited = folder / "CITATION.cff"
+    version = "version: 1.2.3\ndate-released: 2026-01-31\n"
+    cited.write_text(cited.read_text().replace("type: ", f"{version}type: ", 1))
+    git(*AUTHOR, "commit", "-q", "--all", "-m", "Release 1.2.3", cwd=folder)
+    git(*AUTHOR, "tag", "-a", "v1.2.3", "-m", "1.2.3", cwd=folder)
+    assert git("ls-files", "changelog.d", cwd=folder) == "", "all changes are collected"
+    told = ("-k", "changelog or citation or change_is_told", "-p", "no:cacheprovider")
+    said = run(
+        sys.executable, "-m", "pytest", *told, "tests/repository/test_package.py", cwd=folder
+    )
+    assert "3 passed" in said
+
+
 def test_an_index_shows_a_readme_whose_links_lead_somewhere(clone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "addressed"
     git("clone", "-q", clone, folder, cwd=tmp_path)

@@ -62,7 +62,8 @@ def test_the_citation_names_the_newest_release_if_there_is_one(root: Path) -> No
 def test_each_change_is_told_in_one_file_of_a_known_kind(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["towncrier"]
     kinds = {kind["directory"] for kind in project["type"]}
-    for path in (root / project["directory"]).iterdir():
+    # A release that has collected all of them leaves no folder.
+    for path in (root / project["directory"]).glob("*"):
         name, kind, ending = path.name.rsplit(".", 2)
         assert name.startswith("+")
         assert (kind in kinds, ending) == (True, "md"), path.name
