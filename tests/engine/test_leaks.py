@@ -154,11 +154,12 @@ def test_engines_on_workers_of_this_process_leave_nothing_behind(
 
 
 LAYER_BYTES = 6_000_000
+HEAVY_TIMES = 25
 
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of `LAYER_BYTES` a layer: what stays in memory of fifty such is seen."""
+    """A model of `LAYER_BYTES` a layer: what stays in memory of many such is seen."""
     folder = tmp_path_factory.mktemp("heavy")
     return make_tiny(folder, "llama", layers=2, seed=0, intermediate_size=16384)
 
@@ -175,9 +176,9 @@ def test_engines_on_workers_of_their_own_processes_leave_nothing_behind(
                 engine.generate(PROMPT, max_new_tokens=5)
         wait_until_workers_hold_nothing(tcp_client)
 
-    use_heavy(TIMES // 5)
+    use_heavy(5)
     here, earlier = held_here(), tcp_client.run(files_and_memory)
-    use_heavy(TIMES)
+    use_heavy(HEAVY_TIMES)
     assert_no_more_is_held(here)
 
     def grown() -> dict[str, Any]:
@@ -185,7 +186,7 @@ def test_engines_on_workers_of_their_own_processes_leave_nothing_behind(
             worker: (earlier[worker], now)
             for worker, now in tcp_client.run(files_and_memory).items()
             if now[0] > earlier[worker][0] + ROOM["files"]
-            or now[1] > earlier[worker][1] + TIMES * LAYER_BYTES // 3
+            or now[1] > earlier[worker][1] + HEAVY_TIMES * LAYER_BYTES // 3
         }
 
     until_empty(grown)
