@@ -242,3 +242,20 @@ def test_generations_share_workers(tcp_client: Client, pair: Pair, texts: list[l
             result = run.result(120)
             assert result.token_ids == pair.greedy[: len(result.token_ids)]
             assert run is many[5] or len(result.token_ids) == 40
+
+
+@pytest.mark.cluster
+def test_texts_that_follow_one_another_at_once_never_meet_the_nodes_bounds(
+    tcp_client: Client, pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each names a cache of its own, often before a node has heard that the last one is free."""
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, client=tcp_client, stages=3, max_concurrent=1
+    ) as engine:
+        chat = engine.chat(template="plain")
+        for length in (1, 2, 3):
+            running = [engine.start(PROMPT, max_new_tokens=length) for _ in range(12)]
+            assert [run.result(120).token_ids for run in running] == [pair.greedy[:length]] * 12
+            chat.send("on", max_new_tokens=length)
+    # No link was ended, so that nothing had to be recovered.
+    assert [record.message for record in caplog.records if "pipeinfer" in record.message] == []

@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import enumerate as enumerate_threads
-from typing import Any
+from typing import Any, Self
 
 import msgpack
 import pytest
@@ -363,13 +363,14 @@ def first(worker: Worker, session: Session) -> Node[Any]:
     return StageNode(worker, session, FIRST_STAGE, CountingSpec("first"), STAGE)
 
 
-def asked(kind: object, number: int, token: int = 1) -> Message:
-    """Return a run or a draft of a request, and with a KV cache, of its own."""
-    run = replace(run_of(number, token), request=number, cache=number)
+def asked(kind: object, number: int, token: int = 1, cache: int | None = None) -> Message:
+    """Return a run or a draft of a request of its own, by default with a KV cache of its own."""
+    cache = number if cache is None else cache
+    run = replace(run_of(number, token), request=number, cache=cache)
     if kind is first:
         return RunPass(run)
     plan = DraftPlan(1)
-    return StartDraft(number, 0, number, run.batch, 1, (1,), plan, cache=number)
+    return StartDraft(number, 0, number, run.batch, 1, (1,), plan, cache=cache)
 
 
 @pytest.mark.cluster
@@ -417,48 +418,89 @@ def test_a_peer_that_asks_for_more_than_an_honest_head_is_cut_off_before_memory_
     runner.run(main())
 
 
+class Watched:
+    """A first stage, which tells of each run what it holds when it turns to it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.held: list[set[int]] = []
+        self._session = Session.new()
+        self.node = first(worker, self._session)
+        self._address = worker.address
+        self._tell = self.node.thread._taken
+        self.node.thread._taken = self._note
+        self._told: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def __aenter__(self) -> Self:
+        self.node.open()
+        self.control, self.input = [
+            await dial(self._address, self.node.identity, role, self._session, connection_args={})
+            for role in (CONTROL, INPUT)
+        ]
+        self._hearing = [
+            asyncio.create_task(link.receive(self._told.put_nowait))
+            for link in (self.control, self.input)
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.node.stop()
+        await self.node._end()
+        await asyncio.gather(*self._hearing, return_exceptions=True)
+
+    async def taken(self) -> int:
+        """Return the request of the next run that it turns to."""
+        async with asyncio.timeout(60):
+            while not isinstance(message := await self._told.get(), RunTaken):
+                pass
+        return message.request
+
+    async def release(self, *told: Release) -> None:
+        """Tell it what is free, and wait until it has heard that."""
+        say(self.control, [*told, Ping(1)])
+        async with asyncio.timeout(60):
+            while not isinstance(await self._told.get(), Pong):
+                pass
+
+    def _note(self, run: StartRun) -> None:
+        self.held.append({*self.node.thread.caches, run.cache})
+        self._tell(run)
+
+
 @pytest.mark.cluster
-def test_a_run_that_is_ahead_of_the_word_that_its_cache_is_free_waits_for_it(
+def test_a_run_that_is_ahead_of_the_word_that_a_cache_is_free_waits_for_it(
     runner: asyncio.Runner, worker: Worker
 ) -> None:
     async def main() -> None:
-        session = Session.new()
-        node = first(worker, session)
-        node.open()
-        links = [
-            await dial(worker.address, node.identity, role, session, connection_args={})
-            for role in (CONTROL, INPUT)
-        ]
-        told: asyncio.Queue[Message] = asyncio.Queue()
-        hearing = [asyncio.create_task(link.receive(told.put_nowait)) for link in links]
+        async with Watched(worker) as stage:
+            say(stage.input, [asked(first, number) for number in (1, 2, 3, 2)])
+            assert [await stage.taken(), await stage.taken()] == [1, 2]
+            say(stage.control, [Release(1, 0, 1)])
+            assert [await stage.taken(), await stage.taken()] == [3, 2]
+            await stage.release(Release(2, 0, 2), Release(3, 0, 3))
+            say(stage.input, [asked(first, 4)])
+            assert await stage.taken() == 4
+            assert stage.held == [{1}, {1, 2}, {2, 3}, {2, 3}, {4}]
 
-        held: list[set[int]] = []
-        tell = node.thread._taken
+    runner.run(main())
 
-        def note(run: StartRun) -> None:
-            held.append({*node.thread.caches, run.cache})
-            tell(run)
 
-        async def taken() -> int:
-            while not isinstance(message := await told.get(), RunTaken):
-                pass
-            return message.request
+@pytest.mark.cluster
+def test_late_word_that_a_cache_is_free_leaves_it_to_the_request_that_has_it_by_now(
+    runner: asyncio.Runner, worker: Worker
+) -> None:
+    """As where a conversation gave way, and goes on before a stage has heard of it."""
 
-        node.thread._taken = note
-        try:
-            async with asyncio.timeout(60):
-                say(links[1], [asked(first, number) for number in (1, 2, 3, 2)])
-                assert [await taken(), await taken()] == [1, 2]
-                say(links[0], [Release(1, 0, 1)])
-                assert [await taken(), await taken()] == [3, 2]
-                say(links[0], [Release(number, 0, number) for number in (2, 3)])
-                say(links[1], [asked(first, 4)])
-                assert await taken() == 4
-            assert held == [{1}, {1, 2}, {2, 3}, {2, 3}, {4}]
-        finally:
-            node.stop()
-            await node._end()
-            await asyncio.gather(*hearing, return_exceptions=True)
+    async def main() -> None:
+        async with Watched(worker) as stage:
+            say(stage.input, [asked(first, number, cache=7) for number in (1, 2)])
+            assert [await stage.taken(), await stage.taken()] == [1, 2]
+            await stage.release(Release(1, 0, 7))
+            say(stage.input, [asked(first, 3)])
+            assert await stage.taken() == 3
+            await stage.release(Release(2, 0, 7))
+            say(stage.input, [asked(first, 4)])
+            assert await stage.taken() == 4
+            assert stage.held == [{7}, {7}, {3, 7}, {3, 4}]
 
     runner.run(main())
 

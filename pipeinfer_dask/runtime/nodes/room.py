@@ -8,8 +8,9 @@ to its own bounds this ends, and what goes beyond them all ends the link.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeinfer_dask.protocol.messages import Release, StartDraft, StartRun, most_runs
@@ -72,7 +73,8 @@ class Room(Generic[JobT]):
         self._early: deque[JobT] = deque()
         # Those that the thread has been given, and not been told to let go of.
         self._requests: set[int] = set()
-        self._caches: set[int] = set()
+        # Each with the last request that named it.
+        self._caches: dict[int, int] = {}
 
     def take(self, job: JobT) -> None:
         """Pass a job on, now or when there is room.
@@ -87,13 +89,18 @@ class Room(Generic[JobT]):
         self._pass_on()
 
     def release(self, told: Release) -> None:
-        """Have the thread let go of a request, and of a cache, that nobody needs any more."""
-        known = told.request in self._requests or told.cache in self._caches
+        """Have the thread let go of a request, and of its cache, that nobody needs any more.
+
+        A cache that a later request has by now stays: a conversation gave way, and goes on already.
+        """
+        cache, known = told.cache, told.request in self._requests
         self._requests.discard(told.request)
-        if told.cache is not None:
-            self._caches.discard(told.cache)
-        if known:
-            self._thread.submit(told)
+        if cache is not None and self._caches.get(cache, math.inf) <= told.request:
+            del self._caches[cache]
+        else:
+            cache = None
+        if known or cache is not None:
+            self._thread.submit(replace(told, cache=cache))
         else:  # nothing to wait for, and so nothing that could pile up
             self._thread.cancelled.over(told.request)
         self._pass_on()
@@ -126,7 +133,7 @@ class Room(Generic[JobT]):
             if not self._has_room(asked):
                 return
             self._requests.add(asked.request)
-            self._caches.add(asked.cache)
+            self._caches[asked.cache] = asked.request
             self._thread.submit(self._early.popleft())
 
     def _has_room(self, asked: StartRun | StartDraft) -> bool:
