@@ -12,11 +12,12 @@ import click
 import dask
 import pytest
 from click.testing import CliRunner, Result
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.cli import main
 from pipeinfer_dask.cli.values import settings_of
+from tests.clusters import local_cluster
 from tests.tiny import make_tiny
 
 METRICS = {
@@ -145,14 +146,7 @@ def test_a_text_can_be_stopped_at_a_string(target: str, expected: pi.Result) -> 
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(n_workers=2, protocol="tcp") as cluster,
         Client(cluster, set_as_default=False),
     ):
         yield cluster.scheduler_address

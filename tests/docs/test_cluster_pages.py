@@ -15,6 +15,7 @@ from distributed.security import Security
 
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
+from tests.clusters import local_cluster
 from tests.docs.blocks import block_with, blocks
 
 ROOT = Path(__file__).parents[2]
@@ -32,15 +33,7 @@ def test_engines_of_the_page_open_on_the_workers_of_a_cluster(
 ) -> None:
     target, draft = pi.demo_pair()
     security = Security.temporary()
-    cluster = distributed.LocalCluster(
-        n_workers=6,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tls://",
-        security=security,
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",
-    )
+    cluster = local_cluster(n_workers=6, protocol="tls://", security=security)
     names: dict[str, Any] = {
         "cluster": cluster,
         "security": security,

@@ -8,9 +8,10 @@ from functools import cache
 
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
+from tests.clusters import client_of
 from tests.engine.pairs import LAYERS, Pair, PairOf, make_pair
 
 # Operations on such small models only lose by being shared out among cores.
@@ -36,16 +37,7 @@ def pair(pair_of: PairOf) -> Pair:
 @pytest.fixture(scope="session")
 def inproc_client() -> Iterator[Client]:
     """A cluster in this process: a worker for each layer, and one for the drafter."""
-    with (
-        LocalCluster(
-            n_workers=LAYERS + 1,
-            threads_per_worker=1,
-            processes=False,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with client_of(LAYERS + 1) as client:
         yield client
 
 

@@ -8,18 +8,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from transformers import GenerationConfig
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import EngineClosedError
 from pipeinfer_dask.policies import PipeInfer
+from tests.clusters import client_of
 from tests.engine.pairs import LAYERS, PROMPT, Pair
 from tests.test_cli import MISTAKES
 from tests.tiny import make_tiny
@@ -487,26 +487,11 @@ def test_a_strategy_that_needs_a_draft_model_is_refused_without_one(
     assert result.token_ids == pair.greedy[:5]
 
 
-@contextmanager
-def cluster_of(workers: int, beside: Client) -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=workers,
-            processes=False,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-            loop=beside.loop,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-
-
 @pytest.mark.cluster
 def test_fewer_workers_than_stages_are_refused_without_leave_to_share(
     pair: Pair, inproc_client: Client
 ) -> None:
-    with cluster_of(1, inproc_client) as client:
+    with client_of(1, loop=inproc_client.loop) as client:
         with pytest.raises(ValueError, match=r"a worker for each of 2 stages, found 1: start more"):
             pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=2)
         with pi.Engine.from_pretrained(
@@ -518,7 +503,7 @@ def test_fewer_workers_than_stages_are_refused_without_leave_to_share(
 @pytest.mark.cluster
 def test_a_cluster_without_workers_is_refused(pair: Pair, inproc_client: Client) -> None:
     with (
-        cluster_of(0, inproc_client) as client,
+        client_of(0, loop=inproc_client.loop) as client,
         pytest.raises(ValueError, match="a cluster with workers, found none: start some"),
     ):
         pi.Engine.from_pretrained(pair.target, pair.draft, client=client)

@@ -22,6 +22,7 @@ from pipeinfer_dask.bench.sabotage import Saboteur, shared_memory
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
 from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.runtime.links.links import Link
+from tests.clusters import local_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.tiny import make_tiny
 
@@ -234,14 +235,7 @@ def test_an_engine_that_can_not_load_leaves_nothing_behind(
 
 @contextmanager
 def small_cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    with local_cluster(n_workers=2, protocol="tcp") as cluster:
         yield cluster
 
 

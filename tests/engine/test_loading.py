@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.engine import Loading
@@ -17,6 +17,7 @@ from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import StageOutput
 from pipeinfer_dask.models.tensors import stored_tensors
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
+from tests.clusters import client_of
 from tests.engine.pairs import LAYERS, PROMPT, Pair
 
 
@@ -129,27 +130,12 @@ def test_a_worker_that_can_not_measure_is_named(
         pi.Engine.from_pretrained(pair.target, client=inproc_client, stages=2, layer_split="auto")
 
 
-@contextmanager
-def cluster_of(workers: int, memory_limit: str, beside: Client) -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=workers,
-            processes=False,
-            memory_limit=memory_limit,
-            dashboard_address="127.0.0.1:0",
-            loop=beside.loop,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-
-
 @pytest.mark.cluster
 def test_a_worker_whose_limit_is_too_low_is_refused_before_it_loads(
     pair: Pair, inproc_client: Client
 ) -> None:
     # These workers are threads of this process, which takes more than that by itself.
-    with cluster_of(1, "100 MiB", inproc_client) as client:
+    with client_of(1, memory_limit="100 MiB", loop=inproc_client.loop) as client:
         (worker,) = client.scheduler_info()["workers"]
         match = (
             rf"for stage 0 on {worker}, got 0.00 MiB \(memory_limit of worker {worker}\): use more"

@@ -8,9 +8,10 @@ from threading import enumerate as threads
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import pipeinfer_dask as pi
+from tests.clusters import client_of
 from tests.engine.pairs import LAYERS, PROMPT, Pair
 from tests.engine.test_exact import STRATEGIES
 
@@ -71,10 +72,7 @@ def test_a_lookup_takes_no_worker_and_ends_with_the_engine(
 @pytest.mark.cluster
 def test_an_engine_that_looks_up_has_as_many_stages_as_there_are_workers(pair: Pair) -> None:
     with (
-        LocalCluster(
-            n_workers=2, processes=False, memory_limit=0, dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
+        client_of(2) as client,
         pi.Engine.from_pretrained(pair.target, "ngram", client=client) as engine,
     ):
         assert engine.stages == 2

@@ -10,6 +10,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 
 import pipeinfer_dask as pi
+from tests.clusters import local_cluster
 from tests.engine.pairs import PROMPT, Pair
 
 pytestmark = pytest.mark.cluster
@@ -19,13 +20,7 @@ PATIENCE_S = 30.0
 
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=4,
-        threads_per_worker=1,
-        processes=False,
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    with local_cluster(n_workers=4) as cluster:
         yield cluster
 
 

@@ -23,6 +23,7 @@ from pipeinfer_dask import hpc
 from pipeinfer_dask.cli import main
 from pipeinfer_dask.runtime.links.carriers import StreamCarrier
 from pipeinfer_dask.runtime.planning.clusters import _is_exposed
+from tests.clusters import client_of, local_cluster
 from tests.engine.pairs import PROMPT, Pair
 
 pytestmark = pytest.mark.cluster
@@ -129,15 +130,7 @@ def test_addresses_that_others_can_reach_without_tls_are_known(address: str, exp
 
 def test_a_cluster_over_which_dask_would_unpickle_what_comes_is_refused(pair: Pair) -> None:
     with (
-        LocalCluster(
-            n_workers=1,
-            processes=False,
-            protocol="ws",
-            host="127.0.0.1",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
+        client_of(1, protocol="ws", host="127.0.0.1") as client,
         pytest.raises(ValueError, match=r"listen on tcp, tls or inproc, got ws://.*--protocol"),
     ):
         pi.Engine.from_pretrained(pair.target, client=client)
@@ -146,14 +139,7 @@ def test_a_cluster_over_which_dask_would_unpickle_what_comes_is_refused(pair: Pa
 @pytest.fixture(scope="module")
 def exposed() -> Iterator[LocalCluster]:
     """A cluster that other machines can reach, without TLS."""
-    with LocalCluster(
-        n_workers=1,
-        processes=False,
-        protocol="tcp",
-        host=outward_address(),
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    with local_cluster(n_workers=1, protocol="tcp", host=outward_address()) as cluster:
         yield cluster
 
 

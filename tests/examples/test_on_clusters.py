@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from distributed import LocalCluster
 from distributed.security import Security
 
 import pipeinfer_dask as pi
+from tests.clusters import local_cluster
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -25,16 +25,6 @@ def plain() -> str:
     """Return what the target says after the examples' prompt."""
     with pi.Engine.from_pretrained(pi.demo_pair()[0], in_process=True) as engine:
         return engine.generate("def main").text
-
-
-def local_cluster(**options: object) -> LocalCluster:
-    return LocalCluster(
-        processes=False,
-        threads_per_worker=1,
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")

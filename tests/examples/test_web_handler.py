@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 
 import pipeinfer_dask as pi
+from tests.clusters import local_cluster
 from tests.examples.conftest import EXAMPLES, Load
 
 pytest.importorskip("starlette", reason="needs '.[examples]'")
@@ -159,14 +159,7 @@ def test_who_waits_for_a_turn_is_told_the_place_in_the_queue(
 def test_readers_in_processes_of_their_own_share_one_engine_on_a_cluster() -> None:
     prompts = ["def main", "import os", "class Tree"]
     with (
-        LocalCluster(
-            n_workers=3,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp://",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(n_workers=3, protocol="tcp://") as cluster,
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
         # They ask before there is a server: so it has all requests at once.

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.bench.faults import KINDS, MEMORY_LIMIT, PAUSE_S, Harm, false_alarms
@@ -19,6 +19,7 @@ from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.engine import GenerationInterrupted
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
+from tests.clusters import local_cluster
 from tests.engine.pairs import PROMPT, Pair, greedy_tokens
 from tests.engine.test_leaks import until_empty
 
@@ -242,15 +243,7 @@ def test_without_free_workers_one_holds_two_nodes_and_without_any_the_text_so_fa
     pair: Pair,
 ) -> None:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            worker_class="distributed.Worker",
-            processes=False,
-            protocol="tcp",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(n_workers=2, worker_class="distributed.Worker", protocol="tcp") as cluster,
         Client(cluster, set_as_default=False) as client,
         pi.Engine.from_pretrained(
             pair.target, client=client, stages=2, recovery_timeout=5.0

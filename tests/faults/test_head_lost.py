@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import pipeinfer_dask as pi
 from pipeinfer_dask.bench.sabotage import Saboteur
@@ -18,6 +18,7 @@ from pipeinfer_dask.engine import GenerationInterrupted
 from pipeinfer_dask.protocol.messages import Commit, DrafterLost, StageLost, StagesBack
 from pipeinfer_dask.runtime.planning.clusters import names_of, own_cluster
 from pipeinfer_dask.trace import History
+from tests.clusters import local_cluster
 from tests.engine.pairs import PROMPT, Pair
 from tests.engine.test_leaks import wait_until_workers_hold_nothing
 from tests.engine.test_remote_head_ends import heads
@@ -207,15 +208,7 @@ def test_a_head_moves_in_with_a_stage_and_without_any_worker_the_text_so_far_is_
     pair: Pair,
 ) -> None:
     with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            worker_class="distributed.Worker",
-            processes=False,
-            protocol="tcp",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(n_workers=2, worker_class="distributed.Worker", protocol="tcp") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         first, last = cluster.workers.values()

@@ -14,19 +14,14 @@ import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
 from pipeinfer_dask.engine import Loading
 from pipeinfer_dask.widgets import Timeline
+from tests.clusters import local_cluster
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=5,
-        threads_per_worker=1,
-        processes=False,
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    with local_cluster(n_workers=5) as cluster:
         yield cluster
 
 
@@ -80,13 +75,7 @@ def test_an_engine_knows_its_nodes_and_keeps_them_and_its_spares_until_it_is_clo
 def test_a_cluster_that_scales_itself_has_the_workers_that_the_engines_on_it_need() -> None:
     target, _ = pi.demo_pair()
     with (
-        LocalCluster(
-            n_workers=0,
-            threads_per_worker=1,
-            processes=False,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
+        local_cluster(n_workers=0) as cluster,
         ExitStack() as engines,
     ):
         scaling = cluster.adapt(minimum=1, maximum=2, interval="50ms")

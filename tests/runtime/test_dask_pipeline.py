@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import dask
 import pytest
-from distributed import Client, LocalCluster, Security, Worker
+from distributed import Client, Security, Worker
 
 import pipeinfer_dask
 from pipeinfer_dask.protocol.messages import (
@@ -42,6 +42,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import PipelineError
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.peers import Peer
 from pipeinfer_dask.runtime.pipeline.recovery import Recovery
+from tests.clusters import local_cluster
 from tests.runtime.chain import (
     BROKEN,
     READ_BYTES,
@@ -71,12 +72,9 @@ async def cluster(
 ) -> AsyncIterator[tuple[Client, list[str]]]:
     # Clusters of other tests may have all of this process's workers forked, with torch in them.
     with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
-        local: Any = LocalCluster(
+        local: Any = local_cluster(
             n_workers=workers,
-            threads_per_worker=1,
             processes=processes,
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
             asynchronous=True,
             **options,

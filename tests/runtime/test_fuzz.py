@@ -69,6 +69,7 @@ from pipeinfer_dask.runtime.nodes.actors import (
 from pipeinfer_dask.runtime.nodes.compute import MOST_CANCELLED
 from pipeinfer_dask.runtime.nodes.room import Bounds
 from pipeinfer_dask.runtime.pipeline.recovery import NONE
+from tests.clusters import local_cluster
 from tests.runtime.chain import SLOW, CountingSpec, EchoingSpec, run_of
 from tests.runtime.test_wire import INTAKE, counts, messages
 
@@ -163,15 +164,8 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def worker(runner: asyncio.Runner) -> Iterator[Worker]:
     async def start() -> LocalCluster:
-        cluster: LocalCluster = await LocalCluster(
-            n_workers=1,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            asynchronous=True,
+        cluster: LocalCluster = await local_cluster(
+            n_workers=1, protocol="tcp", silence_logs=logging.CRITICAL, asynchronous=True
         )
         return cluster
 

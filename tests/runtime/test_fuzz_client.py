@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +47,7 @@ from pipeinfer_dask.runtime.links.wire import (
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Recovery
+from tests.clusters import local_cluster
 from tests.runtime.chain import SLOW, CountingSpec, EchoingSpec, run_of
 from tests.runtime.test_fuzz import almost, said, say
 from tests.runtime.test_links import linked
@@ -137,15 +138,8 @@ class Living:
         self.pipeline: DaskPipeline
 
     async def open(self) -> None:
-        self.cluster = await LocalCluster(
-            n_workers=3,
-            threads_per_worker=1,
-            processes=False,
-            protocol="tcp",
-            memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            asynchronous=True,
+        self.cluster = await local_cluster(
+            n_workers=3, protocol="tcp", silence_logs=logging.CRITICAL, asynchronous=True
         )
         self.client = await Client(self.cluster, asynchronous=True)
         *stages, drafter = self.cluster.scheduler.workers
