@@ -8,6 +8,8 @@ import pytest
 
 UNSAFE = {
     *("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"),
+    *("distributed.protocol.pickle.loads", "distributed.protocol.loads"),
+    *("distributed.protocol.deserialize", "distributed.protocol.serialize.deserialize"),
     *("torch.load", "torch.jit.load", "torch.hub", "numpy.load", "np.load"),
     *("eval", "exec", "compile", "os.system", "yaml.load", "yaml.unsafe_load"),
 }
@@ -41,7 +43,9 @@ def unsafe(source: str) -> Iterator[str]:
 def test_no_module_runs_what_it_reads(root: Path) -> None:
     files = sorted((root / "pipeinfer_dask").rglob("*.py"))
     assert len(files) > 50
-    assert {file.name: found for file in files if (found := [*unsafe(file.read_text())])} == {}
+    # A policy is of any class. It comes by a call of Dask's, from a client that may run anything.
+    known = {"head_actor.py": ["distributed.protocol.pickle.loads"]}
+    assert {file.name: found for file in files if (found := [*unsafe(file.read_text())])} == known
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,7 @@ def test_no_module_runs_what_it_reads(root: Path) -> None:
         "import pickle",
         "from pickle import loads",
         "from torch import load",
+        "from distributed.protocol.pickle import dumps, loads",
         "torch.load(path)",
         "AutoConfig.from_pretrained(path, trust_remote_code=True)",
         "AutoConfig.from_pretrained(path, trust_remote_code=trusted)",
