@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -418,12 +420,24 @@ def test_the_largest_settings_of_a_strategy_change_no_text(
     assert result.token_ids == pair.greedy[:8]
 
 
-@pytest.mark.parametrize("timeout", ["a", -1, float("nan"), True, [1]], ids=repr)
+@pytest.mark.parametrize("timeout", ["a", -1, float("nan"), True, [1], Decimal(1)], ids=repr)
 def test_a_result_can_not_be_waited_for_in_no_time(engine: pi.Engine, timeout: Any) -> None:
     generation = engine.start(PROMPT, max_new_tokens=2)
     with pytest.raises(ValueError, match="timeout as seconds of at least 0, or None, got"):
         generation.result(timeout)
-    assert len(generation.result(60).token_ids) == 2
+    assert len(generation.result(10**400).token_ids) == 2
+
+
+def test_an_engine_that_is_closed_by_its_own_loop_says_so_and_stays_open(
+    engine: pi.Engine, pair: Pair
+) -> None:
+    async def close() -> None:
+        engine.close()
+
+    closing = asyncio.run_coroutine_threadsafe(close(), engine._head.loop)
+    with pytest.raises(RuntimeError, match=r"another thread than .*: call by asyncio\.to_thread"):
+        closing.result(60)
+    assert engine.generate(PROMPT, max_new_tokens=2).token_ids == pair.greedy[:2]
 
 
 SCRIPT = """

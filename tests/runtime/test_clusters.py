@@ -118,6 +118,19 @@ def test_a_call_on_a_loop_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch)
             call_on(loop, work())
 
 
+def test_a_call_from_the_loop_itself_is_an_error_and_does_not_wait_for_ever() -> None:
+    async def work() -> None:
+        pass
+
+    with LoopThread() as thread:
+
+        async def from_within() -> None:
+            call_on(thread.loop, work())
+
+        with pytest.raises(RuntimeError, match="call from another thread than that of the engine"):
+            call_on(thread.loop, from_within())
+
+
 def test_an_error_of_the_call_is_the_callers() -> None:
     async def work() -> None:
         raise LookupError("gone")

@@ -30,6 +30,7 @@ def test_what_can_be_said_of_losses_is_taken() -> None:
         ({"max_recoveries": True}, "max_recoveries as a whole number of at least 0, got True"),
         ({"recovery_timeout": 0}, "recovery_timeout as seconds above 0, got 0"),
         ({"node_timeout": math.inf}, "node_timeout as seconds above 0, got inf"),
+        ({"node_timeout": 10**400}, "node_timeout as seconds above 0, got 10+"),
         ({"node_timeout": "15"}, "node_timeout as seconds above 0, got '15'"),
         ({"move_in_after": -1}, "move_in_after as seconds from 0 on, got -1"),
         ({"move_in_after": math.nan}, "move_in_after as seconds from 0 on, got nan"),

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from math import inf
-from threading import Condition
+from numbers import Real
+from threading import TIMEOUT_MAX, Condition
 from time import monotonic
 from typing import Any, Literal, Protocol
 
@@ -46,10 +47,9 @@ def _over(generation: Generation) -> None:
 
 
 def _is_wait(timeout: Any) -> bool:
-    try:
-        return not isinstance(timeout, (bool, str, bytes)) and float(timeout) >= 0
-    except TypeError:
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
         return False
+    return bool(timeout >= 0)  # type: ignore[operator]  # Real itself has no order
 
 
 class Generation:
@@ -182,7 +182,7 @@ class Generation:
         """
         if timeout is not None and not _is_wait(timeout):
             raise ValueError(f"expected timeout as seconds of at least 0, or None, got {timeout!r}")
-        deadline = inf if timeout is None else monotonic() + timeout
+        deadline = inf if timeout is None else monotonic() + min(timeout, TIMEOUT_MAX)
         with self._cancelling(KeyboardInterrupt):
             while not self.done():
                 # Not the future's own wait: an interrupt just before it sleeps wakes nobody.

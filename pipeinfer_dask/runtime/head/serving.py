@@ -20,7 +20,7 @@ from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.text import TokenTexts, text_of
 from pipeinfer_dask.runtime.planning.admission import Admission
-from pipeinfer_dask.runtime.planning.clusters import call_on
+from pipeinfer_dask.runtime.planning.clusters import call_on, check_apart
 from pipeinfer_dask.runtime.planning.settings import split
 from pipeinfer_dask.simulation import Costs
 from pipeinfer_dask.trace import Trace
@@ -355,6 +355,7 @@ class Serving:
 
     def close(self) -> None:
         """Release every model, thread and link. Running generations fail; can be called twice."""
+        check_apart(self._head.loop)
         with self._lock:
             closed, self._closed = self._closed, True
         if closed:

@@ -70,6 +70,19 @@ GLANCE_S = 0.5
 """Who waits looks up so often: a signal that comes just before the thread sleeps wakes nobody."""
 
 
+def check_apart(loop: asyncio.AbstractEventLoop) -> None:
+    """Raise a RuntimeError in the thread of this loop: it can't wait for what it is to do."""
+    try:
+        ours = asyncio.get_running_loop()
+    except RuntimeError:  # there is none in this thread
+        return
+    if ours is loop:
+        raise RuntimeError(
+            "expected a call from another thread than that of the engine's own event loop, which "
+            "would wait for itself: call by asyncio.to_thread"
+        )
+
+
 def call_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine on a loop of another thread, and wait for it.
 
@@ -80,8 +93,13 @@ def call_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
     CancelledError
         If the coroutine was cancelled.
     RuntimeError
-        If the loop has ended.
+        If the loop has ended, or it is this thread's own, which would wait for itself.
     """
+    try:
+        check_apart(loop)
+    except RuntimeError:
+        work.close()
+        raise
     # `Future.result` is not safe to interrupt: the exception may leave the future's lock held,
     # on which the loop would then wait for ever, or come out as another one. A `SimpleQueue`
     # waits in one step, and holds nothing.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any, Protocol, TypeVar
 
 from distributed import Client
@@ -141,7 +141,9 @@ def check_room(max_concurrent: Any, spares: object, *, in_process: bool) -> None
 
 
 def _is_number(given: Any) -> bool:
-    return isinstance(given, (int, float)) and not isinstance(given, bool) and isfinite(given)
+    # What is longer no thread can wait for; nan and infinity are no times, either.
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    return number and abs(given) <= TIMEOUT_MAX
 
 
 def open_on(
