@@ -297,6 +297,22 @@ def test_a_text_under_which_all_workers_are_restarted_is_finished(
         assert result.token_ids == engine.generate(PROMPT, max_new_tokens=LONG).token_ids
 
 
+@pytest.mark.usefixtures("leaving_nothing")
+def test_two_engines_that_lose_the_same_worker_both_go_on(pair: Pair, client: Client) -> None:
+    with (
+        pi.Engine.from_pretrained(pair.target, pair.draft, client=client, stages=2) as one,
+        pi.Engine.from_pretrained(pair.target, client=client, stages=3) as other,
+    ):
+        runs = [engine.start(PROMPT, max_new_tokens=LONG) for engine in (one, other)]
+        for run in runs:
+            next(iter(run))
+        Saboteur(client).kill("stage-2")  # of the other engine, where the one has its drafter
+        results = [run.result(PATIENCE_S) for run in runs]
+        assert results[0].token_ids == results[1].token_ids
+        assert results[0].token_ids[: len(pair.greedy)] == pair.greedy
+        assert all(result.metrics.losses > 0 for result in results)
+
+
 def limit_memory(beyond: int | None) -> None:
     """Refuse this process more bytes than so many beyond those it has; None: nothing any more."""
     most = resource.RLIM_INFINITY if beyond is None else psutil.Process().memory_info().vms + beyond
