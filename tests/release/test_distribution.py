@@ -127,8 +127,8 @@ def test_a_release_by_the_checklist_leaves_a_repository_that_passes_its_tests(
     git("clone", "-q", clone, folder, cwd=tmp_path)
     run(sys.executable, "-m", "towncrier", "build", "--yes", "--version", "1.2.3", cwd=folder)
     cited = folder / "CITATION.cff"
-    version = "version: 1.2.3\ndate-released: 2026-01-31\n"
-    cited.write_text(cited.read_text().replace("type: ", f"{version}type: ", 1))
+    earlier = re.sub(r"^(version|date-released): .*\n", "", cited.read_text(), flags=re.M)
+    cited.write_text(f"{earlier.rstrip()}\nversion: 1.2.3\ndate-released: 2026-01-31\n")
     git(*AUTHOR, "commit", "-q", "--all", "-m", "Release 1.2.3", cwd=folder)
     git(*AUTHOR, "tag", "-a", "v1.2.3", "-m", "1.2.3", cwd=folder)
     assert git("ls-files", "changelog.d", cwd=folder) == "", "all changes are collected"
