@@ -52,8 +52,8 @@ def plot(measured: Outcomes, foreseen: Outcomes, target: Path) -> None:
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--target", help="Directory or hub name; by default the embedded pair.")
-@click.option("--draft", help="Likewise.")
+@click.option("--target", help="Directory or hub name; by default the embedded one.")
+@click.option("--draft", help="Likewise, or ngram; without it a --target decodes plainly.")
 @click.option("--prompt", default="def main", show_default=True)
 @click.option("--stages", default=2, show_default=True)
 @click.option("--max-new-tokens", default=64, show_default=True)
@@ -68,7 +68,8 @@ def main(
     in_process: bool,
 ) -> None:
     pair = pi.demo_pair()
-    models = (target, draft) if target is not None else (pair.target, pair.draft)
+    # The embedded draft model fits the embedded target alone.
+    models = (pair.target, draft or pair.draft) if target is None else (target, draft)
     with pi.Engine.from_pretrained(*models, stages=stages, in_process=in_process) as engine:
         costs = engine.measure_costs()
         names = [name for name in STRATEGIES if engine.draft is not None or name == "iterative"]

@@ -28,4 +28,4 @@ def main(prompt: str = PROMPT) -> None:
 
 # Worker processes import this file again: without this line each would start workers of its own.
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(" ".join(sys.argv[1:]) or PROMPT)

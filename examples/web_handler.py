@@ -79,8 +79,11 @@ async def generate(request: Request) -> Response:
     """Start a generation and stream it; it waits for its turn like all others."""
     asked = request.query_params
     try:
-        tokens = min(MOST_TOKENS, int(asked.get("max_new_tokens", 64)))
-        generation = request.app.state.engine.start(asked.get("prompt", ""), max_new_tokens=tokens)
+        if not (tokens := asked.get("max_new_tokens", "64")).isdecimal():
+            raise ValueError(f"expected max_new_tokens to be a whole number, got {tokens!r}")
+        generation = request.app.state.engine.start(
+            asked.get("prompt", ""), max_new_tokens=min(MOST_TOKENS, int(tokens))
+        )
     except ValueError as error:  # it says what was expected and what to do
         return JSONResponse({"error": str(error)}, status_code=400)
     # Without this, a proxy may keep the text until it is complete.

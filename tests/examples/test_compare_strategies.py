@@ -21,3 +21,12 @@ def test_comparison_saves_a_plot_and_a_timeline_and_a_trace_of_each_strategy(
     for name in ("iterative", "speculative", "pipeinfer", "adaptive"):
         assert pi.Trace.load(tmp_path / f"{name}.trace").metrics().generated_tokens == 12
         assert "<img" in (tmp_path / f"{name}.html").read_text()
+
+
+def test_a_draft_of_ones_own_is_taken_though_the_target_is_the_embedded_one(
+    example: Load, tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    main = example("compare_strategies").main
+    ran = CliRunner().invoke(main, [str(tmp_path), "--draft", nowhere, "--in-process"])
+    assert nowhere in str(ran.exception)

@@ -82,7 +82,12 @@ def test_text_comes_as_events_and_the_figures_last(app: Any) -> None:
 
 @pytest.mark.parametrize(
     ("params", "told"),
-    [({"prompt": ""}, "prompt"), ({"prompt": "a", "max_new_tokens": "many"}, "many")],
+    [
+        ({"prompt": ""}, "expected a prompt"),
+        ({"prompt": "a", "max_new_tokens": "many"}, "to be a whole number, got 'many'"),
+        ({"prompt": "a", "max_new_tokens": "-1"}, "to be a whole number, got '-1'"),
+        ({"prompt": "a", "max_new_tokens": "0"}, "expected max_new_tokens"),
+    ],
 )
 def test_what_can_t_be_is_refused_with_the_reason(
     app: Any, params: dict[str, str], told: str
