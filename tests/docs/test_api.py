@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from enum import Enum
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def parts(name: str) -> Iterator[tuple[str, Any]]:
         for member, value in members.items():
             if (
                 not member.startswith("_")
-                and (inspect.isfunction(value) or isinstance(value, (property, classmethod)))
+                and (
+                    inspect.isfunction(value)
+                    or isinstance(value, (property, cached_property, classmethod))
+                )
                 and ":meta private:" not in (inspect.getdoc(value) or "")
             ):
                 yield f"{name}.{member}", getattr(thing, member)
