@@ -100,3 +100,17 @@ def test_each_part_of_the_package_stands_where_the_readme_says_where_things_are(
         if path.name[0] not in "_." and (path.is_dir() or path.suffix == ".py")
     ]
     assert [part for part in parts if f"{part}`" not in listed] == []
+
+
+def test_what_the_readme_links_to_is_there_down_to_the_heading(root: Path) -> None:
+    readme = root / "README.md"
+    links = re.findall(r"\]\((?!https://)([^)]+)\)", readme.read_text(encoding="utf-8"))
+    assert len(links) > 20
+    for link in links:
+        name, _, heading = link.partition("#")
+        page = root / name if name else readme
+        assert page.exists(), link
+        if heading:
+            told = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in told}
+            assert heading in anchors, link
