@@ -48,11 +48,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import (
 from pipeinfer_dask.runtime.pipeline.assembly import RETRY_S
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part
-from pipeinfer_dask.runtime.planning.scheduler import (
-    NoSchedulerError,
-    NoWorkerError,
-    known_workers,
-)
+from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, NoWorkerError, known_workers
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.trace.entries import read_entry
 
