@@ -38,7 +38,8 @@ async def identity_of(client: Client) -> dict[str, Any]:
         async with asyncio.timeout(SCHEDULER_TIMEOUT_S):
             identity: dict[str, Any] = await client.scheduler.identity()
     except OSError as error:  # a timeout is one, of no words
-        reason = str(error) or f"it gave no answer within {SCHEDULER_TIMEOUT_S:g} s"
+        within = f"{SCHEDULER_TIMEOUT_S:g} s"
+        reason = str(error) or f"it gave no answer within {within}, see whether it still runs"
         raise NoSchedulerError(
             f"the cluster's scheduler can't be asked for workers: {reason}"
         ) from error
