@@ -21,6 +21,10 @@ STYLES = {
 @click.option("--temperature", type=float)
 @click.option("--seed", type=int)
 def main(prompt: str, max_new_tokens: int, temperature: float | None, seed: int | None) -> None:
+    if seed is not None and temperature is None:
+        raise click.UsageError(
+            "expected --temperature with --seed: a greedy text has no chance in it"
+        )
     settings = {} if temperature is None else {"temperature": temperature, "seed": seed}
     pair = pi.demo_pair()
     # Threads of this process instead of worker processes: nothing to start for models this small.

@@ -33,6 +33,8 @@ def test_streaming_prints_the_prompt_and_every_piece(example: Load) -> None:
     with pi.Engine.from_pretrained(pair.target, stages=1, in_process=True) as engine:
         text = engine.generate("import ", max_new_tokens=8).text
     assert ran.output == f"import {text}\n[length]\n"
+    ran = CliRunner().invoke(main, ["import ", "--seed", "1"])
+    assert (ran.exit_code, "expected --temperature with --seed" in ran.output) == (2, True)
 
 
 def test_asynchronous_gives_one_up_and_finishes_the_others(
