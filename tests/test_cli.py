@@ -182,7 +182,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["generate", "", "--target", "{target}"],
         "a prompt of at least one token, got an empty one",
     ),
-    "draft alone": (["generate", "x", "--draft", "{draft}"], "--target along with --draft"),
+    "draft alone": (
+        ["generate", "x", "--draft", "ngrm"],
+        "--target or --draft ngram, got --draft ngrm",
+    ),
     "no such model": (["generate", "x", "--target", "/none/such"], "there is no directory"),
     "no model": (["generate", "x", "--target", "/usr"], "/usr is no model"),
     "a file": (["generate", "x", "--target", "{target}/config.json"], "is a file"),
@@ -549,3 +552,9 @@ def test_mistakes_with_the_demo_are_told_before_its_cluster_starts(
 def test_texts_that_are_set_keep_their_capitals() -> None:
     options = ('stop_strings=["RETURN"]', "cancellation=True", "k=2")
     assert settings_of(options) == {"stop_strings": ["RETURN"], "cancellation": True, "k": 2}
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "pipeinfer_dask", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("Usage: pipeinfer ")

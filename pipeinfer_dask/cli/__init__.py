@@ -204,7 +204,7 @@ def generate(
         raise ValueError("expected --in-process or --head, got both: leave one out")
     if target is None:
         if draft not in (None, NGRAM):
-            raise ValueError("expected --target along with --draft, got a draft alone")
+            raise ValueError(f"expected --target or --draft {NGRAM}, got --draft {draft} alone")
         from pipeinfer_dask.models.demo_pair import demo_pair
 
         pair = demo_pair()
@@ -358,7 +358,8 @@ def simulate(
 def bench(suite: str, as_json: bool, **asked: Any) -> None:
     """Measure one part on this machine. The last line of stdout is one JSON object.
 
-    Where a suite has limits and one is broken, the exit status is 1.
+    The documentation's page on performance says what each suite measures. Where a suite has limits
+    and one is broken, the exit status is 1.
     """
     unset = (None, (), False)
     given = {n: value for n, value in asked.items() if not any(value is one for one in unset)}

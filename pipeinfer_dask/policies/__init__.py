@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pipeinfer_dask.core.machine import Machine
@@ -59,8 +60,10 @@ def make_policy(strategy: str, /, **knobs: Any) -> Policy:
     try:
         kind = STRATEGIES[strategy]
     except (KeyError, TypeError):
+        near = get_close_matches(str(strategy), STRATEGIES, n=1, cutoff=0.7)
+        meant = f"did you mean {near[0]!r}? There are" if near else "choose one of"
         raise ValueError(
-            f"unknown strategy {strategy!r}: choose one of {', '.join(STRATEGIES)}"
+            f"unknown strategy {strategy!r}: {meant} {', '.join(STRATEGIES)}"
         ) from None
     known = [knob.name for knob in fields(kind) if knob.init]  # type: ignore[arg-type]
     if unknown := [name for name in knobs if name not in known]:

@@ -224,6 +224,7 @@ def test_without_spare_slots_every_policy_decodes_plainly() -> None:
     ("strategy", "knobs", "message"),
     [
         ("fastest", {}, "unknown strategy 'fastest': choose one of iterative, speculative"),
+        ("adaptiv", {}, "unknown strategy 'adaptiv': did you mean 'adaptive'?"),
         (["pipeinfer"], {}, "unknown strategy"),
         ("iterative", {"k": 2}, "'iterative' has no knob 'k': it has none"),
         (
