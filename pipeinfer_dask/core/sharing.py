@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from traceback import walk_tb
 
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.protocol.messages import (
@@ -85,7 +86,7 @@ class Sharing:
         ProtocolError
             If the event can't have happened.
         RuntimeError
-            If a policy waits for nothing: nobody would ever ask it again.
+            If a policy raises, or waits for nothing: nobody would ever ask it again.
         """
         if isinstance(event, PipelineEvent):
             concerned = list(self._machines.values())
@@ -116,7 +117,16 @@ class Sharing:
 
     def _handle(self, machine: Machine, event: Event, now: float) -> Iterator[Command]:
         self.current = machine.request.id
-        for command in machine.handle(event, now):
+        try:
+            commands = machine.handle(event, now)
+        except Exception as error:
+            policy = machine.policy
+            for frame, _ in walk_tb(error.__traceback__):
+                if frame.f_locals.get("self") is policy:
+                    told = f"{frame.f_code.co_name}: {type(error).__name__}: {error}"
+                    raise RuntimeError(f"policy {policy.name!r} failed in {told}") from error
+            raise
+        for command in commands:
             if isinstance(command, StartRun):
                 self._turns += 1
                 self._last_run[command.request] = self._turns

@@ -138,7 +138,7 @@ def simulate(
     ValueError
         If an argument is out of its range, or strategy and knobs are not to be had.
     RuntimeError
-        If a policy of your own plans nothing while nothing is under way.
+        If a policy of your own raises, or plans nothing while nothing is under way.
     """
     _check_counts(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens)
     policy = _policy_of(strategy, knobs, simulate)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeinfer_dask.core.drafts import ProtocolError
 from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.core.sharing import Sharing
 from pipeinfer_dask.policies import Adaptive, Iterative, PipeInfer, Speculative
@@ -160,3 +162,29 @@ def test_texts_of_several_requests_are_those_of_one_alone() -> None:
     world.check_end()
     for one in asked:
         assert tuple(one.tokens) == plain_text(one.request.prompt, 30)
+
+
+class Raising(Iterative):
+    """Has a mistake of its own."""
+
+    name: ClassVar[str] = "raises"
+
+    def choose_run(self, machine: Machine) -> Any:
+        raise KeyError("mine")
+
+
+def test_a_policy_that_raises_is_named_with_its_method_and_its_error() -> None:
+    sharing = Sharing()
+    sharing.join(Machine(Request(0, (1,), 3, 9), Raising()))
+    told = "policy 'raises' failed in choose_run: KeyError: 'mine'"
+    with pytest.raises(RuntimeError, match=f"^{told}$") as caught:
+        list(sharing.handle(Begin(0)))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_what_a_driver_reports_wrongly_is_blamed_on_no_policy() -> None:
+    sharing = Sharing()
+    sharing.join(Machine(Request(0, (1,), 3, 9), Iterative()))
+    list(sharing.handle(Begin(0)))
+    with pytest.raises(ProtocolError, match="the request has begun already"):
+        list(sharing.handle(Begin(0)))
