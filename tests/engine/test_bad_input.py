@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -426,6 +428,25 @@ def test_a_result_can_not_be_waited_for_in_no_time(engine: pi.Engine, timeout: A
     with pytest.raises(ValueError, match="timeout as seconds of at least 0, or None, got"):
         generation.result(timeout)
     assert len(generation.result(10**400).token_ids) == 2
+
+
+@pytest.mark.parametrize("move", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_what_lives_here_can_not_be_sent_or_copied(
+    engine: pi.Engine, move: Callable[[Any], Any]
+) -> None:
+    with pytest.raises(TypeError, match=r"an engine can't be sent to workers or copied: call it"):
+        move(engine)
+    with pytest.raises(TypeError, match=r"an engine can't be sent to workers .* head='worker'$"):
+        pickle.dumps(engine.generate)
+    generation = engine.start(PROMPT, max_new_tokens=2)
+    with pytest.raises(TypeError, match=r"a generation can't be sent to workers or copied: wait"):
+        move(generation)
+    assert move(generation.result(60))
+    with (
+        engine.chat(template="plain") as chat,
+        pytest.raises(TypeError, match=r"a conversation can't be sent to workers or copied: go on"),
+    ):
+        move(chat)
 
 
 def test_an_engine_that_is_closed_by_its_own_loop_says_so_and_stays_open(

@@ -8,7 +8,7 @@ what a template changed in the past: a thought that it leaves out, a date that i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.runtime.head.generation import Generation
@@ -198,6 +198,9 @@ class Chat:
         if self._answer is not None:
             self._answer.cancel()
         self._release()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a conversation can't be sent to workers or copied: go on with it here")
 
     def __enter__(self) -> Self:
         return self

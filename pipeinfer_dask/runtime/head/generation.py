@@ -13,7 +13,7 @@ from math import inf
 from numbers import Real
 from threading import TIMEOUT_MAX, Condition
 from time import monotonic
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.protocol.messages import Command, Commit, Event, Origin
@@ -258,6 +258,11 @@ class Generation:
 
     def _repr_html_(self) -> str:
         return result_html(self.trace, f"{self.strategy}, {self._status}")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a generation can't be sent to workers or copied: wait for it here, and send its result"
+        )
 
     def __repr__(self) -> str:
         return f"<Generation {self._status}, {self.strategy}, {len(self._tokens)} tokens>"

@@ -9,7 +9,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Self
 from weakref import WeakSet, finalize
 
 from pipeinfer_dask.models.checkpoint import Checkpoint
@@ -366,6 +366,12 @@ class Serving:
     def _cancel(self, generation: Generation) -> None:
         # Through us: who holds a generation that is on its way holds its engine, too.
         self._head.cancel(generation)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an engine can't be sent to workers or copied: call it here, or open it with "
+            "head='worker'"
+        )
 
     def __enter__(self) -> Self:
         if self._closed:
