@@ -53,6 +53,7 @@ from pipeinfer_dask.runtime.planning.opening import (
     check_asked,
     check_recovery,
     check_room,
+    explained,
     open_on,
 )
 from pipeinfer_dask.runtime.planning.placement import (
@@ -102,6 +103,7 @@ class Engine(Serving):
         )
 
     @classmethod
+    @explained
     def from_pretrained(
         cls,
         target: str | os.PathLike[str],
@@ -229,7 +231,7 @@ class Engine(Serving):
         admission = Admission(opened, load_tokenizer(opened), opened_draft is not None)
         if beyond := admission.stated[1]:
             asks = f"{opened.path} asks for {', '.join(beyond)} in generation_config.json"
-            warnings.warn(f"{asks}: this is not supported, and not applied", stacklevel=2)
+            warnings.warn(f"{asks}: this is not supported, and not applied", stacklevel=3)
         known = workers_of(client) if client is not None else {}
         workers = without_spares(known, spares) if client is not None else None
         if stages is None:

@@ -25,6 +25,7 @@ from pipeinfer_dask.models.checkpoint import check_pair, open_checkpoint
 from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.runtime.nodes import loading
 from pipeinfer_dask.runtime.planning.clusters import call_on, loop_of
+from pipeinfer_dask.runtime.planning.opening import check_names
 from pipeinfer_dask.trace.picture import table_html
 
 NAMES_S = 5.0
@@ -126,6 +127,7 @@ def engine_from(
         If the jobs' walltime is too short, or as `Engine.from_pretrained`: what can be checked
         without workers is checked before a job is submitted.
     """
+    check_names(ClusterEngine.from_pretrained, options)
     _check_count("stages", stages, 1)
     spares = dask.config.get("pipeinfer.hpc.spares") if spares is None else spares
     _check_count("spares", spares, 0)

@@ -190,6 +190,38 @@ def test_a_pair_in_one_is_refused_with_the_way_to_give_it(nothing_starts: None) 
         pi.Engine.from_pretrained(pi.demo_pair())  # type: ignore[arg-type]
 
 
+SLIPS: dict[str, tuple[dict[str, Any], str]] = {
+    "a slip": ({"stage": 2}, "there is no setting 'stage': did you mean 'stages'"),
+    "no such thing": ({"banana": 2}, "no setting 'banana': expected one of target, draft, cl"),
+}
+
+
+@pytest.mark.parametrize("given", [(), ("model",)])
+@pytest.mark.parametrize(("options", "match"), SLIPS.values(), ids=SLIPS.keys())
+def test_an_option_that_there_is_not_is_told_with_the_nearest_one(
+    nothing_starts: None, given: tuple[str, ...], options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        pi.Engine.from_pretrained(*given, **options)
+    with pytest.raises(ValueError, match="no setting 'acceptence': did you mean 'acceptance'"):
+        pi.Emulation.open(pi.Costs.even(1), acceptence=0.5)  # type: ignore[call-arg]
+
+
+def test_arguments_that_lack_or_are_too_many_are_told_with_what_is_expected(
+    engine: pi.Engine,
+) -> None:
+    told = r"expected from_pretrained\(target, draft\) and all else by name, such as client=\.\.\."
+    with pytest.raises(TypeError, match=f"{told}: missing a required argument: 'target'"):
+        pi.Engine.from_pretrained()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=f"{told}: too many positional arguments"):
+        pi.Engine.from_pretrained("target", "draft", 3)  # type: ignore[misc]
+    told = r"\(prompt\) and all else by name, such as max_new_tokens=\.\.\.: too many positional"
+    with pytest.raises(TypeError, match=f"expected generate{told}"):
+        engine.generate(PROMPT, 5)  # type: ignore[misc]
+    with pytest.raises(TypeError, match=f"expected start{told}"):
+        engine.start(PROMPT, 5)  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("given", [{}, {"target": "model"}, {"target": "model", "draft": "other"}])
 def test_an_engine_that_is_made_directly_names_the_way_to_open_one(given: dict[str, str]) -> None:
     with pytest.raises(TypeError, match=r"expected Engine\.from_pretrained\(target, draft="):

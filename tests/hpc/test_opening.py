@@ -112,6 +112,7 @@ def test_workers_that_do_not_come_are_told_and_a_client_is_left_open(
         ({"spares": -1}, "expected spares to be a whole number from 0 on, got -1"),
         ({"start_timeout": "soon"}, "expected start-timeout as a time such as '10 minutes'"),
         ({"stages": 7}, "7 stages"),
+        ({"layer_splits": [1]}, "no setting 'layer_splits': did you mean 'layer_split'"),
         ({"layer_split": [1, 1]}, "one weight for each of the 6 stages, not"),
     ],
 )

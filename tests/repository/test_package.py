@@ -35,8 +35,12 @@ def test_every_public_name_is_found_where_it_is_used_first(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'pipeinfer_dask' has no attribute 'Enginee'"):
+    with pytest.raises(
+        AttributeError, match="module 'pipeinfer_dask' has no attribute 'Enginee': did you"
+    ):
         getattr(pipeinfer_dask, "Enginee")  # noqa: B009
+    with pytest.raises(AttributeError, match=r"module 'pipeinfer_dask' has no attribute 'torch'$"):
+        getattr(pipeinfer_dask, "torch")  # noqa: B009
 
 
 def test_the_version_is_that_of_the_installed_distribution() -> None:

@@ -45,7 +45,7 @@ from pipeinfer_dask.runtime.planning.clusters import (
     own_cluster,
     workers_of,
 )
-from pipeinfer_dask.runtime.planning.opening import open_on
+from pipeinfer_dask.runtime.planning.opening import explained, open_on
 from pipeinfer_dask.runtime.planning.placement import WORKER, head_worker, place
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs
 from pipeinfer_dask.simulation.truth import SyntheticPair
@@ -111,6 +111,7 @@ class Emulation:
         self._requests = itertools.count()
 
     @classmethod
+    @explained
     def open(
         cls,
         costs: Costs,

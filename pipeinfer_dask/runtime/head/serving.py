@@ -21,6 +21,7 @@ from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.text import TokenTexts, text_of
 from pipeinfer_dask.runtime.planning.admission import Admission
 from pipeinfer_dask.runtime.planning.clusters import call_on, check_apart
+from pipeinfer_dask.runtime.planning.opening import explained
 from pipeinfer_dask.runtime.planning.settings import split
 from pipeinfer_dask.simulation import Costs
 from pipeinfer_dask.trace import Trace
@@ -124,6 +125,7 @@ class Serving:
         """Stages of the pipeline."""
         return len(self.layer_ranges)
 
+    @explained
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -160,6 +162,7 @@ class Serving:
         generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **options)
         return generation.result()
 
+    @explained
     def start(
         self,
         prompt: str | Sequence[int],

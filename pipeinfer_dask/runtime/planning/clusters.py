@@ -231,7 +231,7 @@ def workers_of(client: Client) -> dict[str, int]:
             f"other machines can reach this cluster, such as {exposed[0]}, without TLS: "
             "who can connect can run code there, and read what is generated. Give scheduler, "
             "workers and client a distributed.Security, or have them listen on 127.0.0.1",
-            stacklevel=3,
+            stacklevel=4,
         )
     return {address: int(info["nthreads"]) for address, info in workers.items()}
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Sized
+from collections.abc import Callable, Coroutine, Iterable, Sized
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from threading import TIMEOUT_MAX
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from distributed import Client
 
@@ -30,6 +32,41 @@ class Closable(Protocol):
 
 
 T = TypeVar("T", bound=Closable)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def check_names(call: Callable[..., object], given: Iterable[str]) -> None:
+    """Raise a ValueError unless the call takes arguments of all these names."""
+    known = [name for name in signature(call).parameters if name != "cls"]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ValueError(f"there is no setting {name!r}: {hint}")
+
+
+def explained(method: Callable[P, R]) -> Callable[P, R]:
+    """Have a method say what it takes, in words of its user, when it is given something else."""
+    expected = signature(method)
+    _, *taken = expected.parameters.values()
+    first = [one.name for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD]
+    named = [one.name for one in taken if one.kind is one.KEYWORD_ONLY]
+
+    @wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            expected.bind(*args, **kwargs)
+        except TypeError as error:
+            if taken[-1].kind is not taken[-1].VAR_KEYWORD:
+                check_names(method, kwargs)
+            raise TypeError(
+                f"expected {method.__name__}({', '.join(first)}) and all else by name, such as "
+                f"{named[0]}=...: {error}"
+            ) from None
+        return method(*args, **kwargs)
+
+    return checked
 
 
 def check_asked(
