@@ -139,9 +139,10 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
                     f"{path / 'config.json'}: expected {name} as the name of an activation, such "
                     f"as 'silu', got {given!r}: download it again"
                 ) from error
+        wrong = error.__cause__ or error  # which field is wrong, below the name of a validator
         raise ValueError(
-            f"{path / 'config.json'} describes no {fields['model_type']} model: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"{path / 'config.json'} is wrong for a {fields['model_type']} model: "
+            f"{type(wrong).__name__}: {' '.join(str(wrong).split()).rstrip('.')}: download it again"
         ) from error
     context = context_of(config)
     if context < 2:  # a token of the prompt, and a new one
@@ -185,7 +186,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     # The tokenizers library raises bare exceptions.
     except Exception as error:
         raise ValueError(
-            f"the tokenizer in {checkpoint.path} can't be loaded: {' '.join(str(error).split())}"
+            f"the tokenizer in {checkpoint.path} can't be loaded: "
+            f"{' '.join(str(error).split())}: download its files again, or "
+            "install what they need"
         ) from error
     return tokenizer
 

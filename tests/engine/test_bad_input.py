@@ -111,7 +111,11 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
     ),
     "no context": (edit("config.json", max_position_embeddings=0), ValueError, "config.json"),
     "no layers": (edit("config.json", num_hidden_layers=0), ValueError, "model"),
-    "heads of text": (edit("config.json", num_attention_heads="many"), ValueError, "config.json"),
+    "heads of text": (
+        edit("config.json", num_attention_heads="many"),
+        ValueError,
+        r"config\.json is wrong for a llama model: .*'num_attention_heads' .*: download it again$",
+    ),
     "a list as config": (
         lambda model: (model / "config.json").write_text("[1, 2]"),
         ValueError,
@@ -151,7 +155,11 @@ BROKEN: dict[str, tuple[Break, type[Exception], str]] = {
         FileNotFoundError,
         "has no tokenizer: expected one of tokenizer.json",
     ),
-    "broken tokenizer": (cut("tokenizer.json", 100), ValueError, "the tokenizer in .* can't be"),
+    "broken tokenizer": (
+        cut("tokenizer.json", 100),
+        ValueError,
+        "the tokenizer in .* can't be loaded: .*: download its files again, or",
+    ),
 }
 
 

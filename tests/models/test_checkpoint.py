@@ -142,7 +142,7 @@ def test_an_architecture_that_cannot_be_split_is_refused_with_the_reason(
 
 def test_a_configuration_that_no_model_can_have_is_refused_in_one_line(llama: Path) -> None:
     change_json(llama / "config.json", hidden_size="wide")
-    with pytest.raises(ValueError, match="describes no llama model") as caught:
+    with pytest.raises(ValueError, match="is wrong for a llama model") as caught:
         open_checkpoint(llama)
     assert "\n" not in str(caught.value)
 
