@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -108,19 +110,21 @@ def load(
     return stages, records, texts, pieces, places
 
 
-def open_file(path: object, mode: Literal["r", "w"]) -> TextIO:
-    """Open a file of ASCII, or say in a line what the path should have been.
+@contextmanager
+def open_file(path: object, mode: Literal["r", "w"]) -> Iterator[TextIO]:
+    """Open a file of ASCII for a while, or say in a line what the path should have been.
 
     Raises
     ------
     ValueError
         If the path is none, or a directory's.
     OSError
-        If there is no such file or directory, or it may not be opened.
+        If there is no such file or directory, or it may not be opened, or takes no more.
     """
     file = _file(path)
     try:
-        return file.open(mode, encoding="ascii")
+        with file.open(mode, encoding="ascii") as opened:
+            yield opened  # what is written last may only come to the disk when it is closed
     except FileNotFoundError:
         lack = f"file {file}: name one" if mode == "r" else f"directory {file.parent}: make it"
         raise FileNotFoundError(

@@ -150,6 +150,14 @@ def test_a_file_that_is_not_there_is_not_there(tmp_path: Path) -> None:
             write(tmp_path / "here" / "trace")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_disk_that_is_full_is_told_with_the_file() -> None:
+    told = r"expected a file that you may write, got /dev/full \(No space left on device\): name"
+    for write in (Trace(1).save, Trace(1).to_perfetto):
+        with pytest.raises(OSError, match=told):
+            write("/dev/full")
+
+
 def test_a_path_that_is_no_files_is_refused(tmp_path: Path) -> None:
     trace = simulate("iterative", stages=1, max_new_tokens=2).trace
     for call in (trace.save, trace.to_perfetto, Trace.load):
