@@ -290,7 +290,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "endless share": ({"layer_split": [1, float("inf")]}, "finite weights above 0 .* got inf"),
     "share of text": ({"layer_split": [1, "2"]}, "made of numbers, not of '2'"),
     "no share": ({"layer_split": [0, 0]}, "weights above 0 .* got 0: use fewer stages"),
-    "empty split": ({"layer_split": []}, "stages as a whole number of at least 1, got 0"),
+    "empty split": ({"layer_split": []}, r"layer_split as numbers, one a stage, .* got \[\]"),
     "one number as split": (
         {"layer_split": 3},
         "layer_split as numbers, one a stage, or as 'auto', got 3",

@@ -111,7 +111,9 @@ def check_asked(
         )
     check_count("stages", stages)
     if layer_split not in (None, "auto") and (
-        isinstance(layer_split, (str, bytes)) or not isinstance(layer_split, Sized)
+        isinstance(layer_split, (str, bytes))
+        or not isinstance(layer_split, Sized)
+        or len(layer_split) == 0
     ):
         raise ValueError(
             f"expected layer_split as numbers, one a stage, or as 'auto', got {layer_split!r}"
