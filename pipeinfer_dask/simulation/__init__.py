@@ -7,7 +7,7 @@ a large cluster take milliseconds here. Nothing of it is a second scheduler: see
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
 from inspect import signature
@@ -38,6 +38,8 @@ __all__ = [
 PROMPT_TOKENS = 16
 MOST_TOKENS = 100_000
 """Of a prompt, and of what follows: beyond what any model's text is simulated for."""
+SAMPLING = frozenset(("do_sample", *(field.name for field in fields(Sampling))))
+"""What an engine's text is sampled by."""
 SLOTS = 2048
 """Slots for speculation: enough for the widest tree in the longest pipeline."""
 
@@ -232,6 +234,11 @@ def _policy_of(
         return policy_of(strategy, knobs)
     except ValueError:
         for name in knobs:
+            if name in SAMPLING:
+                raise ValueError(
+                    f"expected no {name} for a simulation, whose text is synthetic and takes no "
+                    "sampling: leave it out"
+                ) from None
             if near := get_close_matches(name, signature(call).parameters, n=1, cutoff=0.8):
                 raise ValueError(
                     f"there is no setting {name!r}: did you mean {near[0]!r}?"

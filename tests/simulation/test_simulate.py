@@ -508,6 +508,8 @@ def test_a_policy_that_waits_for_nothing_is_told_so() -> None:
         ({"slowdowns": [(1.0, 1)]}, "expected slowdowns as"),
         ({"strategy": "fast"}, "unknown strategy 'fast'"),
         ({"k": 3}, "'adaptive' has no knob 'k'"),
+        ({"temperature": 0.5}, "expected no temperature for a simulation, whose text is synthetic"),
+        ({"do_sample": True, "top_k": 5}, "expected no do_sample for a simulation"),
         ({"stage": 3}, "there is no setting 'stage': did you mean 'stages'"),
         ({"strategy": Adaptive(), "ramp": 2}, "expected knobs or a policy of your own, got both"),
     ],
