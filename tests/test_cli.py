@@ -219,7 +219,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "knob of text": (
         ["generate", "x", "--target", "{target}", "--draft", "{draft}", "--set", "split=wide"],
-        "expected a number, true or false for split, got 'wide'",
+        "expected --set split=VALUE with a value as in JSON, such as 0.5, true or [1, 2], got "
+        "'wide'",
     ),
     "too many stages": (
         ["generate", "x", "--target", "{target}", "--stages", "4"],

@@ -20,8 +20,10 @@ def settings_of(options: Sequence[str]) -> dict[str, Any]:
             # Python's True, False and None mean the same; other texts stay as they are.
             settings[name] = json.loads(value.lower() if value.isalpha() else value)
         except json.JSONDecodeError:
-            told = f"expected a number, true or false for {name}, got {value!r}"
-            raise ValueError(told) from None
+            raise ValueError(
+                f"expected --set {name}=VALUE with a value as in JSON, such as 0.5, true or "
+                f"[1, 2], got {value!r}"
+            ) from None
     return settings
 
 
