@@ -221,13 +221,14 @@ def test_arguments_that_lack_or_are_too_many_are_told_with_what_is_expected(
     told = r"expected from_pretrained\(target, draft\) and all else by name, such as client=\.\.\."
     with pytest.raises(TypeError, match=f"{told}: missing a required argument: 'target'"):
         pi.Engine.from_pretrained()  # type: ignore[call-arg]
+    too_many: Any = ("target", "draft", 3)
     with pytest.raises(TypeError, match=f"{told}: too many positional arguments"):
-        pi.Engine.from_pretrained("target", "draft", 3)  # type: ignore[misc]
+        pi.Engine.from_pretrained(*too_many)
     told = r"\(prompt\) and all else by name, such as max_new_tokens=\.\.\.: too many positional"
     with pytest.raises(TypeError, match=f"expected generate{told}"):
-        engine.generate(PROMPT, 5)  # type: ignore[misc]
+        engine.generate(PROMPT, 5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=f"expected start{told}"):
-        engine.start(PROMPT, 5)  # type: ignore[misc]
+        engine.start(PROMPT, 5)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("given", [{}, {"target": "model"}, {"target": "model", "draft": "other"}])
