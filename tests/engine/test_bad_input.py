@@ -215,22 +215,6 @@ def test_an_option_that_there_is_not_is_told_with_the_nearest_one(
         pi.Emulation.open(pi.Costs.even(1), acceptence=0.5)  # type: ignore[call-arg]
 
 
-def test_arguments_that_lack_or_are_too_many_are_told_with_what_is_expected(
-    engine: pi.Engine,
-) -> None:
-    told = r"expected from_pretrained\(target, draft\) and all else by name, such as client=\.\.\."
-    with pytest.raises(TypeError, match=f"{told}: missing a required argument: 'target'"):
-        pi.Engine.from_pretrained()  # type: ignore[call-arg]
-    too_many: Any = ("target", "draft", 3)
-    with pytest.raises(TypeError, match=f"{told}: too many positional arguments"):
-        pi.Engine.from_pretrained(*too_many)
-    told = r"\(prompt\) and all else by name, such as max_new_tokens=\.\.\.: too many positional"
-    with pytest.raises(TypeError, match=f"expected generate{told}"):
-        engine.generate(PROMPT, 5)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=f"expected start{told}"):
-        engine.start(PROMPT, 5)  # type: ignore[call-arg]
-
-
 @pytest.mark.parametrize("given", [{}, {"target": "model"}, {"target": "model", "draft": "other"}])
 def test_an_engine_that_is_made_directly_names_the_way_to_open_one(given: dict[str, str]) -> None:
     with pytest.raises(TypeError, match=r"expected Engine\.from_pretrained\(target, draft="):
@@ -488,6 +472,22 @@ def test_what_lives_here_can_not_be_sent_or_copied(
         pytest.raises(TypeError, match=r"a conversation can't be sent to workers or copied: go on"),
     ):
         move(chat)
+
+
+def test_arguments_that_lack_or_are_too_many_are_told_with_what_is_expected(
+    engine: pi.Engine,
+) -> None:
+    told = r"expected from_pretrained\(target, draft\) and all else by name, such as client=\.\.\."
+    with pytest.raises(TypeError, match=f"{told}: missing a required argument: 'target'"):
+        pi.Engine.from_pretrained()  # type: ignore[call-arg]
+    too_many: Any = ("target", "draft", 3)
+    with pytest.raises(TypeError, match=f"{told}: too many positional arguments"):
+        pi.Engine.from_pretrained(*too_many)
+    told = r"\(prompt\) and all else by name, such as max_new_tokens=\.\.\.: too many positional"
+    with pytest.raises(TypeError, match=f"expected generate{told}"):
+        engine.generate(PROMPT, 5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=f"expected start{told}"):
+        engine.start(PROMPT, 5)  # type: ignore[call-arg]
 
 
 def test_an_engine_that_is_closed_by_its_own_loop_says_so_and_stays_open(

@@ -64,12 +64,14 @@ def heads(dask_worker: Worker) -> int:
 def test_the_head_is_where_it_was_asked_for_and_is_named_when_it_is_lost(pair: Pair) -> None:
     with ExitStack() as resources:
         client = own_cluster(2, resources)
-        stage, other = client.scheduler_info()["workers"]
+        workers = client.scheduler_info()["workers"]
+        stage, other = workers
         with pi.Engine.from_pretrained(
             pair.target, client=client, stages=1, head=other, max_recoveries=0
         ) as engine:
             assert client.run(heads) == {stage: 0, other: 1}
-            assert "<td>head</td><td>127.0.0.1, worker 1</td>" in engine._repr_html_()
+            place = f"127.0.0.1, worker {workers[other]['name']}"
+            assert f"<td>head</td><td>{place}</td>" in engine._repr_html_()
             run = engine.start(PROMPT, max_new_tokens=LONG)
             next(iter(run))
             os.kill(client.run(os.getpid)[other], signal.SIGKILL)
