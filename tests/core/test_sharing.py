@@ -182,6 +182,30 @@ def test_a_policy_that_raises_is_named_with_its_method_and_its_error() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+class Idle(Iterative):
+    """Waits for a time that was, or for none."""
+
+    name: ClassVar[str] = "idle"
+    due: ClassVar[float | None] = None
+
+    def choose_run(self, machine: Machine) -> Any:
+        return ()
+
+    def wake_at(self, machine: Machine) -> float | None:
+        return self.due
+
+
+@pytest.mark.parametrize(("due", "end"), [(None, "to come$"), (-1.0, "to come, got -1, which has")])
+def test_a_policy_that_waits_for_nothing_is_named(
+    due: float | None, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Idle, "due", due)
+    world = SharedWorld(stages=1, quality=1.0)
+    world.ask(Idle(), (1,), 3, 9)
+    with pytest.raises(RuntimeError, match=f"'idle' planned nothing .* {end}"):
+        world.run(random.Random(0).randrange)
+
+
 def test_what_a_driver_reports_wrongly_is_blamed_on_no_policy() -> None:
     sharing = Sharing()
     sharing.join(Machine(Request(0, (1,), 3, 9), Iterative()))
