@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -99,6 +100,9 @@ class Fault:
         Whether a worker was free for what it did away with: another one's may not be back yet.
     gap : float, seconds, or None
         Until the next token; None where nothing was noticed before the text's end.
+    silence : float, seconds, or None
+        The longest that no token came within the gap: a drafter's loss is noticed while the
+        target goes on.
     """
 
     kind: str
@@ -107,6 +111,7 @@ class Fault:
     began: float
     spare: bool
     gap: float | None = None
+    silence: float | None = None
 
 
 def run_faults_bench(
@@ -139,7 +144,9 @@ def run_faults_bench(
         ``recovery_s_p50`` and ``recovery_s_p95``: from the moment of a stage's fault to the first
         token that came after it was noticed, where there was a spare worker; where all were in use,
         ``waiting_s_p50``: a nanny had to bring one back first. ``drafter_s_p50``: the same of the
-        drafter's loss, to the next token. ``false_alarms``: losses that were told of though nothing
+        drafter's loss, to the next token, and ``drafter_silence_s_p50`` the longest that no token
+        came until then: the target decodes while memory fills up, or before silence is noticed.
+        ``false_alarms``: losses that were told of though nothing
         had happened but what is harmless. ``leaks``: nodes, threads, descriptors and mappings of
         shared memory that the workers have too many. ``interrupted``: what ended a text before its
         time, and the bench with it; None if nothing did. ``rows`` has one for each kind, and
@@ -272,6 +279,8 @@ class Harm:
             if fault.kind not in HARMLESS:
                 until(lambda f=fault: run.done() or _gap(run, f) is not None)  # type: ignore[misc]
                 fault.gap = _gap(run, fault)
+                if fault.gap is not None:
+                    fault.silence = _silence(run, fault.began, fault.began + fault.gap)
 
 
 def _moment(run: Generation) -> str:
@@ -301,6 +310,13 @@ def _gap(run: Generation, fault: Fault) -> float | None:
         if isinstance(what, Commit) and not waits:
             return when - fault.began
     return None
+
+
+def _silence(run: Generation, since: float, end: float) -> float:
+    """Return the longest time without a token, in seconds, between two moments."""
+    tokens = [when for when, what in run.trace.records if isinstance(what, Commit)]
+    moments = [since, *(when for when in tokens if since < when <= end)]
+    return max(after - before for before, after in pairwise(moments))
 
 
 def false_alarms(run: Generation, done: list[Fault]) -> int:
@@ -357,6 +373,7 @@ def _report(
 ) -> dict[str, Any]:
     felt = [fault for fault in done if fault.gap is not None]
     drafter = [f for f in felt if f.nodes == ("drafter",)]
+    alone = [f for f in drafter if f.moment != "recovering"]
     stages = [f for f in felt if f not in drafter]
     rows = []
     for kind in KINDS:
@@ -369,7 +386,10 @@ def _report(
         rows.append(
             {"kind": kind, "faults": len(of), **moments, "felt": len(some)}
             | {"spare": sum(fault.spare for fault in some)}
-            | {"s_p50": _at(some, 0.5), "s_p95": _at(some, 0.95)}
+            | {
+                "s_p50": _at((fault.gap for fault in some), 0.5),
+                "s_p95": _at((fault.gap for fault in some), 0.95),
+            }
         )
     report = {
         "suite": "faults",
@@ -377,10 +397,11 @@ def _report(
         "generations": generations,
         "identical": identical,
         "tokens_lost": lost,
-        "recovery_s_p50": _at([f for f in stages if f.spare], 0.5),
-        "recovery_s_p95": _at([f for f in stages if f.spare], 0.95),
-        "waiting_s_p50": _at([f for f in stages if not f.spare], 0.5),
-        "drafter_s_p50": _at([f for f in drafter if f.moment != "recovering"], 0.5),
+        "recovery_s_p50": _at((f.gap for f in stages if f.spare), 0.5),
+        "recovery_s_p95": _at((f.gap for f in stages if f.spare), 0.95),
+        "waiting_s_p50": _at((f.gap for f in stages if not f.spare), 0.5),
+        "drafter_s_p50": _at((fault.gap for fault in alone), 0.5),
+        "drafter_silence_s_p50": _at((fault.silence for fault in alone), 0.5),
         "false_alarms": alarms,
         "leaks": leaks,
         "rows": rows,
@@ -388,7 +409,7 @@ def _report(
     return judged(report, least={"identical": generations}, most=MOST)
 
 
-def _at(faults: list[Fault], share: float) -> float | None:
-    """Return the gap below which this share of them lies; None if there are none."""
-    ordered = sorted(fault.gap for fault in faults if fault.gap is not None)
+def _at(times: Iterable[float | None], share: float) -> float | None:
+    """Return the time below which this share of them lies; None if there are none."""
+    ordered = sorted(time for time in times if time is not None)
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3) if ordered else None
