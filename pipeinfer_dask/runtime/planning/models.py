@@ -233,8 +233,10 @@ class Models:
         self, node: str, model: Checkpoint, layers: range, worker: str, device: str
     ) -> Holding:
         width = self._width(model, device)
-        numbers = self.caches * self._capacity * cache_width(model.config)
-        cached = 0 if device == CPU else numbers * width.matrices
+        cached = 0
+        if device != CPU:  # rehearsing a layer takes longer than all else here
+            numbers = self.caches * self._capacity * cache_width(model.config)
+            cached = numbers * width.matrices
         return Holding(
             node=node,
             worker=worker,
