@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -107,3 +109,24 @@ def test_what_is_known_of_an_interrupted_text_is_all_that_came(pair: Pair) -> No
     assert whole.logprobs is not None
     for one, other in zip(whole.logprobs, lost.partial_logprobs, strict=False):
         assert one.token == pytest.approx(other.token, abs=1e-4)
+
+
+def pickled(lost: GenerationInterrupted) -> Any:
+    """Take it to another process and back."""
+    return pickle.loads(pickle.dumps(lost))
+
+
+@pytest.mark.parametrize("move", [pickled, copy.copy, copy.deepcopy])
+def test_an_interrupted_text_can_be_sent_and_copied(
+    pair: Pair, move: Callable[[GenerationInterrupted], Any]
+) -> None:
+    with pi.Engine.from_pretrained(pair.target, stages=2, in_process=True) as engine:
+        run = engine.start(PROMPT, max_new_tokens=480, logprobs=2)
+        next(iter(run))
+    with pytest.raises(GenerationInterrupted) as caught:
+        run.result(60)
+    lost = caught.value
+    moved = move(lost)
+    assert type(moved) is GenerationInterrupted
+    assert str(moved) == str(lost)
+    assert moved.partial_ids and vars(moved) == vars(lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.protocol.request import Request
@@ -114,3 +115,8 @@ class GenerationInterrupted(RuntimeError):  # noqa: N818
         self.partial_ids = partial_ids
         self.request = request
         self.partial_logprobs = partial_logprobs
+
+    def __reduce__(self) -> tuple[type[GenerationInterrupted], tuple[Any, ...]]:
+        # An exception is made anew of its message alone, unless it says otherwise.
+        made_of = self.partial, self.partial_ids, self.request, self.partial_logprobs
+        return type(self), (str(self), *made_of)
