@@ -6,15 +6,18 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.core.machine import Machine
 from pipeinfer_dask.engine import EngineClosedError, GenerationInterrupted
+from pipeinfer_dask.policies import Iterative
 from pipeinfer_dask.protocol.messages import Origin
 from pipeinfer_dask.trace import History
 from tests.engine.pairs import PROMPT, Pair, ending_at, greedy_tokens
@@ -146,6 +149,34 @@ def test_an_interrupt_while_somebody_waits_cancels_the_generation(
         with pytest.raises(KeyboardInterrupt):
             wait(run)
     assert run.result().finish_reason == "stopped"
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_of_generate_has_the_text_so_far(pair: Pair) -> None:
+    heard = Event()
+
+    class Heard(Iterative):
+        def committed(self, machine: Machine, origins: Sequence[Origin]) -> None:
+            if machine.generated == 20:
+                heard.set()
+
+    def interrupt() -> None:
+        heard.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with (
+        pi.Engine.from_pretrained(pair.target, stages=2, in_process=True) as engine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            engine.generate(PROMPT, max_new_tokens=LONG, strategy=Heard())
+        stopped: pi.Generation = caught.value.generation  # type: ignore[attr-defined]
+        result = stopped.result(60)
+    assert result.finish_reason == "stopped"
+    assert result.token_ids
+    tokens = result.token_ids[: len(pair.greedy)]
+    assert tokens == pair.greedy[: len(tokens)]
 
 
 def test_who_leaves_the_loop_leaves_the_generation_running(engine: pi.Engine, pair: Pair) -> None:

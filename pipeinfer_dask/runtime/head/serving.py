@@ -158,9 +158,16 @@ class Serving:
             As `start` does.
         GenerationInterrupted
             If the pipeline was lost; it holds the text so far.
+        KeyboardInterrupt
+            If the wait is interrupted. The generation is cancelled, and is the interrupt's
+            ``generation``: its result holds the text so far.
         """
         generation = self.start(prompt, max_new_tokens=max_new_tokens, strategy=strategy, **options)
-        return generation.result()
+        try:
+            return generation.result()
+        except KeyboardInterrupt as interrupt:
+            interrupt.generation = generation  # type: ignore[attr-defined]  # nobody else has it
+            raise
 
     @explained
     def start(
