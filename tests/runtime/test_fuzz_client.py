@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from math import inf
 from typing import Any, TypeVar
 
 import pytest
@@ -16,12 +17,14 @@ from hypothesis import strategies as st
 
 from pipeinfer_dask.protocol.messages import (
     NO_PARENT,
+    NO_SLOT,
     Batch,
     Drafted,
     DrafterBack,
     DrafterLost,
     DraftPlan,
     Event,
+    Proposal,
     RunDone,
     RunTaken,
     Span,
@@ -256,7 +259,69 @@ def test_a_run_that_comes_back_with_what_nobody_has_asked_for_is_computed_anew(
     runner.run(main())
 
 
-PLAN = DraftPlan(1, 0.0, 0.0, 9)
+PLAN = DraftPlan(2, 0.0, 0.0, 9)
+
+
+@pytest.mark.cluster
+def test_a_run_that_comes_back_as_one_of_another_generation_is_computed_anew(
+    living: tuple[asyncio.Runner, Living],
+) -> None:
+    runner, pipeline = living
+
+    async def main() -> None:
+        async with asyncio.timeout(30):
+            await pipeline.compute()
+            generation = pipeline.pipeline.generation
+            run = replace(run_of(next(pipeline.numbers), SLOW), generation=generation)
+            pipeline.pipeline.send(run)
+            await pipeline.next(RunTaken)
+            other = RunPass(replace(run, generation=generation + 1), None, (1,), SPANS)
+            pipeline.node("stage-1")._next.send(other)
+            assert (await pipeline.next(StageLost)).generation == generation
+            assert (await pipeline.next(StagesBack)).generation > generation
+
+    runner.run(main())
+
+
+BUSY = Batch((SLOW,), (0,), (0,), (NO_PARENT,))
+"""What a drafter works on until it is told to stop."""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "proposals",
+    [
+        (Proposal(7, 0, 3, 0.5),),
+        (Proposal(7, 0, 1, 0.5), Proposal(8, 1, 1, 0.5)),
+        (Proposal(7, 2, 1, 0.5),),
+        (Proposal(7, 0, NO_SLOT, 0.5), Proposal(8, NO_SLOT, 1, 0.5)),
+        (Proposal(7, 0, 1, inf),),
+        (Proposal(7, 0, 1, -1.0),),
+    ],
+    ids=[
+        "a slot of others",
+        "one slot twice",
+        "a parent of others",
+        "a parent without a slot",
+        "surer than sure",
+        "less likely than never",
+    ],
+)
+def test_a_draft_that_proposes_what_it_may_not_is_not_reported_and_the_drafter_is_replaced(
+    living: tuple[asyncio.Runner, Living], proposals: tuple[Proposal, ...]
+) -> None:
+    runner, pipeline = living
+
+    async def main() -> None:
+        async with asyncio.timeout(30):
+            await pipeline.compute()
+            generation = pipeline.pipeline.draft_generation
+            pipeline.pipeline.send(StartDraft(1, generation, 5, BUSY, 1, (1, 2), PLAN))
+            pipeline.node("drafter")._tell(Drafted(1, generation, 5, proposals, ()))
+            assert (await pipeline.next(DrafterLost)).generation == generation
+            await pipeline.next(DrafterBack)
+
+    runner.run(main())
 
 
 @pytest.mark.cluster
@@ -273,7 +338,7 @@ def test_a_draft_that_nobody_has_asked_for_is_not_reported_and_the_drafter_is_re
             await pipeline.next(DrafterLost)
             back = await pipeline.next(DrafterBack)
             batch = Batch((7,), (0,), (0,), (NO_PARENT,))
-            pipeline.pipeline.send(StartDraft(1, back.generation, 5, batch, 1, (1,), PLAN))
+            pipeline.pipeline.send(StartDraft(1, back.generation, 5, batch, 1, (1, 2), PLAN))
             assert (await pipeline.next(Drafted)).generation == back.generation
 
     runner.run(main())

@@ -15,7 +15,14 @@ import msgpack
 import numpy as np
 
 from pipeinfer_dask.models.stage import HiddenStates, Intake
-from pipeinfer_dask.protocol.messages import Batch, Prune, StartDraft, TreePlan
+from pipeinfer_dask.protocol.messages import (
+    NO_SLOT,
+    Batch,
+    Drafted,
+    Prune,
+    StartDraft,
+    TreePlan,
+)
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.typed import is_a
 from pipeinfer_dask.runtime.links.wire import CODECS, Buffer, Envelope, Message, WireError
@@ -24,6 +31,8 @@ Numbers = tuple[int, ...]
 
 SAID = 200
 """So much of nonsense is quoted, at most."""
+ROUNDING = 1e-3
+"""By so much a probability may be above 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,20 @@ def _check(message: Message) -> None:
         case Prune():
             if len(message.runs) != len(message.tokens):
                 raise ValueError("places of other runs than those named")
+
+
+def is_answer(asked: StartDraft, drafted: Drafted) -> bool:
+    """Return whether a draft proposes no more than it was asked for: in its slots, each once."""
+    parents, free = {*asked.batch.slots}, {*asked.slots}
+    for proposal in drafted.proposals:
+        if proposal.parent not in parents or not 0 <= proposal.confidence <= 1 + ROUNDING:
+            return False
+        if proposal.slot != NO_SLOT:
+            if proposal.slot not in free:
+                return False
+            free.remove(proposal.slot)
+            parents.add(proposal.slot)
+    return True
 
 
 def _tokens(batch: Batch) -> int:

@@ -29,6 +29,7 @@ from pipeinfer_dask.protocol.messages import (
 from pipeinfer_dask.runtime.links.bounds import of_answer
 from pipeinfer_dask.runtime.links.links import Link, LinkError, Session
 from pipeinfer_dask.runtime.links.loops import post
+from pipeinfer_dask.runtime.links.reading import is_answer
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.links.wire import Message, WireError
 from pipeinfer_dask.runtime.nodes.actors import (
@@ -106,7 +107,7 @@ class DaskPipeline:
         # What stages and drafter have been asked for, so that nothing else is taken from them: runs
         # by request and number, each with its picks, and drafts by request, generation and number.
         self._runs: dict[tuple[int, int], int] = {}
-        self._drafts: set[tuple[int, int, int]] = set()
+        self._drafts: dict[tuple[int, int, int], StartDraft] = {}
         self._heard = time.monotonic()
         self._report: Callable[[Event], None] | None = None
         self._lost: Callable[[Exception], None] | None = None
@@ -268,8 +269,8 @@ class DaskPipeline:
                     raise RuntimeError("expected no draft: this pipeline has no drafter")
                 if isinstance(command, StartDraft):
                     now = command.generation  # who was asked before is lost
-                    self._drafts = {draft for draft in self._drafts if draft[1] == now}
-                    self._drafts.add((command.request, now, command.draft))
+                    self._drafts = {one: it for one, it in self._drafts.items() if one[1] == now}
+                    self._drafts[command.request, now, command.draft] = command
                 for drafter in self._drafters():
                     drafter.send(command)
 
@@ -380,7 +381,7 @@ class DaskPipeline:
             raise LinkError(f"expected {self.stages} stages' spans, got {len(message.spans)}")
         run, peers = message.run, self._assembly.stages.peers
         picks = self._runs.pop((run.request, run.run), None)
-        if picks is None:
+        if picks is None or run.generation != self.generation:
             raise LinkError(f"expected a run that is under way, got {run.run} of {run.request}")
         if message.tokens is not None and len(message.tokens) != picks:
             raise LinkError(f"expected {picks} picks, got {len(message.tokens)}")
@@ -402,9 +403,9 @@ class DaskPipeline:
                 self._tell(message)
             case Drafted(span=span):
                 draft = (message.request, message.generation, message.draft)
-                if draft not in self._drafts:
+                asked = self._drafts.pop(draft, None)
+                if asked is None or not is_answer(asked, message):
                     raise LinkError(f"expected a draft that was asked for, got {message.draft}")
-                self._drafts.remove(draft)
                 self._assembly.drafter.working()
                 for drafter in self._assembly.drafter.peers:
                     if span is not None:
