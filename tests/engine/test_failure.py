@@ -22,6 +22,7 @@ from pipeinfer_dask.models.shard import Shard
 from pipeinfer_dask.models.stage import HiddenStates, StageOutput
 from pipeinfer_dask.protocol.messages import Batch, DrafterLost, Finish, Kind, StartRun
 from pipeinfer_dask.protocol.sampling import Sampling
+from pipeinfer_dask.runtime.head.text import DecodedText
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.nodes.compute import StageThread
 from pipeinfer_dask.runtime.planning.clusters import own_cluster
@@ -108,6 +109,22 @@ def test_a_lookup_that_breaks_costs_no_text(
         result = engine.generate(PROMPT, max_new_tokens=100, strategy="speculative")
     assert result.token_ids == pair.greedy[:100]
     assert [type(what) for _, what in result.trace].count(DrafterLost) == 1
+
+
+def test_a_text_whose_end_can_not_be_written_fails_with_its_tokens(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(_: DecodedText) -> str:
+        raise ArithmeticError("letters ran out")
+
+    with pi.Engine.from_pretrained(pair.target, stages=2, in_process=True) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(DecodedText, "flush", breaking)
+            run = engine.start(PROMPT, max_new_tokens=5)
+            with pytest.raises(GenerationInterrupted, match="letters ran out") as caught:
+                run.result(60)
+        assert caught.value.partial_ids == pair.greedy[:5]
+        assert engine.generate(PROMPT, max_new_tokens=5).token_ids == pair.greedy[:5]
 
 
 def test_a_stage_that_is_closed_in_mid_run_does_not_pass_it_off_as_cancelled() -> None:
