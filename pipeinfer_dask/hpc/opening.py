@@ -26,6 +26,7 @@ from pipeinfer_dask.models.layers import split_layers
 from pipeinfer_dask.runtime.nodes import loading
 from pipeinfer_dask.runtime.planning.clusters import call_on, loop_of
 from pipeinfer_dask.runtime.planning.opening import check_names
+from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, known_workers
 from pipeinfer_dask.trace.picture import table_html
 
 NAMES_S = 5.0
@@ -123,6 +124,8 @@ def engine_from(
     StartTimeoutError
         If the workers do not come in time: a `TimeoutError`. Jobs stay in the queue, unless
         the cluster scales itself.
+    RuntimeError
+        If the cluster's scheduler ends meanwhile, or hangs.
     ValueError
         If the jobs' walltime is too short, or as `Engine.from_pretrained`: what can be checked
         without workers is checked before a job is submitted.
@@ -184,9 +187,9 @@ def _names(client: Client) -> dict[str, str]:
         machines: dict[str, str] = client.run(
             platform.node, on_error="ignore", callback_timeout=NAMES_S
         )
-    except TimeoutError:
+        workers = call_on(loop_of(client), known_workers(client))
+    except (OSError, NoSchedulerError):
         return {}  # one of them is lost, maybe, and nobody has noticed yet
-    workers = client.scheduler_info(n_workers=-1)["workers"]
     return {
         address: f"{machine}, worker {workers[address]['name']}"
         for address, machine in machines.items()

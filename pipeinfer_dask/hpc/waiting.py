@@ -16,11 +16,10 @@ from tqdm.auto import tqdm
 from pipeinfer_dask.hpc.jobs import Jobs
 from pipeinfer_dask.hpc.queues import ASK_S, JobState
 from pipeinfer_dask.runtime.nodes.loading import Loading, in_notebook
+from pipeinfer_dask.runtime.planning.scheduler import known_workers
 
 GLANCE_S = 0.1
 """The scheduler is asked for its workers so often."""
-SCHEDULER_S = 30.0
-"""It may take so long to answer."""
 
 
 class JobError(RuntimeError):
@@ -88,22 +87,16 @@ async def wait_for_workers(
         If they have not come in time.
     JobError
         If a job has ended before its worker came.
+    NoSchedulerError
+        If there is no scheduler any more, or it does not answer.
     """
     began = time.monotonic()
     asked = -math.inf
     states: tuple[JobState, ...] = ()
     last = ""
-    assert client.scheduler is not None
     while True:
         seconds = time.monotonic() - began
-        try:
-            async with asyncio.timeout(SCHEDULER_S):
-                here = len((await client.scheduler.identity())["workers"])
-        except TimeoutError:
-            raise StartTimeoutError(
-                f"expected the scheduler to name its workers within {SCHEDULER_S:g} s, got no "
-                "answer: see whether it still runs"
-            ) from None
+        here = len(await known_workers(client))
         if here < wanted and jobs is not None and (seconds - asked > ASK_S or seconds > patience):
             states, asked = tuple((await jobs.waiting()).values()), seconds
         now = Waiting(here, wanted, seconds, states if here < wanted else ())

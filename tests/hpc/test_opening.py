@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from distributed import Client, LocalCluster, Scheduler
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
 from pipeinfer_dask.engine import Loading
+from pipeinfer_dask.hpc.opening import _names
+from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError
 from pipeinfer_dask.widgets import Timeline
-from tests.clusters import local_cluster
+from tests.clusters import client_of, local_cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -102,6 +106,44 @@ def test_workers_that_do_not_come_are_told_and_a_client_is_left_open(
         ):
             hpc.engine_from(client, target, "ngram", stages=6, start_timeout="200ms")
         assert client.status == "running"
+
+
+def test_a_scheduler_that_ends_while_workers_are_waited_for_is_named() -> None:
+    target, _ = pi.demo_pair()
+    waits = Event()
+
+    def told(step: hpc.Waiting | Loading) -> None:
+        waits.set()
+
+    with (
+        local_cluster(n_workers=0) as cluster,
+        Client(cluster.scheduler_address, set_as_default=False) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        opening = pool.submit(
+            lambda: hpc.engine_from(client, target, "ngram", stages=1, progress=told)
+        )
+        assert waits.wait(60)
+        cluster.close()
+        with pytest.raises(NoSchedulerError, match="scheduler can't be asked for workers: "):
+            opening.result(60)
+
+
+def test_where_the_scheduler_hangs_at_the_last_workers_go_by_their_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.planning.scheduler.SCHEDULER_TIMEOUT_S", 0.1)
+
+    async def never(**_: Any) -> None:
+        await asyncio.Event().wait()
+
+    def hang(dask_scheduler: Scheduler) -> None:
+        dask_scheduler.handlers["identity"] = never
+
+    with client_of(1) as client:
+        assert len(_names(client)) == 1
+        client.run_on_scheduler(hang)
+        assert _names(client) == {}
 
 
 @pytest.mark.parametrize(
