@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+import dask
 import pytest
 from distributed import Client
 
@@ -14,6 +15,7 @@ from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.runtime.planning.gpus import Devices
 from pipeinfer_dask.runtime.planning.models import Models, _ask
 from pipeinfer_dask.runtime.planning.placement import default_stages, place, spread, without_spares
+from tests.clusters import client_of
 from tests.engine.pairs import Pair
 
 FOUR = {"a": 2, "b": 2, "c": 2, "d": 2}
@@ -167,6 +169,17 @@ def test_workers_that_do_not_tell_what_they_have_are_named(
     worker = min(inproc_client.scheduler_info()["workers"])
     with pytest.raises(RuntimeError, match=f"expected {worker} to answer within 0.1 s"):
         _ask(inproc_client, [worker], never)
+
+
+@pytest.mark.cluster
+def test_workers_that_are_gone_before_they_tell_what_they_have_are_named() -> None:
+    gone = "tcp://127.0.0.1:1"
+    with (
+        client_of(1, protocol="tcp") as client,
+        dask.config.set({"distributed.comm.timeouts.connect": "100ms"}),
+        pytest.raises(RuntimeError, match=f"expected {gone} to answer, but one is gone: see"),
+    ):
+        _ask(client, [gone], os.getpid)
 
 
 @pytest.mark.cluster

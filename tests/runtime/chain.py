@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,18 @@ class MissingSpec:
 
     def load(self, count: CountBytes) -> CountingStage:
         raise FileNotFoundError("no model here")
+
+
+@dataclass(frozen=True)
+class UnsendableSpec:
+    """Can't be pickled."""
+
+    name: str = "unsendable"
+    intake: Intake = INTAKE
+    held: Any = field(default_factory=threading.Lock)
+
+    def load(self, count: CountBytes) -> CountingStage:
+        raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import dask
 import pytest
 from distributed import Client, Security, Worker
+from distributed.comm.tcp import TCP
 
 import pipeinfer_dask
 from pipeinfer_dask.protocol.messages import (
@@ -42,6 +44,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import PipelineError
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.peers import Peer
 from pipeinfer_dask.runtime.pipeline.recovery import Recovery
+from pipeinfer_dask.runtime.planning.scheduler import known_workers
 from tests.clusters import local_cluster
 from tests.runtime.chain import (
     BROKEN,
@@ -53,6 +56,7 @@ from tests.runtime.chain import (
     EchoingSpec,
     MissingSpec,
     StoppingSpec,
+    UnsendableSpec,
     WaitingSpec,
     run_of,
 )
@@ -394,6 +398,25 @@ def test_a_model_that_can_not_be_loaded_is_an_error_that_names_stage_and_reason(
                 f"stage 1 (missing) on worker {workers[1]} could not load: "
                 "FileNotFoundError: no model here"
             )
+
+    asyncio.run(main())
+
+
+def open_connections(address: str) -> int:
+    """Return how many connections to an address this process has."""
+    comms = [thing for thing in gc.get_objects() if type(thing) is TCP]
+    return sum(not comm.closed() and comm.peer_address == address for comm in comms)
+
+
+def test_a_node_that_can_not_be_sent_leaves_no_connection_behind() -> None:
+    async def main() -> None:
+        async with cluster(workers=1, protocol="tcp") as (client, workers):
+            await known_workers(client)
+            before = open_connections(workers[0])
+            with pytest.raises(TypeError, match="serialize") as caught:
+                await DaskPipeline.open(client, [UnsendableSpec()], workers)
+            assert open_connections(workers[0]) == before
+            assert caught.traceback  # which holds what was left open, if anything was
 
     asyncio.run(main())
 

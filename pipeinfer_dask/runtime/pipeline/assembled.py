@@ -169,17 +169,21 @@ class Nodes:
             tripwire = await connect(worker, self._deadline, **self._client.connection_args)
         except OSError as lost:
             raise NodeLostError(f"{title}: could not connect to the worker: {lost}") from lost
-        self._futures[node] = self._client.submit(
-            seat.actor,
-            seat.kind,
-            session,
-            seat.name,
-            seat.spec,
-            actor=True,
-            key=node,
-            workers=[worker],
-            allow_other_workers=False,
-        )
+        try:
+            self._futures[node] = self._client.submit(
+                seat.actor,
+                seat.kind,
+                session,
+                seat.name,
+                seat.spec,
+                actor=True,
+                key=node,
+                workers=[worker],
+                allow_other_workers=False,
+            )
+        except BaseException:  # the client was closed just now, or so
+            tripwire.abort()
+            raise
         steps = Steps(seat.title, worker, progress)
         loading = asyncio.create_task(self._load(seat, title, node, session, steps))
         death = asyncio.create_task(_death(tripwire, self._deadline, steps))

@@ -316,6 +316,11 @@ def _ask(
             f"expected {', '.join(asked)} to answer within {ANSWER_TIMEOUT_S:g} s, but one does "
             "not: see whether it hangs, and restart it or leave it out"
         ) from None
+    except OSError as error:  # one has died, or can't be reached
+        raise RuntimeError(
+            f"expected {', '.join(asked)} to answer, but one is gone: see whether it still runs, "
+            f"and try again ({error})"
+        ) from error
     return answers
 
 
