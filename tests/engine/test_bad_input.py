@@ -15,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from distributed import Client
@@ -282,6 +283,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text as split": ({"layer_split": "2,1"}, "or as 'auto', got '2,1'"),
     "another word as split": ({"layer_split": "foo"}, "or as 'auto', got 'foo'"),
+    "an array as split": (
+        {"layer_split": np.ones(2)},
+        r"numbers, one a stage, or as 'auto', got array\(\[1\., 1\.\]\)",
+    ),
     "bytes as split": ({"layer_split": b"auto"}, "or as 'auto', got b'auto'"),
     "weights of no kind": ({"weights": 16}, "weights to be one of 'auto', 'fp16', 'fp32', got 16"),
     "a number as progress": ({"progress": 3}, "progress as a callable, True, False or None, got 3"),
@@ -335,6 +340,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a token of text": ({"prompt": [1, "2"]}, "token ids as whole numbers, got '2': encode text"),
     "a list of prompts": ({"prompt": ["a", "b"]}, "token ids as whole numbers, got 'a': encode"),
+    "a lone number": ({"prompt": np.array(1)}, r"a prompt as text or token ids, got array\(1\)"),
     "a token beyond 64 bits": ({"prompt": [2**70]}, "token ids from 0 to 287, got 1180"),
     "a set of tokens": ({"prompt": {1: 2}}, "a prompt as text or token ids, got {1: 2}"),
     "unknown token": ({"prompt": [1, 288]}, "token ids from 0 to 287, got 288"),
@@ -394,6 +400,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "half a letter to stop at": ({"stop_strings": "a\ud800"}, "stop_strings as valid Unicode text"),
     "nan as temperature": ({"temperature": float("nan")}, "or from 1e-6 to 1e6, got nan"),
+    "more digits than a number has": ({"top_p": 10**400}, "top_p above 0 and up to 1, got inf"),
     "endless temperature": ({"temperature": float("inf")}, "or from 1e-6 to 1e6, got inf"),
     "more at least than at most": (
         {"min_new_tokens": 9, "max_new_tokens": 8},
@@ -488,6 +495,20 @@ def test_arguments_that_lack_or_are_too_many_are_told_with_what_is_expected(
         engine.generate(PROMPT, 5)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=f"expected start{told}"):
         engine.start(PROMPT, 5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"expected chat\(system\) and all else by name"):
+        engine.chat("You are brief.", "plain")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="no setting 'tempalte': did you mean 'template'"):
+        engine.chat(tempalte="plain")  # type: ignore[call-arg]
+    with engine.chat(template="plain") as chat:
+        for call in (chat.start, chat.send):
+            name = call.__name__
+            with pytest.raises(TypeError, match=rf"expected {name}\(text\) and all else by name"):
+                call("Hello", 5)  # type: ignore[call-arg]
+
+
+def test_a_number_of_new_tokens_may_be_one_of_numpy(engine: pi.Engine, pair: Pair) -> None:
+    asked: Any = np.int64(3)
+    assert engine.generate(PROMPT, max_new_tokens=asked).token_ids == pair.greedy[:3]
 
 
 def test_an_engine_that_is_closed_by_its_own_loop_says_so_and_stays_open(

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from distributed import Client
@@ -63,6 +64,18 @@ def test_an_emulated_distance_is_part_of_a_hop(near: Emulation) -> None:
 def test_a_client_and_no_cluster_at_all_are_not_had_together() -> None:
     with pytest.raises(ValueError, match="leave one out"):
         Emulation.open(COSTS, client=object(), in_process=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("costs", "most", "told"),
+    [
+        (3, 1, "expected costs as made by Costs.even, got 3"),
+        (COSTS, 0, "expected max_concurrent as a whole number of at least 1, got 0"),
+    ],
+)
+def test_what_nobody_can_emulate_is_refused(costs: Any, most: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Emulation.open(costs, in_process=True, max_concurrent=most)
 
 
 def test_there_are_two_processes_at_least_and_no_more_than_nodes() -> None:

@@ -45,7 +45,7 @@ from pipeinfer_dask.runtime.planning.clusters import (
     own_cluster,
     workers_of,
 )
-from pipeinfer_dask.runtime.planning.opening import explained, open_on
+from pipeinfer_dask.runtime.planning.opening import check_room, explained, open_on
 from pipeinfer_dask.runtime.planning.placement import WORKER, head_worker, place
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs
 from pipeinfer_dask.simulation.truth import SyntheticPair
@@ -153,13 +153,16 @@ class Emulation:
         Raises
         ------
         ValueError
-            If the acceptance is no chance, there is a client as well as ``in_process``, or what
-            is asked of a head on a worker can't be had.
+            If these are no costs, no generation may run, the acceptance is no chance, there is a
+            client as well as ``in_process``, or what is asked of a head on a worker can't be had.
         """
         if client is not None and in_process:
             raise ValueError("expected a client or in_process=True, got both: leave one out")
         if head == WORKER and (in_process or distance is not None):
             raise ValueError("expected head='worker' without in_process and distance: leave them")
+        if not isinstance(costs, Costs):
+            raise ValueError(f"expected costs as made by Costs.even, got {costs!r}")
+        check_room(max_concurrent, 0, in_process=in_process)
         specs, draft_spec = paced_specs(costs, acceptance, seed)
         stages = len(specs)
         with ExitStack() as resources:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from pipeinfer_dask.policies import Policy
 from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.result import Result
+from pipeinfer_dask.runtime.planning.opening import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +98,7 @@ class Chat:
         """Whether it is over."""
         return self._closed
 
+    @explained
     def start(
         self,
         text: str,
@@ -139,6 +141,7 @@ class Chat:
         self._tokens = prompt
         return self._answer
 
+    @explained
     def send(
         self,
         text: str,

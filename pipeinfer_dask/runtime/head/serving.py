@@ -285,6 +285,7 @@ class Serving:
             for node, where in self._places.items()
         }
 
+    @explained
     def chat(self, system: str | None = None, *, template: str | None = None) -> Chat:
         """Begin a conversation: its KV cache is kept from turn to turn.
 

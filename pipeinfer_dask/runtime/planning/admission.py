@@ -20,6 +20,7 @@ from pipeinfer_dask.runtime.planning.settings import (
     sampling_of,
     stated,
     texts,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ class Admission:
         asked = requested(generation_config, settings)
         if max_new_tokens is None:
             max_new_tokens = asked.get("max_new_tokens", DEFAULT_NEW_TOKENS)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise ValueError(f"expected max_new_tokens as a whole number, got {max_new_tokens!r}")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1:
             raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
         least = count("min_new_tokens", asked.get("min_new_tokens", 0))
@@ -163,9 +163,12 @@ class Admission:
         )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if isinstance(prompt, (bytes, Mapping, Set)) or not hasattr(prompt, "__len__"):
+        length = None
+        with suppress(TypeError):  # some that could have a length, such as a lone number, have none
+            length = len(prompt)
+        if length is None or isinstance(prompt, (bytes, Mapping, Set)):
             raise ValueError(f"expected a prompt as text or token ids, got {prompt!r}")
-        if len(prompt) == 0:
+        if length == 0:
             raise ValueError("expected a prompt of at least one token, got an empty one")
         if isinstance(prompt, str):
             try:

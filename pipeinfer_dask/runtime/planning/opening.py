@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterable, Sized
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from difflib import get_close_matches
@@ -38,7 +38,7 @@ R = TypeVar("R")
 
 def check_names(call: Callable[..., object], given: Iterable[str]) -> None:
     """Raise a ValueError unless the call takes arguments of all these names."""
-    known = [name for name in signature(call).parameters if name != "cls"]
+    known = [name for name in signature(call).parameters if name not in ("cls", "self")]
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -110,11 +110,9 @@ def check_asked(
             "(its generations can be awaited all the same)"
         )
     check_count("stages", stages)
-    if layer_split not in (None, "auto") and (
-        isinstance(layer_split, (str, bytes))
-        or not isinstance(layer_split, Sized)
-        or len(layer_split) == 0
-    ):
+    numbers = isinstance(layer_split, Sequence) and not isinstance(layer_split, (str, bytes))
+    is_auto = isinstance(layer_split, str) and layer_split == "auto"
+    if layer_split is not None and not is_auto and not (numbers and layer_split):
         raise ValueError(
             f"expected layer_split as numbers, one a stage, or as 'auto', got {layer_split!r}"
         )

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from math import inf
 from typing import Any
 
 from transformers import GenerationConfig
@@ -243,6 +244,8 @@ def number(name: str, value: object) -> float:
         if isinstance(value, (bool, str, bytes)):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number of hundreds of digits
+        return inf
     except (TypeError, ValueError):
         raise ValueError(f"expected {name} as a number, got {value!r}") from None
 
