@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+PATIENCE_S = 60.0
+"""How long a contender's process may take to end."""
 LOOKUP_TOKENS = 10
 """What the documentation of transformers gives to prompt lookup."""
 
@@ -126,7 +128,11 @@ class Process:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._process.communicate()  # closes stdin, and waits
+        try:
+            self._process.communicate(timeout=PATIENCE_S)  # closes stdin, and waits
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
 
 def _serve(who: str, **options: Any) -> None:

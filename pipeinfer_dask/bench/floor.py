@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import struct
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 LENGTH = struct.Struct("<Q")
 BUFFER = 1 << 22
 """Bytes that a stream may hold: more than the largest message, so that it never pauses."""
+PATIENCE_S = 60.0
+"""How long the processes may take to start, and to end."""
 
 
 async def receive(reader: asyncio.StreamReader) -> bytes:
@@ -81,20 +84,26 @@ class Floor:
             lambda *streams: arrival.set_result(streams), "127.0.0.1", 0, limit=BUFFER
         )
         port = server.sockets[0].getsockname()[1]
-        processes = []
-        for _ in range(stages):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                __name__,
-                str(port),
-                stdout=asyncio.subprocess.PIPE,
-            )
-            processes.append(process)
-            assert process.stdout is not None
-            port = int(await process.stdout.readline())
-        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=BUFFER)
-        reader, back = await arrival
+        processes: list[asyncio.subprocess.Process] = []
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                for _ in range(stages):
+                    process = await asyncio.create_subprocess_exec(
+                        sys.executable,
+                        "-m",
+                        __name__,
+                        str(port),
+                        stdout=asyncio.subprocess.PIPE,
+                    )
+                    processes.append(process)
+                    assert process.stdout is not None
+                    port = int(await process.stdout.readline())
+                _, writer = await asyncio.open_connection("127.0.0.1", port, limit=BUFFER)
+                reader, back = await arrival
+        except BaseException:
+            server.close()
+            await _end(processes)
+            raise
         return cls(processes, server, writer, reader, back)
 
     async def pass_on(self, message: bytes) -> bytes:
@@ -105,11 +114,22 @@ class Floor:
     async def close(self) -> None:
         """Let the processes end, one after the other, and wait for them."""
         self._writer.close()
-        for process in self._processes:
-            await process.wait()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                for process in self._processes:
+                    await process.wait()
+        finally:
+            await _end(self._processes)
         self._back.close()
         self._server.close()
         await self._server.wait_closed()
+
+
+async def _end(processes: Iterable[asyncio.subprocess.Process]) -> None:
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 if __name__ == "__main__":

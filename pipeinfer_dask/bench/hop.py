@@ -12,6 +12,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,12 +104,13 @@ async def _run(stages: tuple[int, ...], payloads: tuple[int, ...], runs: int) ->
         workers = list(cluster.scheduler.workers)
         rows = []
         for count in stages:
-            floor = await Floor.open(count)
-            pipeline = await Ring.open(client, [PassingSpec()] * count, workers[:count])
-            chain = Chain(pipeline)
-            rows.extend([await _measure(chain, floor, count, size, runs) for size in payloads])
-            await pipeline.close()
-            await floor.close()
+            async with AsyncExitStack() as resources:
+                floor = await Floor.open(count)
+                resources.push_async_callback(floor.close)
+                pipeline = await Ring.open(client, [PassingSpec()] * count, workers[:count])
+                resources.push_async_callback(pipeline.close)
+                chain = Chain(pipeline)
+                rows.extend([await _measure(chain, floor, count, size, runs) for size in payloads])
     return {"suite": "hop", "rows": rows}
 
 
