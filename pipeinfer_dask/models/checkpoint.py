@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
@@ -127,6 +128,8 @@ def open_checkpoint(source: str | Path, *, elsewhere: bool = False) -> Checkpoin
             "save the tokenizer beside the model"
         )
     listed, stored = _seen(path, elsewhere=elsewhere or found.revision is not None)
+    if listed:
+        _check_layers(path, fields, len(listed))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
@@ -229,7 +232,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file.parent} is no model: it has no {file.name}")
     try:
         fields = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(fields).__name__}")
@@ -246,6 +249,17 @@ def _seen(path: Path, *, elsewhere: bool) -> tuple[Collection[str], dict[str, St
         return (), {}
     stored = stored_tensors(path, lambda name: files is None or (path / files[name]).is_file())
     return files or stored, stored
+
+
+def _check_layers(path: Path, fields: Mapping[str, Any], tensors: int) -> None:
+    # Each layer takes memory and time before its tensors can be looked for.
+    names = CONFIG_MAPPING[fields["model_type"]].attribute_map
+    layers = fields.get(names.get("num_hidden_layers", "num_hidden_layers"))
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(
+            f"{path / 'config.json'} speaks of {layers} layers, but there are no more than "
+            f"{tensors} tensors: the files are not of one model"
+        )
 
 
 def check_tensors(

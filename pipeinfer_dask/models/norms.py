@@ -29,9 +29,19 @@ class RootMeanSquare:
 
 
 def bare_norm(norm: Any) -> Function:
-    """Return what computes a norm of [n, ...]: the family's own where nothing shorter agrees."""
+    """Return what computes a norm of [n, ...]: the family's own where nothing shorter agrees.
+
+    Raises
+    ------
+    ValueError
+        If its weights are no finite numbers: so is nothing that is computed with them.
+    """
     weight = getattr(norm, "weight", None)
     if weight is not None:
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                "a norm has weights that are no finite numbers: download the checkpoint again"
+            )
         x = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0))
         for candidate in _candidates(norm, weight.detach()):
             if close(norm(x), candidate(x)):

@@ -35,6 +35,8 @@ FLOAT_TYPES = {
 }
 """What weights may be stored as."""
 LENGTH_BYTES = 8
+CORRUPT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading JSON raises that is not as it should be, or nested without end."""
 
 READ_BYTES = 4 << 20
 """Files are read in pieces of this size; after each, progress is told."""
@@ -170,7 +172,7 @@ def listed_tensors(directory: Path) -> dict[str, str] | None:
     try:
         files = json.loads(index.read_bytes())["weight_map"]
         return {str(tensor): str(file) for tensor, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CORRUPT as error:
         raise ValueError(f"{index} is no index of safetensors files: download it again") from error
 
 
@@ -223,7 +225,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         entries: dict[str, Any] = json.loads(header)
         entries.pop("__metadata__", None)
         tensors = {name: _entry(file, name, entry, begin) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CORRUPT as error:
         raise ValueError(f"{file} has a corrupt header: download it again") from error
     expected = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=begin)
     if size != expected:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from distributed import Client
 from transformers import GenerationConfig
 
@@ -332,6 +333,8 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"prompt": []}, "a prompt of at least one token, got an empty one"),
     "no prompt": ({"prompt": None}, "a prompt as text or token ids, got None"),
     "bytes": ({"prompt": b"def"}, "a prompt as text or token ids, got b'def'"),
+    "a class": ({"prompt": str}, "a prompt as text or token ids, got <class 'str'>"),
+    "one token": ({"prompt": torch.tensor(3)}, r"a prompt as text or token ids, got tensor\(3\)"),
     "half a token": ({"prompt": [1, 1.5]}, r"token ids as whole numbers, got 1\.5"),
     "yes as a token": ({"prompt": [1, True]}, "token ids as whole numbers, got True"),
     "half a letter": (

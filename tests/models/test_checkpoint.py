@@ -101,7 +101,9 @@ def test_a_directory_without_a_configuration_is_no_model(tmp_path: Path) -> None
         ("{", "is not valid JSON"),
         ("[1]", "must hold a JSON object, not a list"),
         ("{}", "names no model_type"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not valid JSON"),
     ],
+    ids=["no end", "a list", "no fields", "too deep"],
 )
 def test_a_broken_configuration_is_refused(llama: Path, text: str, message: str) -> None:
     (llama / "config.json").write_text(text)
@@ -147,6 +149,18 @@ def test_a_configuration_that_no_model_can_have_is_refused_in_one_line(llama: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("family", "field"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_a_configuration_of_more_layers_than_tensors_is_refused_before_they_are_made(
+    tmp_path: Path, family: str, field: str
+) -> None:
+    path = make_tiny(tmp_path, family, layers=1, seed=1)
+    change_json(path / "config.json", **{field: 10**12})
+    with pytest.raises(
+        ValueError, match=r"config\.json speaks of 1000000000000 layers, .* tensors"
+    ):
+        open_checkpoint(path)
+
+
 def test_a_model_without_a_tokenizer_is_refused(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="has no tokenizer: expected one of tokenizer"):
@@ -174,7 +188,11 @@ def test_a_file_must_hold_what_the_index_says(in_parts: Path) -> None:
         open_checkpoint(in_parts)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "[]", '{"weight_map": 3}', "[" * 100_000],
+    ids=["no end", "no map", "a list", "a number", "too deep"],
+)
 def test_a_broken_index_is_refused(in_parts: Path, text: str) -> None:
     (in_parts / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="is no index of safetensors files"):
@@ -189,7 +207,11 @@ def test_a_truncated_file_is_refused(llama: Path, kept: int) -> None:
         open_checkpoint(llama)
 
 
-@pytest.mark.parametrize("header", [b"{", b"[]", b"{}", b'{"a": {}}', b'{"a": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "header",
+    [b"{", b"[]", b"{}", b'{"a": {}}', b'{"a": 1}', b"\xff", b"[" * 100_000],
+    ids=["no end", "a list", "nothing", "no fields", "a number", "no text", "too deep"],
+)
 def test_a_corrupt_header_is_refused(llama: Path, header: bytes) -> None:
     content = struct.pack("<Q", len(header)) + header + b"more"
     (llama / "model.safetensors").write_bytes(content)

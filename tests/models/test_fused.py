@@ -86,6 +86,14 @@ def test_a_norm_of_another_kind_is_the_familys_own() -> None:
         assert torch.allclose(plain(x), nn.LayerNorm(8)(x))
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_norm_of_weights_that_are_no_numbers_is_refused(weight: float) -> None:
+    norm = nn.RMSNorm(8, eps=1e-6)
+    nn.init.constant_(norm.weight, weight)
+    with pytest.raises(ValueError, match="a norm has weights that are no finite numbers"):
+        bare_norm(norm)
+
+
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
