@@ -195,7 +195,8 @@ class Engine(Serving):
             If that worker is lost, another one drives, and all stages load again.
         progress : callable or bool, optional
             Told of each step of loading as a `Loading`: which node has read how many bytes, and
-            which stands, of lost nodes too. True shows a bar, False none; notebooks show one.
+            which stands, of lost nodes too. True shows a bar, False none; notebooks show one. If it
+            raises, the log says so, and it is told no more.
         self_test : bool
             Whether to try out first, on small random models of the same settings, that they
             say the same in stages as in one piece. It takes a second at most, once a process.

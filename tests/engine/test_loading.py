@@ -53,6 +53,25 @@ def test_a_bar_is_shown_to_those_who_ask_for_one(
     assert ("loading" in capfd.readouterr().err) is (progress is True)
 
 
+def test_progress_that_raises_is_told_no_more_and_keeps_no_model_from_loading(
+    pair: Pair, where: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Loading] = []
+
+    def progress(step: Loading) -> None:
+        told.append(step)
+        raise KeyError("bar")
+
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, stages=2, progress=progress, **where
+    ) as engine:
+        assert engine.generate(PROMPT, max_new_tokens=20).token_ids == pair.greedy[:20]
+    assert len(told) == 1
+    assert [
+        record.getMessage() for record in caplog.records if "KeyError" in record.getMessage()
+    ] == ["progress is told no more, for it has raised KeyError: 'bar'"]
+
+
 def test_progress_that_can_not_be_told_is_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match="progress as a callable, True, False or None, got 'yes'"):
         pi.Engine.from_pretrained(pair.target, progress="yes")  # type: ignore[arg-type]

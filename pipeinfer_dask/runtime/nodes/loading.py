@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 from pipeinfer_dask.models.stage import CountBytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ HERE = "a thread of this process"
 """Where nodes are that are on no worker."""
 
 Progress = Callable[[Loading], None]
-"""Told of each step. Called on the engine's event loop: it must not wait."""
+"""Told of each step. Called on the engine's event loop: it must not wait. If it raises, the log
+says so, and it is told no more."""
 
 
 class Steps:
@@ -98,6 +102,28 @@ def in_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
+def _until_it_raises(progress: Progress) -> Progress:
+    """Tell of steps as long as that goes well: what shows a model's loading must not end it.
+
+    A lost node loads in mid-text, when the cell with its bar may be gone.
+    """
+    raised = False
+
+    def tell(step: Loading) -> None:
+        nonlocal raised
+        if raised:
+            return
+        try:
+            progress(step)
+        except Exception as error:
+            raised = True
+            logger.warning(
+                "progress is told no more, for it has raised %s: %s", type(error).__name__, error
+            )
+
+    return tell
+
+
 @contextmanager
 def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
     """Give who is to be told of the steps.
@@ -109,7 +135,7 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
         notebook.
     """
     if callable(progress):
-        yield progress
+        yield _until_it_raises(progress)
     elif progress is False or (progress is None and not in_notebook()):
         yield None
     else:
@@ -124,4 +150,4 @@ def shown(progress: Progress | bool | None) -> Iterator[Progress | None]:
                 bar.total = sum(one.total for one in latest.values())
                 bar.update(sum(one.nbytes for one in latest.values()) - bar.n)
 
-            yield tell
+            yield _until_it_raises(tell)
