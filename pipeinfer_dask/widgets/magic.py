@@ -10,7 +10,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from pipeinfer_dask.engine import Chat, Engine, Generation
+from pipeinfer_dask.engine import Chat, Engine, Generation, GenerationInterrupted, Result
 
 
 @magics_class
@@ -25,7 +25,7 @@ class PipeInferMagics(Magics):
     )
     @argument("--strategy", "-s", help="As for Engine.start.")
     @argument("--max-new-tokens", "-n", type=int, help="As for Engine.start.")
-    @argument("--out", "-o", metavar="NAME", help="Keep the result under this name.")
+    @argument("--out", "-o", metavar="NAME", help="Keep under this name what comes of it.")
     @cell_magic
     def pipeinfer(self, line: str, cell: str) -> None:
         """Generate from the cell's text, and show what comes as it comes."""
@@ -52,12 +52,21 @@ class PipeInferMagics(Magics):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             result = generation.result()
-        except RuntimeError as error:  # what came so far stands above it
+            self._keep(asked.out, result)
+        except GenerationInterrupted as error:  # what came so far stands above it
+            self._keep(asked.out, error)
+            raise UsageError(str(error)) from None
+        except KeyboardInterrupt:
+            self._keep(asked.out, generation)
+            raise
+        except RuntimeError as error:
             raise UsageError(str(error)) from None
         finally:
             sys.stdout.write("\n")
-        if asked.out is not None:
-            self._names[asked.out] = result
+
+    def _keep(self, name: str | None, text: Result | Generation | GenerationInterrupted) -> None:
+        if name is not None:
+            self._names[name] = text
 
     @property
     def _names(self) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin
 
 import pipeinfer_dask as pi
-from tests.clusters import local_cluster
+from pipeinfer_dask.runtime.pipeline.scaling import keep_nodes
+from tests.clusters import client_of, local_cluster
 from tests.engine.pairs import PROMPT, Pair
 
 pytestmark = pytest.mark.cluster
@@ -81,3 +83,20 @@ def test_a_scheduler_forgets_an_engine_that_did_not_open_or_whose_client_has_lef
         client.close()
         assert plugins(observer) == []
         engine.close()
+
+
+def test_a_scheduler_that_does_not_answer_is_told_of_with_the_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.pipeline.scaling.REGISTER_TIMEOUT_S", 0.1)
+
+    async def never(**_: Any) -> None:
+        await asyncio.Event().wait()
+
+    def hang(dask_scheduler: Scheduler) -> None:
+        dask_scheduler.handlers["register_scheduler_plugin"] = never
+
+    with client_of(1) as client, ExitStack() as resources:
+        client.run_on_scheduler(hang)
+        keep_nodes(client, 0, resources)
+    assert "its scheduler can't be told: TimeoutError: no answer within 0.1 s" in caplog.text

@@ -6,9 +6,11 @@ import asyncio
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import ModuleType
 
 import dask
 import pytest
@@ -186,3 +188,10 @@ def test_a_worker_of_our_own_that_is_killed_is_forked_anew_however_long_that_tak
         client.wait_for_workers(1, timeout=60)
         assert address not in client.run(os.getpid)
         assert list(client.run(os.getppid).values()) == [server]
+
+
+def test_an_ipython_shell_that_was_reset_is_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = ModuleType("__main__")
+    del main.__spec__  # as `%reset` does
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    clusters._check_script()

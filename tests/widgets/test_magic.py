@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
@@ -11,6 +15,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 import pipeinfer_dask as pi
+from pipeinfer_dask.core.machine import Machine
+from pipeinfer_dask.engine import GenerationInterrupted
+from pipeinfer_dask.policies import Iterative
+from pipeinfer_dask.protocol.messages import Origin
 from tests.engine.test_failure import break_after
 
 
@@ -99,11 +107,39 @@ def test_a_pipeline_that_is_lost_is_told_in_a_line_behind_the_text_so_far(
         so_far, told, end = run(shell, "%%pipeinfer lost -n 12 -o said\ndef main").rsplit("\n", 2)
         assert so_far and so_far != text and text.startswith(so_far)
         assert re.match(r"UsageError: .*stage 1 .*numbers ran out", told) and not end
-        assert "said" not in shell.user_ns
+        said = shell.user_ns["said"]  # with it the text can be gone on with
+        assert isinstance(said, GenerationInterrupted) and said.partial == so_far
         again = run(shell, "%%pipeinfer lost\ndef main")
         assert re.fullmatch(r"UsageError: the pipeline is lost .*: open another one\n", again)
     closed = run(shell, "%%pipeinfer lost\ndef main")
     assert closed == "UsageError: this engine is closed: open another one\n"
+
+
+def test_an_interrupted_cell_keeps_its_generation(
+    shell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Event()
+
+    def committed(self: Iterative, machine: Machine, origins: Sequence[Origin]) -> None:
+        if machine.generated == 5:
+            heard.set()
+
+    def interrupt() -> None:
+        heard.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Iterative, "committed", committed)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(interrupt)
+            shown = run(shell, "%%pipeinfer -n 400 -s iterative -o said\ndef main")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "KeyboardInterrupt" in shown
+    result = shell.user_ns["said"].result(60)
+    assert result.finish_reason == "stopped"
+    assert 5 <= len(result.token_ids) < 400
 
 
 def test_one_of_several_engines_has_to_be_named(shell: Any, engine: pi.Engine) -> None:

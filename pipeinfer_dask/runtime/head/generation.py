@@ -334,7 +334,12 @@ class Generation:
             The result's ``finish_reason``.
         """
         with self._changed:
-            if (rest := self._stream.flush()) and self._origins:
+            try:
+                rest = self._stream.flush()
+            except Exception as error:  # a tokenizer's: whoever waits must not do so for ever
+                self.fail(error)
+                return
+            if rest and self._origins:
                 self._pieces.append(Piece(rest, self._origins[-1]))
                 self.trace.pieces[-1] += rest
             self._position, self._cancel = None, _over

@@ -301,11 +301,11 @@ class Head:
         return reason
 
     def _finish(self, generation: Served, command: Finish) -> None:
-        generation.finish(command.reason)  # first: where it raises, the caller is to hear of it
         del self._running[command.request]
         self._silence(command.request)
         machine = self.sharing.machines[command.request]
         self._caches.give_back(machine, generation.conversation)
+        generation.finish(command.reason)
 
     def _silence(self, request: int) -> None:
         if (alarm := self._alarms.pop(request, None)) is not None:

@@ -68,8 +68,11 @@ def keep_nodes(client: Client, spares: int, resources: ExitStack) -> None:
     loop = loop_of(client)
 
     async def within(asked: Awaitable[Any]) -> None:
-        async with asyncio.timeout(REGISTER_TIMEOUT_S):
-            await asked
+        try:
+            async with asyncio.timeout(REGISTER_TIMEOUT_S):
+                await asked
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {REGISTER_TIMEOUT_S:g} s") from None
 
     async def register() -> None:
         # On its own loop a client's calls can be awaited.

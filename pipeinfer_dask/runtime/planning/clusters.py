@@ -274,7 +274,7 @@ def _check_script() -> None:
     )
     if importing:
         raise RuntimeError(guard)
-    module = getattr(main.__spec__, "name", "")
+    module = getattr(getattr(main, "__spec__", None), "name", "")  # IPython's %reset takes it away
     if script is None or module.rpartition(".")[2] == "__main__":
         return  # nothing that workers import: a notebook, `python -c`, an archive, a package
     try:
