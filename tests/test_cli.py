@@ -332,6 +332,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["generate", "x", "--target", "{target}", "--scheduler", ""],
         "expected --scheduler as an address like tcp://host:8786, got ''",
     ),
+    "scheduler with TLS, and no certificates": (
+        ["generate", "x", "--target", "{target}", "--scheduler", "tls://127.0.0.1:1"],
+        "expected certificates of Dask's for tls://127.0.0.1:1",
+    ),
     "scheduler by other means": (
         ["generate", "x", "--target", "{target}", "--scheduler", "pigeon://host:8786"],
         "expected --scheduler as an address like tcp://host:8786, got 'pigeon://host:8786'",

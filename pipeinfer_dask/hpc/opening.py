@@ -206,7 +206,7 @@ def _seconds(key: str, given: str | float | None) -> float:
     value = dask.config.get(f"pipeinfer.hpc.{key}") if given is None else given
     try:
         return float(parse_timedelta(value))
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise ValueError(
             f"expected {key} as a time such as '10 minutes' or as seconds, got {value!r}"
         ) from None

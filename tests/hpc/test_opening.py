@@ -153,6 +153,7 @@ def test_where_the_scheduler_hangs_at_the_last_workers_go_by_their_addresses(
         ({"stages": True}, "expected stages to be a whole number from 1 on, got True"),
         ({"spares": -1}, "expected spares to be a whole number from 0 on, got -1"),
         ({"start_timeout": "soon"}, "expected start-timeout as a time such as '10 minutes'"),
+        ({"start_timeout": [1]}, r"expected start-timeout as a time such as .* got \[1\]"),
         ({"stages": 7}, "7 stages"),
         ({"layer_splits": [1]}, "no setting 'layer_splits': did you mean 'layer_split'"),
         ({"layer_split": [1, 1]}, "one weight for each of the 6 stages, not"),

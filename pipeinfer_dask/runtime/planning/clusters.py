@@ -167,6 +167,12 @@ def connected(address: str) -> Client:
         If this is no address, or nobody answers there.
     """
     check_address(address)
+    secured = Security().get_connection_args("client")["ssl_context"] is not None
+    if parse_address(address)[0] in ("tls", "wss") and not secured:
+        raise ValueError(
+            f"expected certificates of Dask's for {address}, got none: name them in its "
+            "configuration, as distributed.comm.tls"
+        )
     configured = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
     seconds = min(CONNECT_TIMEOUT_S, configured)
     try:
