@@ -190,8 +190,9 @@ def test_a_worker_of_our_own_that_is_killed_is_forked_anew_however_long_that_tak
         assert list(client.run(os.getppid).values()) == [server]
 
 
-def test_an_ipython_shell_that_was_reset_is_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ipython_shell_that_was_reset_opens_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     main = ModuleType("__main__")
     del main.__spec__  # as `%reset` does
     monkeypatch.setitem(sys.modules, "__main__", main)
-    clusters._check_script()
+    with ExitStack() as resources:
+        assert len(own_cluster(1, resources).run(os.getpid)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -30,7 +31,8 @@ def engine() -> Iterator[pi.Engine]:
 
 
 @pytest.fixture
-def shell(engine: pi.Engine) -> Iterator[Any]:
+def shell(engine: pi.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # a shell takes its place
     shell = InteractiveShell()
     assert run(shell, "%load_ext pipeinfer_dask") == ""
     shell.user_ns["engine"] = engine

@@ -280,7 +280,9 @@ def _check_script() -> None:
     )
     if importing:
         raise RuntimeError(guard)
-    module = getattr(getattr(main, "__spec__", None), "name", "")  # IPython's %reset takes it away
+    if not hasattr(main, "__spec__"):  # IPython's %reset takes it, and multiprocessing reads it
+        main.__spec__ = None
+    module = getattr(main.__spec__, "name", "")
     if script is None or module.rpartition(".")[2] == "__main__":
         return  # nothing that workers import: a notebook, `python -c`, an archive, a package
     try:
