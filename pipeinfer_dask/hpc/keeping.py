@@ -59,9 +59,17 @@ class Keeper:
         return (*self._waiting, *[state] * refused)
 
     async def keep(self) -> None:
-        """Look after the jobs until the cluster is closed."""
+        """Look after the jobs until the cluster is closed, whatever one look at them ends in."""
+        said = ""
         while self._jobs.running:
-            await self._glance(time.monotonic())
+            words = ""
+            try:
+                await self._glance(time.monotonic())
+            except Exception as error:  # dask-jobqueue's, or a queue's that nobody has thought of
+                words = f"{type(error).__name__}: {error}"
+                if words != said:
+                    logger.warning("jobs could not be looked after, tries again: %s", words)
+            said = words
             await asyncio.sleep(GLANCE_S)
 
     async def _glance(self, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from typing import Any
 
@@ -9,7 +10,10 @@ import dask
 import pytest
 
 from pipeinfer_dask import hpc
+from pipeinfer_dask.hpc.jobs import Jobs
+from pipeinfer_dask.hpc.keeping import Keeper
 from pipeinfer_dask.hpc.queues import SYSTEMS
+from pipeinfer_dask.hpc.scaling import Floor
 
 JOB: dict[str, Any] = {"cores": 8, "memory": "16 GiB", "interface": "lo"}
 DIRECTIVES = {
@@ -190,3 +194,38 @@ def test_without_dask_jobqueue_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ImportError, match=r"pip install 'pipeinfer-dask\[hpc\]'$"):
         hpc.job_cluster("slurm", **JOB)
+
+
+def test_jobs_are_looked_after_whatever_one_look_at_them_ends_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.hpc.keeping.GLANCE_S", 0.0)
+    with hpc.job_cluster("slurm", **job("slurm")) as cluster:
+
+        class Odd(Jobs):
+            """The first two looks at it end in what nobody has thought of."""
+
+            looks = 0
+            seen = asyncio.Event()
+
+            def with_worker(self) -> set[str]:
+                self.looks += 1
+                if self.looks < 3:
+                    raise LookupError("no such job")
+                self.seen.set()
+                return super().with_worker()
+
+        async def main() -> None:
+            jobs = Odd(cluster)
+            keeping = asyncio.create_task(Keeper(jobs, 1.0, Floor(cluster, 1)).keep())
+            async with asyncio.timeout(30):
+                await jobs.seen.wait()
+            keeping.cancel()
+
+        asyncio.run(main())
+    assert (
+        caplog.messages.count(
+            "jobs could not be looked after, tries again: LookupError: no such job"
+        )
+        == 1
+    )
