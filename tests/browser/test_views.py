@@ -426,6 +426,7 @@ def test_a_run_that_is_stepped_past_looks_open_until_it_is_decided(opened: Opene
     assert told.startswith(f"stage {at_once.row - 1}, run ") and "still open" in told
     assert "called off" not in told and "of them text" not in told
     page.locator(".pipeinfer").get_by_text("The same as a table").click()
+    page.locator("[data-bars] td").first.wait_for()  # a table is filled when it is open
     head, *rows = page.locator("[data-bars] tr").all_inner_texts()
     place = head.split("\t").index("still open")
     assert [int(row.split("\t")[place]) for row in rows] == [
