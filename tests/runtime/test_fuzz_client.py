@@ -235,12 +235,15 @@ def test_a_pipeline_reports_no_run_that_it_was_not_asked_for(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    ("picks", "logprobs"),
-    [((1, 2), ()), ((), ()), ((1,), (None, None))],
-    ids=["too many picks", "no picks", "too many log-probabilities"],
+    ("later", "picks", "logprobs"),
+    [(0, (1, 2), ()), (0, (), ()), (0, (1,), (None, None)), (1, (1,), ())],
+    ids=["too many picks", "no picks", "too many log-probabilities", "another generation"],
 )
 def test_a_run_that_comes_back_with_what_nobody_has_asked_for_is_computed_anew(
-    living: tuple[asyncio.Runner, Living], picks: tuple[int, ...], logprobs: tuple[None, ...]
+    living: tuple[asyncio.Runner, Living],
+    later: int,
+    picks: tuple[int, ...],
+    logprobs: tuple[None, ...],
 ) -> None:
     runner, pipeline = living
 
@@ -251,7 +254,8 @@ def test_a_run_that_comes_back_with_what_nobody_has_asked_for_is_computed_anew(
             run = replace(run_of(next(pipeline.numbers), SLOW), generation=generation)
             pipeline.pipeline.send(run)
             await pipeline.next(RunTaken)
-            wrong = RunPass(run, None, picks, SPANS, logprobs=logprobs)
+            other = replace(run, generation=generation + later)
+            wrong = RunPass(other, None, picks, SPANS, logprobs=logprobs)
             pipeline.node("stage-1")._next.send(wrong)
             assert (await pipeline.next(StageLost)).generation == generation
             assert (await pipeline.next(StagesBack)).generation > generation
@@ -260,27 +264,6 @@ def test_a_run_that_comes_back_with_what_nobody_has_asked_for_is_computed_anew(
 
 
 PLAN = DraftPlan(2, 0.0, 0.0, 9)
-
-
-@pytest.mark.cluster
-def test_a_run_that_comes_back_as_one_of_another_generation_is_computed_anew(
-    living: tuple[asyncio.Runner, Living],
-) -> None:
-    runner, pipeline = living
-
-    async def main() -> None:
-        async with asyncio.timeout(30):
-            await pipeline.compute()
-            generation = pipeline.pipeline.generation
-            run = replace(run_of(next(pipeline.numbers), SLOW), generation=generation)
-            pipeline.pipeline.send(run)
-            await pipeline.next(RunTaken)
-            other = RunPass(replace(run, generation=generation + 1), None, (1,), SPANS)
-            pipeline.node("stage-1")._next.send(other)
-            assert (await pipeline.next(StageLost)).generation == generation
-            assert (await pipeline.next(StagesBack)).generation > generation
-
-    runner.run(main())
 
 
 BUSY = Batch((SLOW,), (0,), (0,), (NO_PARENT,))
