@@ -181,12 +181,6 @@ def _own_words(refusal: str) -> str:
     return " ".join((errors or refusal).split())
 
 
-def _age() -> float:
-    """Return how long this worker's job has been running, in seconds."""
-    # Its nanny, or the job's shell: a worker itself may have been started anew.
-    return time.time() - psutil.Process(os.getppid()).create_time()
-
-
 def check_runtime(walltime: float, least: float, ages: dict[str, float]) -> None:
     """Check that no job ends too soon.
 
@@ -220,8 +214,15 @@ def ages_of(client: Client) -> dict[str, float]:
     TimeoutError
         If a worker does not answer.
     """
+
+    def age() -> float:
+        # Of its nanny, or of the job's shell: a worker itself may have been started anew.
+        return time.time() - psutil.Process(os.getppid()).create_time()
+
+    # It travels as its code. By its name, workers would import this module for it, and with that
+    # torch and all else that an engine is made of: for seconds, on the loop that is to answer.
     try:
-        ages: dict[str, float] = client.run(_age, callback_timeout=ANSWER_S)
+        ages: dict[str, float] = client.run(age, callback_timeout=ANSWER_S)
     except TimeoutError:
         raise TimeoutError(
             f"expected all workers to say within {ANSWER_S:g} s how long their jobs have run, but "

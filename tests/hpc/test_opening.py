@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from distributed import Client, LocalCluster, Scheduler
 import pipeinfer_dask as pi
 from pipeinfer_dask import hpc
 from pipeinfer_dask.engine import Loading
+from pipeinfer_dask.hpc.jobs import ages_of
 from pipeinfer_dask.hpc.opening import _names
 from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError
 from pipeinfer_dask.widgets import Timeline
@@ -144,6 +146,15 @@ def test_where_the_scheduler_hangs_at_the_last_workers_go_by_their_addresses(
         assert len(_names(client)) == 1
         client.run_on_scheduler(hang)
         assert _names(client) == {}
+
+
+def test_a_worker_says_how_long_it_has_run_without_loading_what_computes() -> None:
+    def loaded() -> set[str]:
+        return {"torch", "transformers"} & sys.modules.keys()
+
+    with client_of(1, processes=True) as client:
+        assert [age > 0 for age in ages_of(client).values()] == [True]
+        assert [*client.run(loaded).values()] == [set()]
 
 
 @pytest.mark.parametrize(

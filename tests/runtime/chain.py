@@ -16,6 +16,8 @@ from pipeinfer_dask.protocol.sampling import Sampling
 
 SLOW = 1_000_000
 """A run that begins with this token takes a stage until it is cancelled."""
+SLOW_BEGAN = threading.Event()
+"""Set when a stage of this process has begun such a run."""
 BROKEN = 2_000_000
 """A run that begins with this token breaks the stage."""
 
@@ -53,6 +55,7 @@ class CountingStage:
             raise ArithmeticError("numbers ran out")
         if batch.tokens[0] == SLOW:
             pause = threading.Event()
+            SLOW_BEGAN.set()
             while not stopped():
                 pause.wait(0.001)
             return StageOutput(None, None, 1)

@@ -50,6 +50,7 @@ from tests.runtime.chain import (
     BROKEN,
     READ_BYTES,
     SLOW,
+    SLOW_BEGAN,
     CountingSpec,
     DyingOnceSpec,
     DyingSpec,
@@ -172,10 +173,12 @@ def test_a_cancelled_run_is_left_off_and_those_behind_it_are_not_begun() -> None
         async with cluster() as (client, workers):
             pipeline = await DaskPipeline.open(client, STAGES, workers)
             listener = Listener(pipeline)
+            SLOW_BEGAN.clear()
             pipeline.send(run_of(0, SLOW))
             pipeline.send(run_of(1, 5))
             pipeline.send(run_of(2, 6))
             await listener.taken(0)
+            assert await asyncio.to_thread(SLOW_BEGAN.wait, 20)
             pipeline.send(CancelRuns(1, 0, (0, 1), CancelReason.INVALID))
             slow, behind, kept = await listener.done(3)
             await pipeline.close()
