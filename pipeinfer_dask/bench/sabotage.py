@@ -10,13 +10,15 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from distributed import Client, Worker
+from distributed import Client, Scheduler, Worker
+from distributed.core import ConnectionPool
 
 STUCK_S = 20.0
 """A compute thread that is made to hang does so for so long."""
@@ -128,11 +130,15 @@ class Saboteur:
         return {worker: held for worker, held in self._ask(_held).items() if held}
 
     def files(self) -> dict[str, int]:
-        """Return how many descriptors each worker has open, Dask's own among them.
+        """Return how many descriptors each worker has open.
 
-        A worker that no engine uses has as many as another one: see that it has been used once.
+        Without the connections that Dask's pools hold, which come with the first heartbeat, or
+        where two ask at once. A worker that no engine uses has as many as another one: see that
+        it has been used once.
         """
-        return self._ask(_files)
+        files = self._ask(_files)
+        pooled: dict[str, int] = self._client.run_on_scheduler(_pooled_by_scheduler)
+        return {worker: count - pooled.get(worker, 0) for worker, count in files.items()}
 
     def _within(self, node: str, harm: Callable[..., None]) -> None:
         self._client.run(harm, node, workers=[self._place(node)])
@@ -295,8 +301,20 @@ def _held(dask_worker: Worker) -> dict[str, int]:
     return {what: count for what, count in held.items() if count}
 
 
-def _files() -> int:
-    return psutil.Process().num_fds()
+def _files(dask_worker: Worker) -> int:
+    return psutil.Process().num_fds() - sum(_pooled(dask_worker.rpc).values())
+
+
+def _pooled_by_scheduler(dask_scheduler: Scheduler) -> dict[str, int]:
+    return _pooled(dask_scheduler.rpc)
+
+
+def _pooled(pool: ConnectionPool) -> dict[str, int]:
+    """Return how many sockets a pool of Dask's holds open, by what they lead to."""
+    sides = (pool.available, pool.occupied)
+    comms = [(peer, comm) for side in sides for peer in [*side] for comm in [*side[peer]]]
+    sockets = [p for p, comm in comms if not p.startswith("inproc:") and not comm.closed()]
+    return dict(Counter(sockets))
 
 
 def shared_memory() -> list[str]:

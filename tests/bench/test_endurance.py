@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from distributed import Scheduler, Worker
 
 from pipeinfer_dask.bench.cancels import run_cancels_bench
 from pipeinfer_dask.bench.faults import run_faults_bench
 from pipeinfer_dask.bench.limits import check, judged
+from pipeinfer_dask.bench.sabotage import Saboteur
 from pipeinfer_dask.bench.soak import run_soak_bench
 from pipeinfer_dask.cli import main
+from tests.clusters import client_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
@@ -30,6 +34,22 @@ def test_bench_faults_says_what_was_done_and_that_no_token_was_lost() -> None:
     assert rows["kill"]["faults"] + rows["repeat"]["faults"] == 2
     for row in rows.values():
         assert row["prefill"] + row["mid-text"] + row["recovering"] == row["faults"]
+
+
+def test_what_dask_keeps_open_to_ask_again_is_no_leak() -> None:
+    async def ask_at_once(dask_worker: Worker) -> None:
+        await asyncio.gather(*(dask_worker.scheduler.identity() for _ in range(3)))
+
+    async def be_asked_at_once(dask_scheduler: Scheduler) -> None:
+        (worker,) = dask_scheduler.workers
+        await asyncio.gather(*(dask_scheduler.rpc(worker).identity() for _ in range(3)))
+
+    with client_of(1, processes=True) as client:
+        saboteur = Saboteur(client)
+        before = saboteur.files()
+        client.run(ask_at_once)
+        client.run_on_scheduler(be_asked_at_once)
+        assert saboteur.files() == before
 
 
 def test_bench_faults_reports_a_text_that_was_interrupted() -> None:

@@ -78,8 +78,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory, sealed: None) -> Iterator[Lab]
     lab.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    # No longer: while it is open, its event loop runs in the thread of all tests.
     with chromium() as browser:
         yield browser
 

@@ -54,6 +54,18 @@ from pipeinfer_dask.models.demo_pair import demo_pair
 target, draft = demo_pair()
 engine = pi.Engine.from_pretrained(target, draft=draft, stages=2, in_process=True)
 """
+SLOW = """
+import time
+from pipeinfer_dask.models.shard import Shard
+at_once = Shard.run
+
+def run(*args, **options):
+    time.sleep(0.05)
+    return at_once(*args, **options)
+
+Shard.run = run
+"""
+"""So that a text takes longer than a browser to click, however busy the machine is."""
 AWAIT = """
 import asyncio
 begun = asyncio.Event()
@@ -211,7 +223,8 @@ def test_a_timeline_follows_the_theme_and_says_the_same_as_a_table(opened: Opene
 
 
 def test_a_dashboard_runs_and_cancels_a_generation_while_a_cell_awaits_it(opened: Opened) -> None:
-    tab = opened(ENGINE, "board = engine.dashboard(max_new_tokens=400)\nboard", AWAIT, wait=False)
+    board = "board = engine.dashboard(max_new_tokens=400)\nboard"
+    tab = opened(ENGINE + SLOW, board, AWAIT, wait=False)
     page = tab.page
     run, cancel = (page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel"))
     run.wait_for(timeout=240_000)  # the engine is being opened

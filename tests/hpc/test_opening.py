@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from threading import Event
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster, Scheduler
 
@@ -152,7 +153,9 @@ def test_a_worker_says_how_long_it_has_run_without_loading_what_computes() -> No
     def loaded() -> set[str]:
         return {"torch", "transformers"} & sys.modules.keys()
 
-    with client_of(1, processes=True) as client:
+    # Clusters of other tests may have all of this process's workers forked, with torch in them.
+    spawned = dask.config.set({"distributed.worker.multiprocessing-method": "spawn"})
+    with spawned, client_of(1, processes=True) as client:
         assert [age > 0 for age in ages_of(client).values()] == [True]
         assert [*client.run(loaded).values()] == [set()]
 
