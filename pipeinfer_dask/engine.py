@@ -304,7 +304,7 @@ class Engine(Serving):
                 loads = [spec.load for spec in specs]
                 drafting = draft_spec.load if draft_spec is not None else None
                 here = asyncio.get_running_loop()
-                return await LocalPipeline(loads, drafting, here, told).loaded()
+                return await LocalPipeline(loads, drafting, here, told, node_timeout).loaded()
 
             def new_head(told: Progress | None) -> Driver:
                 if plan is not None and client is not None and driving is not None:

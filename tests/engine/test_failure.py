@@ -98,6 +98,36 @@ def test_a_draft_model_that_breaks_costs_no_text_and_is_named_once(
     assert caplog.text.count("pipeinfer goes on without drafts") == 1
 
 
+@pytest.mark.parametrize("method", ["run", "candidates"])
+def test_what_hangs_in_this_process_keeps_nobody_waiting(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    original, count, go = getattr(Shard, method), itertools.count(), Event()
+
+    def hanging(shard: Shard, *arguments: Any, **options: Any) -> Any:
+        if shard.layers.start == 0 and next(count) == 20:
+            go.wait(PATIENCE_S)
+        return original(shard, *arguments, **options)
+
+    with pi.Engine.from_pretrained(
+        pair.target, pair.draft, stages=2, in_process=True, node_timeout=2
+    ) as engine:
+        monkeypatch.setattr(Shard, method, hanging)
+        run = engine.start(PROMPT, max_new_tokens=200, strategy="speculative")
+        if method == "run":
+            with pytest.raises(
+                GenerationInterrupted, match="stage 0 failed: its computing has not moved for 2 s"
+            ) as caught:
+                run.result(PATIENCE_S)
+            partial = caught.value.partial_ids
+            assert partial == pair.greedy[: len(partial)]
+        else:
+            assert run.result(PATIENCE_S).token_ids == pair.greedy[:200]
+            (lost,) = (what for _, what in run.trace if isinstance(what, DrafterLost))
+            assert "its computing has not moved for 2 s" in lost.reason
+        go.set()
+
+
 def test_a_lookup_that_breaks_costs_no_text(
     pair: Pair, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,13 @@
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from pipeinfer_dask.models.stage import CountBytes, Stage, StageOutput
+from pipeinfer_dask.protocol.messages import Event, RunDone
 from pipeinfer_dask.runtime.pipeline.local_pipeline import LocalPipeline
 from tests.runtime.chain import BROKEN, CountingStage, run_of
 
@@ -77,5 +79,58 @@ def test_a_thread_whose_loading_nobody_waits_for_any_more_ends_in_silence() -> N
         with suppress(asyncio.CancelledError):
             await loading
         assert not thread.is_alive()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("hangs", ["stage 0", "stage 1"])
+def test_a_stage_that_hangs_is_lost_after_the_deadline(hangs: str) -> None:
+    go = threading.Event()
+
+    class Hanging(CountingStage):
+        def run(self, *args: Any, **options: Any) -> StageOutput:
+            go.wait(60)
+            return super().run(*args, **options)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        stages = [Hanging(False), CountingStage(True)]
+        if hangs == "stage 1":
+            stages = [CountingStage(False), Hanging(True)]
+        loads = [lambda count, stage=stage: stage for stage in stages]
+        pipeline = await LocalPipeline(loads, None, loop, deadline=0.3).loaded()
+        lost: asyncio.Future[Exception] = loop.create_future()
+        pipeline.listen(lambda event: None, lost.set_result)
+        pipeline.send(run_of(0, 1))
+        async with asyncio.timeout(20):
+            assert str(await lost) == f"{hangs} failed: its computing has not moved for 0.3 s"
+        go.set()
+        await pipeline.close()
+
+    asyncio.run(main())
+
+
+def test_a_stage_that_computes_for_longer_than_the_deadline_is_not_lost_while_it_moves() -> None:
+    class Slow(CountingStage):
+        def run(self, *args: Any, stopped: Callable[[], bool], **options: Any) -> StageOutput:
+            pause = threading.Event()
+            for _ in range(130):  # layers
+                stopped()
+                pause.wait(0.01)
+            return super().run(*args, stopped=stopped, **options)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        load = lambda count: Slow(True)  # noqa: E731
+        pipeline = await LocalPipeline([load], None, loop, deadline=1.0).loaded()
+        done: asyncio.Future[Event] = loop.create_future()
+        pipeline.listen(
+            lambda event: done.set_result(event) if isinstance(event, RunDone) else None,
+            done.set_exception,
+        )
+        pipeline.send(run_of(0, 1))
+        async with asyncio.timeout(20):
+            assert isinstance(await done, RunDone)
+        await pipeline.close()
 
     asyncio.run(main())

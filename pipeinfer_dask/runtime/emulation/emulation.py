@@ -34,8 +34,8 @@ from pipeinfer_dask.runtime.head.remote_head import RemoteHead
 from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.serving import Driver
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
-from pipeinfer_dask.runtime.pipeline.dask_pipeline import DEADLINE_S, DaskPipeline
-from pipeinfer_dask.runtime.pipeline.interface import Pipeline
+from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
+from pipeinfer_dask.runtime.pipeline.interface import DEADLINE_S, Pipeline
 from pipeinfer_dask.runtime.pipeline.local_pipeline import LocalPipeline
 from pipeinfer_dask.runtime.pipeline.recovery import NONE
 from pipeinfer_dask.runtime.planning.clusters import (

@@ -175,8 +175,13 @@ class ComputeThread(ABC, Generic[ModelT, JobT]):
         return self._jobs.qsize()
 
     @property
+    def moved(self) -> float | None:
+        """When it last moved, from layer to layer, by `time.monotonic`; None while it is idle."""
+        return self._moved
+
+    @property
     def stalled(self) -> float:
-        """Seconds for which it has not moved, from layer to layer; 0 while there is no job."""
+        """Seconds for which it has not moved; 0 while there is no job."""
         moved = self._moved
         return 0.0 if moved is None else max(1e-9, time.monotonic() - moved)
 

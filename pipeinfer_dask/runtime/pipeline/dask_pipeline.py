@@ -44,7 +44,7 @@ from pipeinfer_dask.runtime.nodes.room import Bounds
 from pipeinfer_dask.runtime.nodes.specs import DraftSpec, StageSpec
 from pipeinfer_dask.runtime.pipeline.assembled import PipelineError, Seat
 from pipeinfer_dask.runtime.pipeline.assembly import Assembly
-from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
+from pipeinfer_dask.runtime.pipeline.interface import DEADLINE_S, PipelineCommand
 from pipeinfer_dask.runtime.pipeline.peers import SUSPICION_S, Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import NONE, Former, Recovery
 from pipeinfer_dask.runtime.planning.memory import MOST_CONCURRENT
@@ -53,9 +53,6 @@ from pipeinfer_dask.runtime.planning.scheduler import known_workers
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-DEADLINE_S = 30.0
-"""A node that gives no sign of life for so long is lost, unless the caller says otherwise."""
 
 
 class DaskPipeline:

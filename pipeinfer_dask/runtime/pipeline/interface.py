@@ -15,6 +15,9 @@ from pipeinfer_dask.protocol.messages import (
     StartRun,
 )
 
+DEADLINE_S = 30.0
+"""A node that gives no sign of life for so long is lost, unless the caller says otherwise."""
+
 PipelineCommand = StartRun | CancelRuns | Prune | StartDraft | CancelDraft | Release
 
 

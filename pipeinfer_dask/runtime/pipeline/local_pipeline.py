@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
@@ -27,15 +28,18 @@ from pipeinfer_dask.runtime.links.loops import post
 from pipeinfer_dask.runtime.links.runs import RunPass
 from pipeinfer_dask.runtime.nodes.compute import DrafterThread, StageThread
 from pipeinfer_dask.runtime.nodes.loading import HERE, Progress, Steps
-from pipeinfer_dask.runtime.pipeline.interface import PipelineCommand
+from pipeinfer_dask.runtime.pipeline.interface import DEADLINE_S, PipelineCommand
 
 logger = logging.getLogger(__name__)
 
+LOOKS = 6
+"""A thread is lost that has been found unmoved so often, one look after the other."""
+
 
 class LocalPipeline:
-    """A `Pipeline` of threads: none is ever lost, but for errors of a model's own.
+    """A `Pipeline` of threads: one is lost by an error of its model's own, or where that hangs.
 
-    Those of the draft model end its drafts alone.
+    The loss of the draft model ends its drafts alone.
 
     Parameters
     ----------
@@ -47,6 +51,8 @@ class LocalPipeline:
         Where events are reported.
     progress : callable, optional
         Told of each node's loading.
+    deadline : float, seconds
+        A thread whose computing does not move for so long is lost.
     """
 
     def __init__(
@@ -55,10 +61,13 @@ class LocalPipeline:
         drafter: Callable[[CountBytes], DraftModel] | None,
         loop: asyncio.AbstractEventLoop,
         progress: Progress | None = None,
+        deadline: float = DEADLINE_S,
     ) -> None:
         self.stages = len(stages)
         self.generation = self.draft_generation = 0
         self._loop = loop
+        self._deadline = deadline
+        self._watching: asyncio.Task[None] | None = None
         self._report: Callable[[Event], None] | None = None
         self._lost: Callable[[Exception], None] | None = None
         self._threads: list[StageThread] = []
@@ -99,6 +108,7 @@ class LocalPipeline:
         except BaseException:
             await self.close()
             raise
+        self._watching = asyncio.create_task(self._watch())
         return self
 
     def listen(self, report: Callable[[Event], None], lost: Callable[[Exception], None]) -> None:
@@ -125,6 +135,9 @@ class LocalPipeline:
                 self._drafter.send(command)
 
     async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+
         def close() -> None:
             for thread in self._threads:
                 thread.close()
@@ -132,6 +145,26 @@ class LocalPipeline:
                 self._drafter.close()
 
         await asyncio.to_thread(close)
+
+    async def _watch(self) -> None:
+        """Look for threads that hang: nobody can end one, but its caller need not wait for it."""
+        threads: list[StageThread | DrafterThread] = [*self._threads]
+        if self._drafter is not None:
+            threads.append(self._drafter)
+        # By looks, not by the clock: it goes on while the whole process is stopped.
+        looks: deque[list[float | None]] = deque(maxlen=LOOKS + 1)
+        while True:
+            looks.append([thread.moved for thread in threads])
+            for index, moved in enumerate(zip(*looks, strict=True)):
+                if len(looks) <= LOOKS or moved[0] is None or len({*moved}) > 1:
+                    continue
+                hangs = TimeoutError(f"its computing has not moved for {self._deadline:g} s")
+                if index < self.stages:
+                    self._failed(f"stage {index}", hangs)
+                    return
+                if self.draft_generation != AWAY:
+                    self._drafter_lost(hangs)
+            await asyncio.sleep(self._deadline / LOOKS)
 
     # --- called in the compute threads -----------------------------------------------
 
@@ -165,6 +198,7 @@ class LocalPipeline:
 
     def _failed(self, who: str, error: Exception) -> None:
         def report() -> None:
+            self._report = None  # one that hangs may yet wake up
             if self._lost is not None:
                 lost = RuntimeError(f"{who} failed: {error}")
                 lost.__cause__ = error
