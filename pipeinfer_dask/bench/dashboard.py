@@ -216,16 +216,17 @@ def measure_cancels(lab: Lab, tab: Tab, cancels: int, *, in_process: bool) -> li
     opening = OPEN.format(stages=STAGES, in_process=in_process) + WATCH
     _open(lab, tab, "cancels.ipynb", opening, "board", AWAIT.format(cancels=cancels), wait=False)
     page = tab.page
-    run, cancel = (page.locator(f".jupyter-button[title={name}]") for name in ("Run", "Cancel"))
+    run = page.locator(".jupyter-button[title=Run]")
     run.wait_for(timeout=1e3 * PATIENCE_S)
     for _ in range(cancels):
         run.click()
-        page.get_by_text("running", exact=True).wait_for()
+        # Clicked by the page itself: on a busy machine a text could end before a click from here.
         page.wait_for_function(
             "() => { const data = document.querySelector('[data-bars]').dataset;"
-            " return data.complete === 'false' && Number(data.bars) > 10; }"
+            " const cancel = document.querySelector('.jupyter-button[title=Cancel]');"
+            " if (data.complete !== 'false' || Number(data.bars) <= 10 || cancel.disabled)"
+            " return false; cancel.click(); return true; }"
         )
-        cancel.click()
         page.get_by_text("stopped: ").wait_for()
     page.get_by_text("all clicks done").wait_for()
     _check(tab)
