@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Literal, TextIO
 
 from pipeinfer_dask.protocol.messages import (
@@ -114,6 +116,9 @@ def load(
 def open_file(path: object, mode: Literal["r", "w"]) -> Iterator[TextIO]:
     """Open a file of ASCII for a while, or say in a line what the path should have been.
 
+    What is written is there when it is whole: until then, and after an error, an older file of
+    that name stays as it was.
+
     Raises
     ------
     ValueError
@@ -123,8 +128,8 @@ def open_file(path: object, mode: Literal["r", "w"]) -> Iterator[TextIO]:
     """
     file = _file(path)
     try:
-        with file.open(mode, encoding="ascii") as opened:
-            yield opened  # what is written last may only come to the disk when it is closed
+        with _replacing(file) if mode == "w" else file.open(encoding="ascii") as opened:
+            yield opened
     except FileNotFoundError:
         lack = f"file {file}: name one" if mode == "r" else f"directory {file.parent}: make it"
         raise FileNotFoundError(
@@ -135,6 +140,28 @@ def open_file(path: object, mode: Literal["r", "w"]) -> Iterator[TextIO]:
         raise type(error)(
             f"expected a file that you may {what}, got {file} ({error.strerror}): name another one"
         ) from error
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[TextIO]:
+    """Write beside a file, and put that in its place."""
+    if file.exists() and not file.is_file():  # a pipe, a device
+        with file.open("w", encoding="ascii") as opened:
+            yield opened
+        return
+    file = file.resolve()  # a link stays one
+    if file.exists():
+        file.open("ab").close()  # or one would be replaced that may not be written
+    part = file.with_name(f".{token_hex(8)}.part")
+    try:
+        with part.open("x", encoding="ascii") as opened:
+            yield opened  # what is written last may only come to the disk when it is closed
+        if file.exists():
+            shutil.copymode(file, part)
+        part.replace(file)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def _file(path: object) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -156,6 +158,38 @@ def test_a_disk_that_is_full_is_told_with_the_file() -> None:
     for write in (Trace(1).save, Trace(1).to_perfetto):
         with pytest.raises(OSError, match=told):
             write("/dev/full")
+
+
+@pytest.fixture
+def nearly_full_disk() -> Iterator[None]:
+    """Let no file grow beyond a page: the rest of a longer one is refused by the system."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_can_not_be_written_to_its_end_leaves_the_older_one(
+    tmp_path: Path, nearly_full_disk: None
+) -> None:
+    trace = simulate("pipeinfer", stages=2, max_new_tokens=200).trace
+    told = r"expected a file that you may write, got .* \(File too large\)"
+    for write in (trace.save, trace.to_perfetto):
+        (tmp_path / "older").write_text("older")
+        for name in ("older", "new"):
+            with pytest.raises(OSError, match=told):
+                write(tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == ["older"]
+        assert (tmp_path / "older").read_text() == "older"
+
+
+def test_a_link_and_a_files_permissions_stay_when_it_is_written_anew(tmp_path: Path) -> None:
+    older, link = tmp_path / "older", tmp_path / "link"
+    older.touch(mode=0o640)
+    link.symlink_to(older)
+    Trace(1).save(link)
+    assert link.is_symlink() and older.stat().st_mode & 0o777 == 0o640
+    assert Trace.load(older) == Trace(1)
 
 
 def test_a_path_that_is_no_files_is_refused(tmp_path: Path) -> None:
