@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -392,6 +393,20 @@ def test_a_scheduler_that_does_not_answer_is_a_mistake(target: str) -> None:
         ran = run("generate", "x", "--target", target, "--scheduler", "tcp://127.0.0.1:1")
     assert ran.exit_code == 2
     assert "address of a running Dask scheduler, such as tcp://host:8786, got" in ran.stderr
+
+
+def test_what_takes_connections_and_says_nothing_is_no_scheduler(target: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        dask.config.set({"distributed.comm.timeouts.connect": "100ms"}),
+    ):
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        ran = run("generate", "x", "--target", target, "--scheduler", address)
+    assert ran.exit_code == 2
+    (line,) = ran.stderr.splitlines()
+    assert line.endswith(
+        f"got {address!r}, where none answers within 0.1 s: it says nothing for 0.1 s"
+    )
 
 
 def test_mistakes_read_the_same_where_dask_mounts_the_commands(target: str) -> None:

@@ -126,6 +126,23 @@ def test_texts_go_on_when_the_worker_of_the_head_is_killed(
     assert f"pipeinfer recovers, and goes on with all texts: {what}" in caplog.text
 
 
+def test_the_next_head_goes_to_a_worker_that_answers_though_a_free_one_hangs(
+    pair: Pair, client: Client, engine: pi.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    processes: dict[str, int] = client.run(os.getpid)
+    (free,) = processes.keys() - Saboteur(client).places().values() - {place_of_head(client)}
+    run = in_mid_text(engine)
+    worker = place_of_head(client)
+    os.kill(processes[free], signal.SIGSTOP)
+    try:
+        os.kill(processes[worker], signal.SIGKILL)
+        assert run.result(PATIENCE_S).token_ids == pair.greedy
+    finally:
+        os.kill(processes[free], signal.SIGCONT)
+    assert place_of_head(client) not in (free, worker)
+    assert "could not connect to the worker" not in caplog.text
+
+
 def test_texts_go_on_when_the_head_hangs_and_it_holds_nothing_when_it_wakes_up(
     pair: Pair, client: Client, engine: pi.Engine
 ) -> None:

@@ -451,6 +451,23 @@ def test_a_node_whose_worker_dies_while_it_loads_goes_to_another_one_and_not_for
     asyncio.run(main())
 
 
+def test_a_worker_that_has_stopped_does_not_keep_us_waiting() -> None:
+    async def main() -> None:
+        async with cluster(processes=True, workers=1) as (client, workers):
+            pids = await client.run(os.getpid)
+            os.kill(pids[workers[0]], signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(20):
+                    with pytest.raises(
+                        PipelineError, match="to the worker: it says nothing for 1 s"
+                    ):
+                        await DaskPipeline.open(client, STAGES[-1:], workers, deadline=1.0)
+            finally:
+                os.kill(pids[workers[0]], signal.SIGCONT)
+
+    asyncio.run(main())
+
+
 def test_a_worker_that_stops_while_it_loads_does_not_keep_us_waiting() -> None:
     async def main() -> None:
         async with cluster(processes=True, workers=1) as (client, workers):

@@ -1,5 +1,6 @@
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -189,6 +190,21 @@ def test_nobody_at_the_address_is_said_in_one_line(monkeypatch: pytest.MonkeyPat
     async def main() -> None:
         with pytest.raises(LinkError, match=f"could not connect to {NODE} at tcp://127.0.0.1:9"):
             await dial("tcp://127.0.0.1:9", NODE, "input", SESSION, connection_args={})
+
+    asyncio.run(main())
+
+
+def test_who_takes_connections_and_says_nothing_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeinfer_dask.runtime.links.links.DIAL_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+            async with asyncio.timeout(20):
+                with pytest.raises(LinkError, match=f"{address}: it says nothing for 0.2 s"):
+                    await dial(address, NODE, "input", SESSION, connection_args={})
 
     asyncio.run(main())
 

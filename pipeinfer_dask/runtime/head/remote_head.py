@@ -48,6 +48,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import (
 from pipeinfer_dask.runtime.pipeline.assembly import RETRY_S
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part
+from pipeinfer_dask.runtime.pipeline.replacement import first_that_answers
 from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, NoWorkerError, known_workers
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.trace.entries import read_entry
@@ -323,10 +324,11 @@ class RemoteHead:
         if seat.worker not in known:
             # A spare first; of the others one with little to do, as the drafter's has.
             held, drafter = Counter(self._places.values()), self._places.get("drafter")
-            seat.worker = min(
+            ranked = sorted(
                 known,
                 key=lambda worker: (worker in self._lost_on, held[worker], worker != drafter),
             )
+            seat.worker = await first_that_answers(self._client, ranked)
         former = Former(self._session.identity, tuple(self._lost_on))
         session = Session.new(self._session.generation + GENERATIONS)
         self._session = replace(session, identity=former.identity)

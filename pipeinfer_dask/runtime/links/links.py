@@ -18,12 +18,13 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
-from distributed.comm import Comm, CommClosedError, connect
+from distributed.comm import Comm, CommClosedError
 
 from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.runtime.links.bounds import MOST_HEADER
 from pipeinfer_dask.runtime.links.carriers import Carrier, carry
 from pipeinfer_dask.runtime.links.framing import Deliver
+from pipeinfer_dask.runtime.links.reaching import reach
 from pipeinfer_dask.runtime.links.reading import Header, read_header
 from pipeinfer_dask.runtime.links.wire import Buffer, Envelope, Message, WireError, encode
 
@@ -246,7 +247,7 @@ async def dial(
     """
     nonce = secrets.token_hex(16)
     try:
-        comm = await connect(address, DIAL_TIMEOUT_S, deserialize=False, **connection_args)
+        comm = await reach(address, DIAL_TIMEOUT_S, deserialize=False, **connection_args)
     except Exception as error:  # Not OSError only: wrong security settings raise others.
         raise LinkError(f"could not connect to {node} at {address}: {error}") from error
     try:

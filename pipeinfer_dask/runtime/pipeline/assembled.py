@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 
 from distributed import Client
 from distributed import Future as DaskFuture
-from distributed.comm import Comm, connect
+from distributed.comm import Comm
 
 from pipeinfer_dask.models.stage import Intake
 from pipeinfer_dask.runtime.links.links import Link, LinkError, Session, dial
+from pipeinfer_dask.runtime.links.reaching import reach
 from pipeinfer_dask.runtime.links.wire import Message
 from pipeinfer_dask.runtime.nodes.actors import (
     CONTROL,
@@ -166,7 +167,7 @@ class Nodes:
         # A task that may run on one worker only waits for ever once that worker is dead.
         # A connection of our own tells of its death, and of its silence.
         try:
-            tripwire = await connect(worker, self._deadline, **self._client.connection_args)
+            tripwire = await reach(worker, self._deadline, **self._client.connection_args)
         except OSError as lost:
             raise NodeLostError(f"{title}: could not connect to the worker: {lost}") from lost
         try:

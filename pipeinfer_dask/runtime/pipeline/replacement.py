@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -134,6 +135,21 @@ async def replacements(
     if len(chosen) < len(loads):
         raise NoWorkerError(lack)
     return chosen
+
+
+async def first_that_answers(client: Client, workers: Sequence[str]) -> str:
+    """Return the first of some workers that answers.
+
+    Raises
+    ------
+    NoWorkerError
+        If none does.
+    """
+    asked = (_ask(client, worker, os.getpid, {}, PROBE_TIMEOUT_S) for worker in workers)
+    for worker, answer in zip(workers, await asyncio.gather(*asked), strict=True):
+        if answer is not None:
+            return worker
+    raise NoWorkerError(f"none of {', '.join(workers)} answers within {PROBE_TIMEOUT_S:g} s")
 
 
 def _share_out(

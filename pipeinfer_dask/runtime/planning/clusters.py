@@ -25,10 +25,11 @@ from typing import Any, Self, TypeVar
 import dask
 from dask.utils import parse_timedelta
 from distributed import Client, LocalCluster, Security
-from distributed.comm import connect, get_address_host, parse_address, parse_host_port
+from distributed.comm import get_address_host, parse_address, parse_host_port
 from distributed.comm.registry import get_backend
 from distributed.utils import get_mp_context
 
+from pipeinfer_dask.runtime.links.reaching import reach
 from pipeinfer_dask.runtime.planning.ending import end_workers, interruptible_start, unheard
 from pipeinfer_dask.runtime.planning.gpus import CPUS, Devices, gpu_count
 from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, identity_of
@@ -187,7 +188,7 @@ def connected(address: str) -> Client:
 
 
 async def _answers(address: str, seconds: float) -> None:
-    comm = await connect(address, timeout=seconds, **Security().get_connection_args("client"))
+    comm = await reach(address, seconds, **Security().get_connection_args("client"))
     await comm.close()
 
 
