@@ -24,13 +24,15 @@ from pipeinfer_dask.models.device_names import Dtype
 from pipeinfer_dask.models.layers import check_stages
 from pipeinfer_dask.models.linears import Weights
 from pipeinfer_dask.models.selftest import check_split
+from pipeinfer_dask.models.specs import ShardSpec
 from pipeinfer_dask.runtime.head.chat import Chat
 from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.head import MAX_CONCURRENT, Head
-from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
+from pipeinfer_dask.runtime.head.head_actor import HeadActor, PipelinePlan
 from pipeinfer_dask.runtime.head.remote_head import RemoteHead
 from pipeinfer_dask.runtime.head.result import GenerationInterrupted, Piece, Result
 from pipeinfer_dask.runtime.head.serving import Driver, EngineClosedError, Serving
+from pipeinfer_dask.runtime.nodes.actors import NodeActor
 from pipeinfer_dask.runtime.nodes.loading import HERE, Loading, Progress, shown
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline.interface import Pipeline
@@ -62,6 +64,7 @@ from pipeinfer_dask.runtime.planning.placement import (
     place,
     without_spares,
 )
+from pipeinfer_dask.runtime.planning.workers import check_packages
 from pipeinfer_dask.trace.picture import table_html
 
 if TYPE_CHECKING:
@@ -211,7 +214,7 @@ class Engine(Serving):
         MemoryError
             If a worker has not enough memory for what it is to hold.
         RuntimeError
-            If a worker could not load its share.
+            If a worker can't import this package, or could not load its share.
         """
         asked = (target,) if draft is None else (target, draft)
         check_asked(asked, client, in_process, stages, layer_split, weights, progress, head)
@@ -248,10 +251,14 @@ class Engine(Serving):
             max_concurrent = 1 if places.on_gpu else MAX_CONCURRENT
         models = Models(opened, opened_draft, weights, places, max_concurrent)
         ranges = models.split(stages, layer_split)
-        placement = None
-        if workers is not None:
+        placement, driving = None, None
+        if client is not None and workers is not None:
             placement = place(workers, stages, drafter=drafter, share=share_workers)
-            head_worker(head, known, placement)
+            driving = head_worker(head, known, placement)
+            spare = known.keys() - workers.keys()
+            used = {*placement.threads, *spare, driving or placement.stages[0]}
+            actor = NodeActor if driving is None else HeadActor
+            check_packages(client, used, (actor, ShardSpec))
         if self_test:
             check_split(opened)
             if isinstance(opened_draft, Checkpoint):
@@ -279,7 +286,7 @@ class Engine(Serving):
                 admission = replace(admission, draft_apart=placement.draft_apart)
             admission = replace(admission, shares_cores=in_process and models.take_turns(stages))
             specs, draft_spec = models.specs(ranges, placement)
-            plan, driving = None, None
+            plan = None
             if placement is not None:
                 driving = head_worker(head, known, placement)
                 plan = PipelinePlan(

@@ -13,8 +13,9 @@ import pipeinfer_dask as pi
 from pipeinfer_dask.models.checkpoint import open_checkpoint
 from pipeinfer_dask.models.demo_pair import demo_pair
 from pipeinfer_dask.runtime.planning.gpus import Devices
-from pipeinfer_dask.runtime.planning.models import Models, _ask
+from pipeinfer_dask.runtime.planning.models import Models
 from pipeinfer_dask.runtime.planning.placement import default_stages, place, spread, without_spares
+from pipeinfer_dask.runtime.planning.workers import ask
 from tests.clusters import client_of
 from tests.engine.pairs import Pair
 
@@ -165,10 +166,10 @@ async def never() -> None:
 def test_workers_that_do_not_tell_what_they_have_are_named(
     inproc_client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeinfer_dask.runtime.planning.models.ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pipeinfer_dask.runtime.planning.workers.ANSWER_TIMEOUT_S", 0.1)
     worker = min(inproc_client.scheduler_info()["workers"])
     with pytest.raises(RuntimeError, match=f"expected {worker} to answer within 0.1 s"):
-        _ask(inproc_client, [worker], never)
+        ask(inproc_client, [worker], never)
 
 
 @pytest.mark.cluster
@@ -179,7 +180,7 @@ def test_workers_that_are_gone_before_they_tell_what_they_have_are_named() -> No
         dask.config.set({"distributed.comm.timeouts.connect": "100ms"}),
         pytest.raises(RuntimeError, match=f"expected {gone} to answer, but one is gone: see"),
     ):
-        _ask(client, [gone], os.getpid)
+        ask(client, [gone], os.getpid)
 
 
 @pytest.mark.cluster

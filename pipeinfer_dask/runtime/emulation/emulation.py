@@ -28,11 +28,12 @@ from pipeinfer_dask.runtime.emulation.lags import (
 from pipeinfer_dask.runtime.emulation.paced import paced_specs
 from pipeinfer_dask.runtime.head.generation import Generation
 from pipeinfer_dask.runtime.head.head import MAX_CONCURRENT, Head
-from pipeinfer_dask.runtime.head.head_actor import PipelinePlan
+from pipeinfer_dask.runtime.head.head_actor import HeadActor, PipelinePlan
 from pipeinfer_dask.runtime.head.measuring import measure_hop
 from pipeinfer_dask.runtime.head.remote_head import RemoteHead
 from pipeinfer_dask.runtime.head.result import Result
 from pipeinfer_dask.runtime.head.serving import Driver
+from pipeinfer_dask.runtime.nodes.actors import NodeActor
 from pipeinfer_dask.runtime.nodes.pauses import short_collections
 from pipeinfer_dask.runtime.pipeline.dask_pipeline import DaskPipeline
 from pipeinfer_dask.runtime.pipeline.interface import DEADLINE_S, Pipeline
@@ -47,6 +48,7 @@ from pipeinfer_dask.runtime.planning.clusters import (
 )
 from pipeinfer_dask.runtime.planning.opening import check_room, explained, open_on
 from pipeinfer_dask.runtime.planning.placement import WORKER, head_worker, place
+from pipeinfer_dask.runtime.planning.workers import check_packages
 from pipeinfer_dask.simulation import PROMPT_TOKENS, SLOTS, Costs
 from pipeinfer_dask.simulation.truth import SyntheticPair
 from pipeinfer_dask.trace import Trace
@@ -155,6 +157,8 @@ class Emulation:
         ValueError
             If these are no costs, no generation may run, the acceptance is no chance, there is a
             client as well as ``in_process``, or what is asked of a head on a worker can't be had.
+        RuntimeError
+            If a worker of the client's can't import this package.
         """
         if client is not None and in_process:
             raise ValueError("expected a client or in_process=True, got both: leave one out")
@@ -173,6 +177,8 @@ class Emulation:
                     client = own_cluster(default_processes(stages), resources)
                 loop = loop_of(client)
                 where = place(workers_of(client), stages, drafter=True, share=True)
+                actor = HeadActor if head == WORKER else NodeActor
+                check_packages(client, where.threads, {actor, *map(type, [*specs, draft_spec])})
 
             async def open_pipeline() -> Pipeline:
                 here = asyncio.get_running_loop()

@@ -48,7 +48,7 @@ from pipeinfer_dask.runtime.pipeline.assembled import (
 from pipeinfer_dask.runtime.pipeline.assembly import RETRY_S
 from pipeinfer_dask.runtime.pipeline.peers import Peer, Trouble
 from pipeinfer_dask.runtime.pipeline.recovery import Former, Part
-from pipeinfer_dask.runtime.pipeline.replacement import first_that_answers
+from pipeinfer_dask.runtime.pipeline.replacement import first_able
 from pipeinfer_dask.runtime.planning.scheduler import NoSchedulerError, NoWorkerError, known_workers
 from pipeinfer_dask.simulation.costs import Costs
 from pipeinfer_dask.trace.entries import read_entry
@@ -319,8 +319,6 @@ class RemoteHead:
             self._nodes.drop(seat.peer.node)
             seat.peer = None
         known = await known_workers(self._client)
-        if not known:
-            raise NoWorkerError("the cluster has no worker")
         if seat.worker not in known:
             # A spare first; of the others one with little to do, as the drafter's has.
             held, drafter = Counter(self._places.values()), self._places.get("drafter")
@@ -328,7 +326,7 @@ class RemoteHead:
                 known,
                 key=lambda worker: (worker in self._lost_on, held[worker], worker != drafter),
             )
-            seat.worker = await first_that_answers(self._client, ranked)
+            seat.worker = await first_able(self._client, ranked, HeadActor)
         former = Former(self._session.identity, tuple(self._lost_on))
         session = Session.new(self._session.generation + GENERATIONS)
         self._session = replace(session, identity=former.identity)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, Worker, rpc
 from distributed.protocol.pickle import dumps
 
 from pipeinfer_dask.models.device_names import CPU
+from pipeinfer_dask.runtime.nodes.actors import NodeActor
 from pipeinfer_dask.runtime.planning.memory import Load, Need, Pool, check_memory, pools_of
 from pipeinfer_dask.runtime.planning.scheduler import NoWorkerError, known_workers
 
@@ -27,6 +27,13 @@ LOOK_S = 0.1
 
 Rooms = dict[str, dict[str, list[Pool]]]
 """By worker and device: what memory it may take. A device that it lacks is not named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unable:
+    """What becomes of a question to a worker that can't import it, as its package is not ours."""
+
+    reason: str
 
 
 class Suspects:
@@ -123,33 +130,44 @@ async def replacements(
         known = await known_workers(client)
         free = [worker for worker in known if not held.get(worker)]
         for some in ([worker for worker in free if worker not in suspects], free):
-            rooms = await _rooms(client, some, devices)
+            rooms, _ = await _rooms(client, some, devices)
             chosen, _ = _share_out(loads, rooms, {}, most=1)
             if len(chosen) == len(loads):
                 return chosen
         if loop.time() >= ends:
             break
         await asyncio.sleep(LOOK_S)
-    rooms = await _rooms(client, known, devices)
+    rooms, unable = await _rooms(client, known, devices)
     chosen, lack = _share_out(loads, rooms, held, most=len(loads) + sum(held.values()))
     if len(chosen) < len(loads):
-        raise NoWorkerError(lack)
+        raise NoWorkerError(f"{lack}{_told(unable)}")
     return chosen
 
 
-async def first_that_answers(client: Client, workers: Sequence[str]) -> str:
-    """Return the first of some workers that answers.
+async def first_able(client: Client, workers: Sequence[str], actor: type[NodeActor]) -> str:
+    """Return the first of some workers that answers, and can import this actor.
 
     Raises
     ------
     NoWorkerError
-        If none does.
+        If there is none.
     """
-    asked = (_ask(client, worker, os.getpid, {}, PROBE_TIMEOUT_S) for worker in workers)
-    for worker, answer in zip(workers, await asyncio.gather(*asked), strict=True):
-        if answer is not None:
+    asked = (_ask(client, it, importable, {"actor": actor}, PROBE_TIMEOUT_S) for it in workers)
+    answers = dict(zip(workers, await asyncio.gather(*asked), strict=True))
+    for worker, answer in answers.items():
+        if answer is True:
             return worker
-    raise NoWorkerError(f"none of {', '.join(workers)} answers within {PROBE_TIMEOUT_S:g} s")
+    unable = {worker: it.reason for worker, it in answers.items() if isinstance(it, Unable)}
+    raise NoWorkerError(
+        f"the cluster has no worker that answers and could take over{_told(unable)}"
+    )
+
+
+def _told(unable: Mapping[str, str]) -> str:
+    if not unable:
+        return ""
+    reasons = "; ".join(f"{worker}: {reason}" for worker, reason in unable.items())
+    return f" (others lack pipeinfer-dask as it is here, so install that there: {reasons})"
 
 
 def _share_out(
@@ -186,18 +204,18 @@ def _share_out(
     return chosen, ""
 
 
-async def _rooms(client: Client, workers: Collection[str], devices: Collection[str]) -> Rooms:
-    """Ask workers, all at once, for their memory; who does not answer is left out."""
-    found = await asyncio.gather(*(_room_of(client, worker, devices) for worker in workers))
-    return {worker: room for worker, room in zip(workers, found, strict=True) if room}
+async def _rooms(
+    client: Client, workers: Collection[str], devices: Collection[str]
+) -> tuple[Rooms, dict[str, str]]:
+    """Ask workers, all at once, for their memory; return it, and who could hold no node, and why.
 
-
-async def _room_of(
-    client: Client, worker: str, devices: Collection[str]
-) -> dict[str, list[Pool]] | None:
+    Who does not answer is left out.
+    """
     wanted = {"devices": sorted(devices)}
-    rooms: dict[str, list[Pool]] | None = await _ask(client, worker, room, wanted, PROBE_TIMEOUT_S)
-    return rooms
+    asked = (_ask(client, worker, room, wanted, PROBE_TIMEOUT_S) for worker in workers)
+    found = dict(zip(workers, await asyncio.gather(*asked), strict=True))
+    unable = {worker: it.reason for worker, it in found.items() if isinstance(it, Unable)}
+    return {worker: it for worker, it in found.items() if it and worker not in unable}, unable
 
 
 async def end_strays(client: Client, identity: str, *, but: Collection[str]) -> None:
@@ -229,16 +247,26 @@ async def _ask(
     arguments: dict[str, Any],
     timeout_s: float,
 ) -> Any:
-    """Have a worker call a function; return its answer, None where there is none in time."""
-    with suppress(OSError):  # a timeout is one
+    """Have a worker call a function; return its answer, None where there is none in time.
+
+    That is `Unable` where it can't import what is asked.
+    """
+    try:
         async with (
             asyncio.timeout(timeout_s),
             rpc(worker, connection_args=client.connection_args) as asked,
         ):
             answer = await asked.run(function=dumps(function), kwargs=dumps(arguments))
-            if answer["status"] == "OK":
-                return answer["result"]
-    return None
+    except OSError:  # a timeout is one
+        return None
+    except Exception as error:  # the worker's own: a module may raise anything
+        return Unable(" ".join(f"{type(error).__name__}: {error}".split()))
+    return answer["result"] if answer["status"] == "OK" else None
+
+
+def importable(actor: type[NodeActor]) -> bool:
+    """Answer at all: who can't import this module, or the actor, does not come so far."""
+    return issubclass(actor, NodeActor)
 
 
 def room(devices: Sequence[str], dask_worker: Worker) -> dict[str, list[Pool]]:
@@ -266,8 +294,5 @@ async def end_nodes(identity: str, dask_worker: Worker) -> None:
         Of the session.
     dask_worker : Worker
     """
-    # Who is asked for memory imports this module, and is to answer soon.
-    from pipeinfer_dask.runtime.nodes.actors import NodeActor
-
     actors = [actor for actor in dask_worker.state.actors.values() if isinstance(actor, NodeActor)]
     await asyncio.gather(*(actor.end(identity) for actor in actors))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 from uuid import uuid4
 
 from distributed import Client
@@ -30,6 +30,7 @@ from pipeinfer_dask.runtime.planning.memory import (
     pools_of,
 )
 from pipeinfer_dask.runtime.planning.placement import Placement
+from pipeinfer_dask.runtime.planning.workers import ask
 
 AUTO: Final = "auto"
 """The layer split that is made by measuring the workers."""
@@ -37,9 +38,6 @@ Draft = Checkpoint | Literal["ngram"] | None
 """A draft model, prompt lookup, or nothing that drafts."""
 LayerSplit = Sequence[float] | Literal["auto"] | None
 """Weights, one for each stage, `AUTO`, or None for an even split."""
-
-ANSWER_TIMEOUT_S = 120.0
-"""How long workers may take to tell what they have; they may import torch first."""
 
 PROBE_TIMEOUT_S = 300.0
 """How long the workers may take to measure a layer; they may import torch first."""
@@ -302,31 +300,9 @@ class Holding:
         return Need(self.node, self.place, self.nbytes)
 
 
-def _ask(
-    client: Client, workers: Iterable[str], question: Callable[..., Any], *given: Any
-) -> dict[str, Any]:
-    """Return each worker's answer. They give it from their loops, whatever they compute."""
-    asked = sorted({*workers})
-    try:
-        answers: dict[str, Any] = client.run(
-            question, *given, workers=asked, callback_timeout=ANSWER_TIMEOUT_S
-        )
-    except TimeoutError:
-        raise RuntimeError(
-            f"expected {', '.join(asked)} to answer within {ANSWER_TIMEOUT_S:g} s, but one does "
-            "not: see whether it hangs, and restart it or leave it out"
-        ) from None
-    except OSError as error:  # one has died, or can't be reached
-        raise RuntimeError(
-            f"expected {', '.join(asked)} to answer, but one is gone: see whether it still runs, "
-            f"and try again ({error})"
-        ) from error
-    return answers
-
-
 def _check_weights(model: Checkpoint, workers: Sequence[str], client: Client) -> None:
     """Check that workers will find a model's weights, or the hub's name for them."""
-    lacking: dict[str, str | None] = _ask(client, workers, model.source.lacking)
+    lacking: dict[str, str | None] = ask(client, workers, model.source.lacking)
     for worker, reason in lacking.items():
         if reason is not None:
             raise FileNotFoundError(f"worker {worker} finds no model: {reason}")
@@ -335,13 +311,13 @@ def _check_weights(model: Checkpoint, workers: Sequence[str], client: Client) ->
 def _pools(nodes: Sequence[Holding], client: Client) -> dict[str, list[Pool]]:
     """Return what memory each node may take, by its place; all GPUs that are named are there."""
     workers = {node.worker for node in nodes}
-    pools: dict[str, list[Pool]] = _ask(client, workers, pools_of)
+    pools: dict[str, list[Pool]] = ask(client, workers, pools_of)
     if on_gpus := [node for node in nodes if node.on_gpu]:
         theirs = {node.worker for node in on_gpus}
-        check_gpus((node.gpu for node in on_gpus), _ask(client, theirs, gpu_count))
+        check_gpus((node.gpu for node in on_gpus), ask(client, theirs, gpu_count))
         for worker in theirs:
             names = {node.device for node in on_gpus if node.worker == worker}
-            found: dict[str, Pool] = _ask(client, [worker], gpu_pools, names)[worker]
+            found: dict[str, Pool] = ask(client, [worker], gpu_pools, names)[worker]
             pools |= {f"{name} of {worker}": [pool] for name, pool in found.items()}
     return pools
 
