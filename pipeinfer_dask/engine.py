@@ -352,8 +352,7 @@ class Engine(Serving):
         EngineClosedError
             If the engine is closed.
         """
-        if self._closed:
-            raise EngineClosedError("this engine is closed: open another one")
+        self._check_open()
         from pipeinfer_dask.widgets import dashboard
 
         return dashboard(self, **options)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread, current_thread, main_thread
+from weakref import finalize
 
 import psutil
-from distributed import LocalCluster, Nanny
+from distributed import LocalCluster, Nanny, SpecCluster
+from distributed.deploy.spec import ProcessInterface
+from distributed.diskutils import WorkDir
+from distributed.node import ServerNode
+from distributed.process import AsyncProcess
 
 LOOK_S = 0.1
 """While workers that start are to end, look so often for those that a nanny starts meanwhile."""
@@ -102,3 +108,25 @@ def end_workers(cluster: LocalCluster) -> None:
                 if (process := nanny.pid) is not None:
                     with suppress(ProcessLookupError):
                         os.kill(process, number)
+
+
+ENDED_WITH_PYTHON = (AsyncProcess, ProcessInterface, ServerNode, WorkDir)
+"""What Dask ends, or removes, as Python ends: worker processes, jobs, files, directories."""
+
+
+def _leave_to_parent() -> None:
+    """Have a process that was forked end nothing of its parent's as Python ends in it.
+
+    Dask and multiprocessing take what they have begun for that of whichever process ends.
+    """
+    for cluster in SpecCluster._instances:
+        cluster.shutdown_on_close = False
+    for ending in list(finalize._registry):  # type: ignore[attr-defined]
+        owner, _, arguments, _ = ending.peek() or (None, None, (), None)
+        if isinstance(owner, ENDED_WITH_PYTHON):
+            ending.detach()
+        if isinstance(owner, AsyncProcess):
+            multiprocessing.process._children.difference_update(arguments)  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
