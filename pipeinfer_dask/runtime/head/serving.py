@@ -406,8 +406,10 @@ class Serving:
         self._check_open()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Of two interrupts, one in the block and one meanwhile, Python is to show one.
+        with suppress(*[KeyboardInterrupt] if kind is KeyboardInterrupt else []):
+            self.close()
 
 
 _open: WeakSet[Serving] = WeakSet()
@@ -418,7 +420,7 @@ def _close_open() -> None:
     """Close what is open when Python ends, while its loop still runs: before Dask ends that."""
     for serving in list(_open):
         # Whatever goes wrong, nobody is left who could do anything about it.
-        with suppress(Exception):
+        with suppress(Exception, KeyboardInterrupt):
             serving.close()
 
 
