@@ -6,7 +6,6 @@ import asyncio
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -49,6 +48,7 @@ from pipeinfer_dask.runtime.planning.clusters import (
     own_cluster,
     workers_of,
 )
+from pipeinfer_dask.runtime.planning.ending import Resources
 from pipeinfer_dask.runtime.planning.gpus import Devices
 from pipeinfer_dask.runtime.planning.models import AUTO, Draft, LayerSplit, Models
 from pipeinfer_dask.runtime.planning.opening import (
@@ -267,12 +267,13 @@ class Engine(Serving):
         if client is None:
             models.check_here(ranges, in_process=in_process)
 
-        with ExitStack() as resources:
+        with Resources() as resources:
             if in_process:
                 loop = resources.enter_context(LoopThread()).loop
             else:
                 if client is None:
                     client = own_cluster(stages + drafter, resources, places, spares=spares)
+                    resources.cluster = client.cluster
                     known = workers_of(client)
                     workers = without_spares(known, spares)
                     placement = place(workers, stages, drafter=drafter, share=True)
@@ -359,8 +360,7 @@ class Engine(Serving):
         EngineClosedError
             If the engine is closed.
         """
-        if self._closed:
-            raise EngineClosedError("this engine is closed: open another one")
+        self._check_open()
         from pipeinfer_dask.widgets import dashboard
 
         return dashboard(self, **options)

@@ -383,6 +383,22 @@ class Generation:
             self._future.set_exception(interrupted)
         self._notify()
 
+    def part(self, error: BaseException) -> None:
+        """Fail in a process that was forked, unless it is done: the head is the parent's.
+
+        :meta private:
+
+        Parameters
+        ----------
+        error : BaseException
+            Its cause.
+        """
+        # Who waits, or holds a lock, does so in threads that are not here.
+        self._changed, self._wakers = Condition(), set()
+        if not self.done():
+            self._future = Future()
+            self.fail(error)
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()

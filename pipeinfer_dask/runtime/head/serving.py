@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import warnings
 from asyncio import AbstractEventLoop
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,11 @@ OURS = ("generation_config", "seed", "logprobs")
 """Options of `Serving.start` that are neither settings of `GenerationConfig` nor knobs."""
 
 
+CLOSED = "this engine is closed: open another one"
+
+
 class EngineClosedError(RuntimeError):
-    """The engine has been closed, or its pipeline is lost."""
+    """The engine has been closed, its pipeline is lost, or it is of the process that forked."""
 
 
 class Driver(Protocol):
@@ -110,7 +114,7 @@ class Serving:
         self._requests = itertools.count()
         self._underway: WeakSet[Generation] = WeakSet()
         self._lock = Lock()
-        self._closed = False
+        self._closed = ""  # or why nothing can be asked of it any more
         self._forgotten = finalize(self, _let_go, head, resources, repr(self))
         self._forgotten.atexit = False
         _open.add(self)
@@ -240,7 +244,8 @@ class Serving:
         options: Mapping[str, Any],
         conversation: Conversation | None = None,
     ) -> Generation:
-        if self._head.lost is not None and not self._closed:
+        self._check_open()
+        if self._head.lost is not None:
             raise EngineClosedError(f"the pipeline is lost ({self._head.lost}): open another one")
         ours = {name: options[name] for name in OURS if name in options}
         settings, knobs = split({n: o for n, o in options.items() if n not in ours})
@@ -275,7 +280,7 @@ class Serving:
                 self._head.start(generation)
                 self._underway.add(generation)
             except RuntimeError:
-                raise EngineClosedError("this engine is closed: open another one") from None
+                raise EngineClosedError(self._closed or CLOSED) from None
         return generation
 
     def _where(self) -> dict[str, str]:
@@ -314,8 +319,7 @@ class Serving:
         Between turns a cache gives way where ``max_concurrent`` others are needed. The next turn
         then reads the whole text again.
         """
-        if self._closed:
-            raise EngineClosedError("this engine is closed: open another one")
+        self._check_open()
         with self._lock:
             conversation = Conversation(next(self._requests))
 
@@ -330,7 +334,7 @@ class Serving:
         return Chat(
             self.tokenizer,
             start,
-            lambda: self._head.forget(conversation),
+            lambda: None if self._closed else self._head.forget(conversation),
             system=system,
             template=template,
         )
@@ -356,8 +360,7 @@ class Serving:
             If a generation runs or waits: a `RuntimeError`.
         """
         with self._lock:
-            if self._closed:
-                raise EngineClosedError("this engine is closed: open another one")
+            self._check_open()
             if (lost := self._head.lost) is not None:
                 raise EngineClosedError(f"the pipeline is lost ({lost}): open another one")
             request = next(self._requests)
@@ -368,11 +371,26 @@ class Serving:
         """Release every model, thread and link. Running generations fail; can be called twice."""
         check_apart(self._head.loop)
         with self._lock:
-            closed, self._closed = self._closed, True
+            closed, self._closed = self._closed, self._closed or CLOSED
         if closed:
             return
         self._forgotten.detach()
         _close(self._head, self._resources)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError(self._closed)
+
+    def _part(self) -> None:
+        """Be closed in a process that was forked: all that it has is the parent's."""
+        self._lock = Lock()  # the other may be held by a thread that is not here
+        self._closed = (
+            f"expected an engine of this process, got one that process {os.getppid()} opened "
+            "before it forked: open one here"
+        )
+        self._forgotten.detach()
+        for generation in self._underway:
+            generation.part(EngineClosedError(self._closed))
 
     def _cancel(self, generation: Generation) -> None:
         # Through us: who holds a generation that is on its way holds its engine, too.
@@ -385,12 +403,13 @@ class Serving:
         )
 
     def __enter__(self) -> Self:
-        if self._closed:
-            raise EngineClosedError("this engine is closed: open another one")
+        self._check_open()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Of two interrupts, one in the block and one meanwhile, Python is to show one.
+        with suppress(*[KeyboardInterrupt] if kind is KeyboardInterrupt else []):
+            self.close()
 
 
 _open: WeakSet[Serving] = WeakSet()
@@ -401,8 +420,17 @@ def _close_open() -> None:
     """Close what is open when Python ends, while its loop still runs: before Dask ends that."""
     for serving in list(_open):
         # Whatever goes wrong, nobody is left who could do anything about it.
-        with suppress(Exception):
+        with suppress(Exception, KeyboardInterrupt):
             serving.close()
+
+
+def _part_open() -> None:
+    for serving in _open:
+        serving._part()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_part_open)
 
 
 def _close(head: Driver, resources: ExitStack) -> None:
