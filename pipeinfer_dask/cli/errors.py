@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from threading import current_thread, main_thread
 from typing import IO, Any
 
 import click
@@ -29,12 +28,6 @@ class Interrupted(Failure):
     """Ctrl-C: the exit status that shells give to what a signal has ended."""
 
     exit_code = 128 + signal.SIGINT
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Say the last word: libraries would show another interrupt as they end with Python."""
-        super().show(file)
-        if current_thread() is main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Commands(click.Group):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 
 from tests.engine.pairs import Pair
 from tests.faults.test_lifecycle import PATIENCE_S, running
-from tests.tiny import make_tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -48,24 +46,3 @@ def test_an_interrupt_while_an_engine_closes_kills_its_workers_and_is_raised_onc
         assert program.returncode in (-signal.SIGINT, 1)
         assert complained.count("Traceback") == 1
         assert complained.splitlines()[-1] == "KeyboardInterrupt"
-
-
-COMMAND = """
-import atexit, signal
-from pipeinfer_dask.cli import main
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-atexit.register(signal.raise_signal, signal.SIGINT)
-main(prog_name="pipeinfer")
-"""
-
-
-def test_an_interrupt_as_a_command_that_was_interrupted_ends_adds_nothing(tmp_path: Path) -> None:
-    endless = make_tiny(tmp_path, "llama", layers=2, seed=0, max_position_embeddings=20_000)
-    options = ["--target", str(endless), "--stages", "2", "--max-new-tokens", "19000"]
-    with running(COMMAND, "generate", "def", *options) as command:
-        assert command.stdout is not None
-        assert command.stdout.read(1)
-        command.send_signal(signal.SIGINT)
-        _, complained = command.communicate(timeout=PATIENCE_S)
-        assert (command.returncode, complained) == (130, "Error: interrupted\n")
