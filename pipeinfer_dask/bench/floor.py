@@ -80,9 +80,13 @@ class Floor:
         loop = asyncio.get_running_loop()
         arrival: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
         arrival = loop.create_future()
-        server = await asyncio.start_server(
-            lambda *streams: arrival.set_result(streams), "127.0.0.1", 0, limit=BUFFER
-        )
+        writers: list[asyncio.StreamWriter] = []
+
+        def arrived(reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+            writers.append(back)
+            arrival.set_result((reader, back))
+
+        server = await asyncio.start_server(arrived, "127.0.0.1", 0, limit=BUFFER)
         port = server.sockets[0].getsockname()[1]
         processes: list[asyncio.subprocess.Process] = []
         try:
@@ -99,9 +103,12 @@ class Floor:
                     assert process.stdout is not None
                     port = int(await process.stdout.readline())
                 _, writer = await asyncio.open_connection("127.0.0.1", port, limit=BUFFER)
+                writers.append(writer)
                 reader, back = await arrival
         except BaseException:
             server.close()
+            for writer in writers:
+                writer.close()
             await _end(processes)
             raise
         return cls(processes, server, writer, reader, back)

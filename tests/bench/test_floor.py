@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import psutil
 import pytest
@@ -38,3 +39,16 @@ def test_a_chain_that_does_not_start_in_time_leaves_no_process_behind(
         assert relays() == 0
 
     asyncio.run(main())
+
+
+def test_a_chain_that_is_given_up_while_it_starts_leaves_no_connection_open() -> None:
+    async def main() -> None:
+        opening = asyncio.create_task(Floor.open(20))
+        while relays() < 2:  # noqa: ASYNC110 -- then the first one has connected
+            await asyncio.sleep(0.01)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    asyncio.run(main())
+    gc.collect()  # what is still open complains as it goes
