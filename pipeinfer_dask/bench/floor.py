@@ -84,7 +84,8 @@ class Floor:
 
         def arrived(reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
             writers.append(back)
-            arrival.set_result((reader, back))
+            if not arrival.done():  # else nobody waits for it any more
+                arrival.set_result((reader, back))
 
         server = await asyncio.start_server(arrived, "127.0.0.1", 0, limit=BUFFER)
         port = server.sockets[0].getsockname()[1]
@@ -107,9 +108,9 @@ class Floor:
                 reader, back = await arrival
         except BaseException:
             server.close()
-            for writer in writers:
-                writer.close()
             await _end(processes)
+            for writer in writers:  # one may have arrived meanwhile
+                writer.close()
             raise
         return cls(processes, server, writer, reader, back)
 
